@@ -1,0 +1,1 @@
+"""Side-by-side measurements, each a table printed by one command."""

@@ -1,0 +1,29 @@
+"""LatentMAS for LangGraph: agents that pass latent memory instead of text."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .chat_model import ChatLatentMAS
+    from .node import LatentAgentNode
+    from .service import LatentService
+    from .state import LatentRef, LatentState, merge_latents
+
+__all__ = ["ChatLatentMAS", "LatentAgentNode", "LatentRef", "LatentService", "LatentState", "merge_latents"]
+
+_HOMES = {
+    "ChatLatentMAS": "chat_model",
+    "LatentAgentNode": "node",
+    "LatentRef": "state",
+    "LatentService": "service",
+    "LatentState": "state",
+    "merge_latents": "state",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that the state can be imported where torch is not installed.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,56 @@
+"""The training-free map from the last hidden state to the input-embedding space."""
+
+import torch
+from torch import Tensor, nn
+
+RIDGE = 1e-5
+ROWS_AT_ONCE = 16384  # vocabulary rows per product, so that a 150k vocabulary needs no second copy of the matrices
+
+
+class Alignment:
+    """Turns a hidden state into the next input embedding (paper, section 3.1 and equation 3; design, rule 2).
+
+    `z = h·W`, rescaled to the mean row norm of the input embeddings, with `W = solve(OᵀO + 1e-5·I, OᵀI)`; without
+    `realign`, `W` is left out. `W` is computed in float32, or in the model's own dtype if that is wider.
+
+    Attributes:
+        weight: `W` [hidden, hidden], or None where only the rescaling is done.
+        norm: Mean row norm of the input embeddings, a scalar tensor.
+    """
+
+    def __init__(self, inputs: Tensor, outputs: Tensor, realign: bool) -> None:
+        """Computes `W` and the norm on the device of the matrices.
+
+        Args:
+            inputs: Input-embedding matrix [vocab, hidden].
+            outputs: Output-embedding matrix [vocab, hidden]; may be the same tensor.
+            realign: False keeps only the rescaling.
+        """
+        wide = torch.promote_types(inputs.dtype, torch.float32)
+        hidden = inputs.shape[1]
+        self.weight: Tensor | None = None
+        with torch.no_grad():
+            rows = inputs.split(ROWS_AT_ONCE)
+            self.norm = torch.cat([part.to(wide).norm(dim=1) for part in rows]).mean()
+            if realign:
+                gram = torch.zeros(hidden, hidden, dtype=wide, device=inputs.device)
+                cross = torch.zeros_like(gram)
+                for i, o in zip(rows, outputs.to(inputs.device).split(ROWS_AT_ONCE), strict=True):
+                    o = o.to(wide)
+                    gram += o.T @ o
+                    cross += o.T @ i.to(wide)
+                gram += RIDGE * torch.eye(hidden, dtype=wide, device=inputs.device)
+                self.weight = torch.linalg.solve(gram, cross)
+
+    @classmethod
+    def of(cls, model: nn.Module, realign: bool) -> "Alignment":
+        """The alignment of a causal language model, from its input and output embeddings."""
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+        return cls(inputs.weight.detach(), outputs.weight.detach(), realign)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Maps hidden states [..., hidden] to thoughts of the same shape, dtype and device."""
+        z = hidden.to(self.norm.dtype)
+        if self.weight is not None:
+            z = z @ self.weight
+        return (z * (self.norm / z.norm(dim=-1, keepdim=True).clamp_min(1e-6))).to(hidden.dtype)

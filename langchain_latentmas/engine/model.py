@@ -1,0 +1,287 @@
+"""Loading a causal language model, and making sure that it can think exactly here."""
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import ModelNotFound, ModelNotSupported
+from .alignment import Alignment
+from .kv import KV
+from .rotary import Rotary
+from .slots import SlotCache
+
+logger = logging.getLogger(__name__)
+
+MOVING_ROPES = ("dynamic", "longrope")  # their frequencies change as a sequence grows, and cached keys do not
+HASHED_AT_ONCE = 1 << 24  # elements
+
+
+class LanguageModel:
+    """A decoder, seen as what thinking needs: embeddings in, last hidden states out, logits only on demand.
+
+    Attributes:
+        model: The transformers model, in eval mode.
+        tokenizer: Its tokenizer.
+        name: What it was loaded from.
+        alignment: Map from hidden states to input embeddings.
+        eos: Token ids that end a text.
+        rotary: How keys are moved, or None where they cannot be.
+        fingerprint: 32 hex digits over weights and vocabulary.
+        max_positions: Positions a memory can have.
+        bytes_per_position: Bytes of KV per position.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "",
+        realign: bool = True,
+        max_positions: int | None = None,
+    ) -> None:
+        """Wraps a loaded model, checks it, and computes alignment and fingerprint.
+
+        Args:
+            model: Any decoder-only causal language model with full attention.
+            tokenizer: Its tokenizer.
+            name: What to call it.
+            realign: Whether the alignment uses `W` (design, rule 2).
+            max_positions: A lower limit than the model's own; needed for models that are exact only up to a length.
+
+        Raises:
+            ModelNotSupported: If a latent step would not be exact; says why.
+        """
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name or model.config._name_or_path
+        self.realign = realign
+        self.config = model.config.get_text_config(decoder=True)
+        self.max_positions = _checked_positions(self.config, self.name, max_positions)
+        self.decoder = model.get_decoder()
+        self.eos = _end_tokens(model, tokenizer)
+        self.device, self.dtype = model.get_input_embeddings().weight.device, model.dtype
+        if any(p.is_meta for p in model.parameters()):
+            raise ModelNotSupported(
+                f"{self.name}: the weights do not fit the devices given, and offloaded ones are too slow."
+            )
+        with torch.inference_mode():
+            cache = self.new_cache()
+            self._compare_with_plain_forward(cache)
+            self.bytes_per_position = cache.bytes_per_position
+            # transformers computes the angles in float32 whatever the model's dtype.
+            tolerance = max(self._tolerance, float(torch.finfo(torch.float32).eps) ** 0.5)
+            self.rotary = Rotary.probe(model, self._probe_keys, min(64, self.max_positions - 3), tolerance)
+        if self.rotary is None:
+            logger.warning("%s: keys cannot be moved by a rotation; merged memories are rebuilt instead", self.name)
+        self.refresh()
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        device: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        realign: bool = True,
+        max_positions: int | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "LanguageModel":
+        """Loads from a hub id or a folder.
+
+        Args:
+            name: Hub id or folder.
+            device: "cuda", "cuda:1", "cpu", ..., or "auto" to let accelerate spread the layers; None takes CUDA if
+                there.
+            dtype: A torch dtype or its name; "auto" takes the checkpoint's.
+            realign: See `LanguageModel`.
+            max_positions: See `LanguageModel`.
+            revision: Branch, tag or commit on the hub.
+            trust_remote_code: Passed to transformers; runs code of the model's author.
+
+        Raises:
+            ModelNotFound: If there is no such model, or it cannot be read.
+            ModelNotSupported: See `LanguageModel`.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ModelNotSupported(f"{dtype!r} is no dtype of torch; take 'auto', 'bfloat16', 'float16' or 'float32'.")
+        try:
+            # The configuration first: a model that is refused costs no download of weights.
+            config = AutoConfig.from_pretrained(name, **source)
+            _checked_positions(config.get_text_config(decoder=True), name, max_positions)
+            tokenizer = AutoTokenizer.from_pretrained(name, **source)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device, **source)
+        except ModelNotSupported:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelNotFound(
+                f"Cannot load {name!r}: {_first_line(error)} Give a hub id, a folder with config.json, or 'bundled'."
+            ) from error
+        return cls(model, tokenizer, name=name, realign=realign, max_positions=max_positions)
+
+    def new_cache(self) -> SlotCache:
+        """An empty slot cache of this model's layers."""
+        return SlotCache(self.config.num_hidden_layers)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [..., hidden] of token ids [...]."""
+        return self.model.get_input_embeddings()(ids)
+
+    def hidden(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+        """One forward pass without logits.
+
+        Args:
+            embeds: Input embeddings [rows, new, hidden].
+            positions: [rows, new].
+            mask: Boolean [rows, 1, new, length]: which cells each new position sees.
+            cache: Its window says where the new keys go.
+
+        Returns:
+            Last hidden states after the final norm, [rows, new, hidden].
+        """
+        return self.decoder(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of hidden states [..., hidden]."""
+        head = self.model.get_output_embeddings()
+        return head(hidden.to(head.weight.device))
+
+    def refresh(self) -> None:
+        """Computes alignment and fingerprint anew, for weights that were changed in place."""
+        self._versions = self._weight_versions()
+        self.alignment = Alignment.of(self.model, self.realign)
+        self.fingerprint = self._fingerprint()
+
+    def refresh_if_changed(self) -> None:
+        """Calls `refresh` if torch's version counters say that a weight was written (writes through `.data` hide)."""
+        if self._versions != self._weight_versions():
+            logger.warning("%s: the weights changed; alignment and fingerprint are computed anew", self.name)
+            self.refresh()
+
+    def _weight_versions(self) -> list[tuple[int, int]]:
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+
+    def _fingerprint(self) -> str:
+        """Hashes values, not representations: the same weights in another dtype that holds them hash the same."""
+        digest = hashlib.sha256()
+        with torch.no_grad():
+            for name, weight in sorted(self.model.state_dict().items()):
+                digest.update(f"{name}{tuple(weight.shape)}".encode())
+                for part in weight.detach().flatten().split(HASHED_AT_ONCE):
+                    narrow = part.float()
+                    exact = part.dtype != torch.float64 or torch.equal(narrow.double(), part)
+                    digest.update((narrow if exact else part).contiguous().cpu().numpy().tobytes())
+        digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        return digest.hexdigest()[:32]
+
+    @property
+    def _tolerance(self) -> float:
+        return float(torch.finfo(self.dtype).eps) ** 0.5
+
+    def _forward(self, embeds: Tensor, cells: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
+        length = int(cells.max()) + 1
+        cache.reserve(len(embeds), length)
+        cache.window.rows, cache.window.cells, cache.window.length = slice(0, len(embeds)), cells, length
+        mask = torch.arange(length, device=self.device) <= cells[:, None, :, None]
+        return self.hidden(embeds, positions, mask, cache)
+
+    def _probe_ids(self) -> Tensor:
+        return torch.arange(5, 5 + 12, device=self.device) % self.config.vocab_size
+
+    def _probe_keys(self, start: int) -> KV:
+        cache = self.new_cache()
+        cells = torch.arange(3, device=self.device)[None]
+        self._forward(self.embed(self._probe_ids()[None, :3]), cells, cells + start, cache)
+        return cache.read(0, 0, 3)
+
+    def _compare_with_plain_forward(self, cache: SlotCache) -> None:
+        """Runs two ragged rows and one more step through the slots, and each row alone through the model as it is.
+
+        Raises:
+            ModelNotSupported: If they differ: what a model does with positions, masks, caches or logits outside of what
+                this package knows shows up here, whatever its name.
+        """
+        ids = self._probe_ids()
+        rows = torch.stack([ids[:6], ids[6:12]])
+        cells = torch.stack([torch.arange(6), torch.tensor([0, 1, 2, 7, 7, 7])]).to(self.device)  # a row of 6, one of 3
+        try:
+            self._forward(self.embed(rows), cells, cells.clamp_max(6), cache)
+            after = torch.tensor([[6], [3]], device=self.device)
+            ours = self.logits(self._forward(self.embed(ids[[6, 9]])[:, None], after, after, cache))[:, 0]
+            plain = [self.model(input_ids=row[None], use_cache=False).logits[0, -1] for row in (ids[:7], ids[6:10])]
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+            NotImplementedError,
+            RuntimeError,
+            IndexError,
+            KeyError,
+        ) as error:
+            raise ModelNotSupported(
+                f"{self.name}: {type(self.model).__name__} does not run on the slot cache ({_first_line(error)})."
+            ) from error
+        for mine, theirs in zip(ours, plain, strict=True):
+            difference = (mine - theirs.to(mine.device)).abs().max() / theirs.abs().max()
+            if not difference <= 10 * self._tolerance:
+                raise ModelNotSupported(
+                    f"{self.name}: {type(self.model).__name__} computes something else in a ragged batch on the slot "
+                    f"cache than alone (logits off by {difference:.1e} of the largest), so it is refused."
+                )
+
+
+def _checked_positions(config: Any, name: str, wanted: int | None) -> int:
+    """How many positions a memory may have.
+
+    Raises:
+        ModelNotSupported: If the architecture is not exact here, or only up to fewer positions than wanted.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelNotSupported(f"{name}: encoder-decoder models are not supported; take a decoder-only model.")
+    other = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
+    if other:
+        raise ModelNotSupported(f"{name}: layers of type {', '.join(other)} are not supported; full attention only.")
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit:
+        raise ModelNotSupported(f"{name}: the configuration names no max_position_embeddings.")
+    exact, why = limit, ""
+    window = getattr(config, "sliding_window", None)
+    if (
+        window
+        and window < limit
+        and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    ):
+        exact, why = window, f"its attention slides over {window} positions"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        trained = part.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", limit
+        )
+        if part.get("rope_type") in MOVING_ROPES and trained < exact:
+            exact, why = trained, f"its {part['rope_type']} rotary scaling changes earlier positions beyond {trained}"
+    if wanted is not None and not 8 <= wanted <= limit:
+        raise ModelNotSupported(f"{name}: max_positions must lie between 8 and the model's {limit}, not at {wanted}.")
+    if (wanted or limit) > exact:
+        raise ModelNotSupported(f"{name}: {why}; pass max_positions={exact} to use it as far as it is exact.")
+    return wanted or limit
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    named = [model.config.eos_token_id, tokenizer.eos_token_id]
+    if model.generation_config is not None:
+        named.append(model.generation_config.eos_token_id)
+    return frozenset(i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,73 @@
+"""Choosing the next token: transformers' logits processors, one row at a time and independent of the other rows."""
+
+import secrets
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from ..errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a speaking row chooses its tokens.
+
+    Attributes:
+        max_tokens: Most tokens to speak, at least 1.
+        temperature: 0 means greedy.
+        top_p: Smallest set of tokens whose probability exceeds this.
+        top_k: Only so many most likely tokens; None means all.
+        seed: For the same tokens again; None draws one.
+        stop: Strings that end the text, and are not part of it.
+
+    Raises:
+        InvalidRequest: If a value is out of range.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        """Checks every value."""
+        if self.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be at least 1, not {self.max_tokens}.")
+        if not 0 <= self.temperature < float("inf"):
+            raise InvalidRequest(f"temperature must be 0 (greedy) or more, not {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise InvalidRequest(f"top_p must lie in (0, 1], not at {self.top_p}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise InvalidRequest(f"top_k must be at least 1 or None, not {self.top_k}.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise InvalidRequest(f"seed must lie in [0, 2**63), not at {self.seed}.")
+        if any(not stop for stop in self.stop):
+            raise InvalidRequest("An empty stop string would end every text at once; leave it out.")
+
+
+class Sampler:
+    """Samples for one row, with a random generator of its own, so that its neighbours cannot change its tokens."""
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        """Prepares processors and generator.
+
+        Args:
+            sampling: What to do; its temperature is above 0.
+            device: Where the logits will be.
+        """
+        self.processors = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        if sampling.top_k is not None:
+            self.processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.processors.append(TopPLogitsWarper(sampling.top_p))
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Draws a token id [] from logits [vocab]."""
+        scores = self.processors(None, logits[None].float())
+        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[0, 0]

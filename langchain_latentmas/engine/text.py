@@ -1,0 +1,64 @@
+"""Text from tokens as they come, and where it stops."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+UNFINISHED = "\ufffd"  # what a tokenizer makes of the first bytes of a character
+
+
+class TextStream:
+    """Decodes token after token, holding back what may still change or turn out to be a stop string.
+
+    Attributes:
+        stopped: Whether a stop string was met; the text ends before it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        """Starts an empty text.
+
+        Args:
+            tokenizer: Whose tokens will come; its special tokens are left out of the text.
+            stop: Strings that end the text.
+        """
+        self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
+        self._ids: list[int] = []
+        self._read = 0  # tokens whose text is final
+        self._context = 0  # where decoding starts, a little earlier: some tokenizers treat a first token differently
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Takes the next token; returns the text that has become certain."""
+        if self.stopped:
+            return ""
+        self._ids.append(token)
+        before = self._decode(self._context, self._read)
+        now = self._decode(self._context, len(self._ids))
+        if now.endswith(UNFINISHED):
+            return ""
+        self._context, self._read = self._read, len(self._ids)
+        return self._release(now[len(before) :])
+
+    def end(self) -> str:
+        """Returns what was held back, once no more tokens come."""
+        if self.stopped:
+            return ""
+        rest = self._decode(self._context, len(self._ids))[len(self._decode(self._context, self._read)) :]
+        self._context = self._read = len(self._ids)
+        text = self._release(rest)
+        held, self._held = self._held, ""
+        return text + ("" if self.stopped else held)
+
+    def _decode(self, start: int, end: int) -> str:
+        return str(self.tokenizer.decode(self._ids[start:end], skip_special_tokens=True))
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        found = [at for at in map(text.find, self.stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        # The longest end of the text that is the beginning of a stop string.
+        hold = max((n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]

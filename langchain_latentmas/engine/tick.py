@@ -1,0 +1,287 @@
+"""The tick: one forward pass that lets every live row take its next step, thinking or speaking."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kv import KV, Placed
+from .model import LanguageModel
+from .sampling import Sampler, Sampling
+from .text import TextStream
+
+Embeddable = Sequence[int] | Tensor
+"""Token ids, or thoughts [n, hidden] that are fed as they are."""
+
+
+class Spoken(NamedTuple):
+    """A token, and the text that became certain with it."""
+
+    token: int
+    text: str
+
+
+class Result(NamedTuple):
+    """What a finished row leaves behind."""
+
+    kv: KV
+    """Keys and values of all its new positions."""
+    thoughts: Tensor
+    """[steps, hidden]."""
+    tokens: list[int]
+    text: str
+    """Text that was still held back when the row ended."""
+    finish: str
+    """"stop", "length", or "" for a row that did not speak."""
+    hidden: Tensor | None
+    """Last hidden states [prefilled, hidden] of the prefill, where they were asked for."""
+
+
+@dataclass(eq=False)
+class Row:
+    """One request and how far it is.
+
+    Attributes:
+        past: The memory it reads, piece by piece.
+        start: Position of its first own token.
+        inputs: What is prefilled, at least one position.
+        steps: Latent steps to take.
+        sampling: How to speak after the prefill; None for rows that do not.
+        holes: Position ranges below `start` that it must not see.
+        keep_hidden: Whether to return the hidden states of the prefill.
+        on_step: Called after each latent step with the number taken.
+        on_token: Called with each token.
+        on_done: Called once with the result.
+        on_error: Called once, instead, with what went wrong.
+        cancelled: Set by anyone, from any thread: the row leaves at the next tick, and nothing is called any more.
+    """
+
+    past: Sequence[Placed]
+    start: int
+    inputs: Sequence[Embeddable]
+    on_done: Callable[[Result], None]
+    on_error: Callable[[BaseException], None]
+    steps: int = 0
+    sampling: Sampling | None = None
+    holes: Sequence[tuple[int, int]] = ()
+    keep_hidden: bool = False
+    on_step: Callable[[int], None] | None = None
+    on_token: Callable[[Spoken], None] | None = None
+    cancelled: bool = False
+
+    position: int = field(init=False)  # the next one to be written
+    embeds: Tensor = field(init=False)  # what is left to prefill, [n, hidden]
+    hidden: Tensor = field(init=False)  # last hidden state, [hidden]
+    thoughts: list[Tensor] = field(init=False, default_factory=list)
+    tokens: list[int] = field(init=False, default_factory=list)
+    prefilled: list[Tensor] = field(init=False, default_factory=list)
+    sampler: Sampler | None = field(init=False, default=None)
+    text: TextStream = field(init=False)
+    finish: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        """Places the row at its start."""
+        self.position = self.start
+
+    @property
+    def prefill_end(self) -> int:
+        """Position after the last prefilled one."""
+        return self.start + sum(len(part) for part in self.inputs)
+
+    @property
+    def end(self) -> int:
+        """Position after the last one it can ever write."""
+        return self.prefill_end + self.steps + (self.sampling.max_tokens if self.sampling else 0)
+
+    @property
+    def thinking(self) -> bool:
+        """Whether its next input is a thought."""
+        return self.sampling is None
+
+
+class Ticker:
+    """The live rows of a model, each in its slot.
+
+    Decoding rows hold the first slots and prefilling rows the ones behind, without gaps, so that each kind is a plain
+    slice of the slots and no live KV is ever gathered. Belongs to one thread.
+    """
+
+    def __init__(self, model: LanguageModel, *, max_rows: int, live_bytes: int, chunk: int = 512) -> None:
+        """Starts without rows.
+
+        Args:
+            model: The model that all rows share.
+            max_rows: Most rows at a time.
+            live_bytes: Most bytes of slots; a single row is always let in.
+            chunk: Most positions of one row that one tick prefills, so that long prompts do not stall the others.
+        """
+        self.model, self.max_rows, self.live_bytes, self.chunk = model, max_rows, live_bytes, chunk
+        self.ticks = self.thoughts = self.spoken = self.prefilled = 0
+        self.clear()
+
+    def clear(self) -> list[Row]:
+        """Drops all rows and slots; returns the rows."""
+        dropped = getattr(self, "rows", [])
+        self.rows: list[Row] = []
+        self.decoding = 0
+        self.cache = self.model.new_cache()
+        return dropped
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row can join now."""
+        if not self.rows:
+            return True
+        slots, capacity = self.cache.size_for(len(self.rows) + 1, row.end + 1)
+        return len(self.rows) < self.max_rows and slots * capacity * self.model.bytes_per_position <= self.live_bytes
+
+    def join(self, row: Row) -> None:
+        """Gives a row the next slot, and copies the memory it reads there."""
+        self.cache.reserve(len(self.rows) + 1, row.end + 1)  # the last cell of a slot takes what padding writes
+        for kv, start, shift in row.past:
+            turned = self.model.rotary.turn(kv, shift) if shift and self.model.rotary else kv
+            self.cache.write(len(self.rows), start, turned)
+        row.past = ()
+        row.embeds = torch.cat([self._embed(part) for part in row.inputs])
+        self.rows.append(row)
+
+    def step(self) -> None:
+        """One tick: cancelled rows leave, a chunk is prefilled, and every decoding row takes a step."""
+        for slot in reversed(range(len(self.rows))):
+            if self.rows[slot].cancelled:
+                self._leave(slot)
+        self._prefill()
+        self._decode()
+        self.ticks += 1
+
+    def _prefill(self) -> None:
+        rows = self.rows[self.decoding :]
+        if not rows:
+            return
+        new = [min(len(row.embeds), self.chunk) for row in rows]
+        width, device = max(new), self.model.device
+        embeds = rows[0].embeds.new_zeros(len(rows), width, rows[0].embeds.shape[-1])
+        for i, row in enumerate(rows):
+            embeds[i, : new[i]] = row.embeds[: new[i]]
+            row.embeds = row.embeds[new[i] :]
+        starts, counts = torch.tensor([[r.position for r in rows], new], device=device)[..., None]
+        offsets = torch.arange(width, device=device)[None]
+        positions = starts + offsets.minimum(counts - 1)
+        cells = torch.where(offsets < counts, positions, self.cache.capacity - 1)
+        hidden = self._forward(slice(self.decoding, len(self.rows)), embeds, positions, cells)
+        self.prefilled += sum(new)
+        for i, row in enumerate(rows):
+            row.position += new[i]
+            row.hidden = hidden[i, new[i] - 1]
+            if row.keep_hidden:
+                row.prefilled.append(hidden[i, : new[i]])
+        ready = [row for row in rows if not len(row.embeds)]
+        for row in ready:
+            if row.sampling is not None:
+                row.text = TextStream(self.model.tokenizer, row.sampling.stop)
+                if row.sampling.temperature > 0:
+                    row.sampler = Sampler(row.sampling, row.hidden.device)
+        self._sample([row for row in ready if row.sampling is not None])
+        for row in ready:
+            if row.steps or row.sampling is not None:
+                self._swap(self.rows.index(row), self.decoding)
+                self.decoding += 1
+            else:
+                self._finish(row)
+
+    def _decode(self) -> None:
+        rows = self.rows[: self.decoding]
+        if not rows:
+            return
+        thinking = [row for row in rows if row.thinking]
+        speaking = [row for row in rows if not row.thinking]
+        inputs: dict[int, Tensor] = {}
+        if thinking:
+            for row, thought in zip(
+                thinking, self.model.alignment(torch.stack([r.hidden for r in thinking])), strict=True
+            ):
+                row.thoughts.append(thought)
+                inputs[id(row)] = thought
+        if speaking:
+            for row, embed in zip(speaking, self._embed([row.tokens[-1] for row in speaking]), strict=True):
+                inputs[id(row)] = embed
+        positions = torch.tensor([[row.position] for row in rows], device=self.model.device)
+        embeds = torch.stack([inputs[id(row)] for row in rows])[:, None]
+        hidden = self._forward(slice(0, len(rows)), embeds, positions, positions)
+        for row, state in zip(rows, hidden[:, 0], strict=True):
+            row.position += 1
+            row.hidden = state
+        self.thoughts += len(thinking)
+        for row in thinking:
+            if row.on_step:
+                row.on_step(len(row.thoughts))
+        # The last token of a text is fed as well, so that whoever reads the memory finds it whole.
+        over = [row for row in rows if row.finish or (row.thinking and len(row.thoughts) == row.steps)]
+        self._sample([row for row in speaking if not row.finish])
+        for row in over:
+            self._finish(row)
+
+    def _forward(self, slots: slice, embeds: Tensor, positions: Tensor, cells: Tensor) -> Tensor:
+        rows = self.rows[slots]
+        length = max(row.position + embeds.shape[1] for row in rows)
+        window = self.cache.window
+        window.rows, window.cells, window.length = slots, cells, min(length, self.cache.capacity)
+        mask = torch.arange(window.length, device=positions.device) <= positions[:, None, :, None]
+        for i, row in enumerate(rows):
+            for start, end in row.holes:
+                mask[i, :, :, start:end] = False
+        return self.model.hidden(embeds, positions, mask, self.cache)
+
+    def _sample(self, rows: list[Row]) -> None:
+        if not rows:
+            return
+        logits = self.model.logits(torch.stack([row.hidden for row in rows]))
+        choices = logits.argmax(-1)
+        for i, row in enumerate(rows):
+            if row.sampler is not None:
+                choices[i] = row.sampler(logits[i])
+        self.spoken += len(rows)
+        for row, token in zip(rows, choices.tolist(), strict=True):
+            assert row.sampling is not None
+            row.tokens.append(token)
+            text = row.text.push(token)
+            if token in self.model.eos or row.text.stopped:
+                row.finish = "stop"
+            elif len(row.tokens) == row.sampling.max_tokens:
+                row.finish = "length"
+            if row.on_token:
+                row.on_token(Spoken(token, text))
+
+    def _finish(self, row: Row) -> None:
+        slot = self.rows.index(row)
+        kv = self.cache.read(slot, row.start, row.position)
+        self._leave(slot)
+        thoughts = torch.stack(row.thoughts) if row.thoughts else row.hidden.new_zeros(0, row.hidden.shape[-1])
+        text = row.text.end() if row.sampling is not None else ""
+        hidden = torch.cat(row.prefilled) if row.keep_hidden else None
+        row.on_done(Result(kv, thoughts, row.tokens, text, row.finish, hidden))
+
+    def _leave(self, slot: int) -> None:
+        if slot < self.decoding:
+            self._swap(slot, self.decoding - 1, keep=False)
+            self.decoding -= 1
+            slot = self.decoding
+        self._swap(slot, len(self.rows) - 1, keep=False)
+        self.rows.pop()
+
+    def _swap(self, a: int, b: int, keep: bool = True) -> None:
+        """Exchanges two rows; without `keep`, what row `a` has written is lost."""
+        if a == b:
+            return
+        row_a, row_b = self.rows[a], self.rows[b]
+        kept = self.cache.read(a, 0, row_a.position) if keep else None
+        self.cache.move(b, a, row_b.position)
+        if kept is not None:
+            self.cache.write(b, 0, kept)
+        self.rows[a], self.rows[b] = row_b, row_a
+
+    def _embed(self, part: Embeddable) -> Tensor:
+        if isinstance(part, Tensor):
+            return part.to(self.model.device, self.model.dtype)
+        return self.model.embed(torch.tensor(list(part), dtype=torch.long, device=self.model.device))

@@ -1,0 +1,230 @@
+"""LatentAgentNode: a LangGraph node that thinks or speaks on top of what other agents thought."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, convert_to_messages
+from langchain_core.prompt_values import PromptValue
+from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
+from langgraph.runtime import get_runtime
+
+from .chat_model import ChatLatentMAS
+from .errors import InvalidRequest
+from .service import LatentService
+from .service.shared import shared_service
+from .state import LatentRef, ancestry, tips
+
+Prompt = str | Runnable[Any, Any] | Callable[[Any], Any]
+EDGES = ("latent", "text")
+
+
+class _Plan(NamedTuple):
+    """What one run of a node will do."""
+
+    service: LatentService
+    messages: list[BaseMessage]
+    latents: list[LatentRef]
+    thinks: bool
+    on_step: Callable[[int], None]
+
+
+class LatentAgentNode(Runnable[Any, dict[str, Any]]):
+    """An agent of a latent graph.
+
+    A thinking agent returns `{"latents": [ref]}`, a speaking one `{"messages": [AIMessage], "latents": [ref]}`. It
+    reads the memories of others through the references in the state's `latents`, and a text that stands in such a
+    memory is not read a second time from `messages`. Thinking reports its progress on `stream_mode="custom"` as
+    `{"agent", "step", "steps"}`; the tokens of speaking arrive on `stream_mode="messages"`.
+
+    Run with `{"configurable": {"edges": "text"}}`, the same node speaks where it would think, and finds what others
+    said since the last human message at the head of that message, as `name: text`.
+
+    Example:
+        ```python
+        builder.add_node("planner", LatentAgentNode("planner", prompt="You are a planner ...", steps=20))
+        builder.add_node("judger", LatentAgentNode("judger", prompt="...", speak=True, reads=["planner", "critic"]))
+        ```
+    """
+
+    def __init__(
+        self,
+        name: str,
+        prompt: Prompt,
+        *,
+        service: LatentService | None = None,
+        steps: int = 20,
+        speak: bool = False,
+        reads: Sequence[str] | None = None,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        stop: Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Describes the agent; nothing is loaded before it runs.
+
+        Args:
+            name: Its name, in references, messages and `reads`.
+            prompt: A string is the system message in front of the state's messages; a prompt template is filled from
+                the state; a callable gets the state and returns messages.
+            service: The model service; None takes `service` of the graph's runtime context, else `LATENTMAS_SERVICE`,
+                else the bundled model.
+            steps: Latent steps, where it thinks.
+            speak: Whether it decodes text.
+            reads: Agents whose memories it reads, in the order in which they are merged; None reads every tip of the
+                state (a reference that no other one there descends from), by agent name.
+            max_tokens: Most tokens to decode, where it speaks.
+            temperature: 0 means greedy.
+            top_p: Nucleus sampling.
+            top_k: Only so many most likely tokens.
+            stop: Strings that end its text.
+            seed: For the same sample again.
+
+        Raises:
+            InvalidRequest: If the name is empty, `steps` is negative, or `max_tokens` below 1.
+        """
+        if not name:
+            raise InvalidRequest("An agent needs a name.")
+        if steps < 0:
+            raise InvalidRequest(f"Agent {name!r}: steps must be 0 or more, not {steps}.")
+        if max_tokens < 1:
+            raise InvalidRequest(f"Agent {name!r}: max_tokens must be at least 1, not {max_tokens}.")
+        if service is not None and not isinstance(service, LatentService):
+            raise InvalidRequest(f"Agent {name!r}: service must be a LatentService, not {type(service).__name__}.")
+        self.name = name
+        self.prompt, self.service, self.steps, self.speak = prompt, service, steps, speak
+        self.reads = None if reads is None else list(reads)
+        self.max_tokens = max_tokens
+        self.sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        self.sampling["stop_sequences"] = list(stop) if stop else None
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Runs the agent on a graph state; see the class for what it returns.
+
+        Raises:
+            InvalidRequest: If `reads` names nobody, the prompt gives no messages, or `configurable.edges` is unknown.
+            LatentMASError: Whatever `LatentService.think` and `LatentService.speak` raise.
+        """
+        config = ensure_config(config)
+        plan = self._plan(input, config)
+        if plan.thinks:
+            ref = plan.service.think(
+                plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=plan.on_step
+            )
+            return {"latents": [ref]}
+        llm = self._chat_model(plan)
+        return self._said(llm.invoke(plan.messages, config, latents=plan.latents, agent=self.name), config)
+
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Like `invoke`, without blocking the event loop."""
+        config = ensure_config(config)
+        plan = self._plan(input, config)
+        if plan.thinks:
+            ref = await plan.service.athink(
+                plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=plan.on_step
+            )
+            return {"latents": [ref]}
+        llm = self._chat_model(plan)
+        return self._said(await llm.ainvoke(plan.messages, config, latents=plan.latents, agent=self.name), config)
+
+    def _plan(self, state: Any, config: RunnableConfig) -> _Plan:
+        try:
+            runtime = get_runtime()
+        except (RuntimeError, KeyError):  # called outside of a graph
+            runtime = None
+        service = self.service or _field(runtime and runtime.context, "service") or shared_service()
+        messages = self._prompt_messages(state, config)
+
+        def report(step: int) -> None:
+            if runtime is not None:
+                runtime.stream_writer({"agent": self.name, "step": step, "steps": self.steps})
+
+        if _edges(config) == "text":
+            notes = self._notes(_field(state, "messages") or [])
+            return _Plan(service, _with_notes(messages, notes), [], False, report)
+        latents = self._tips(_field(state, "latents") or [])
+        read = ancestry(latents, _field(state, "latents") or [])
+        unread = [m for m in messages if (m.response_metadata.get("latent_ref") or {}).get("id") not in read]
+        return _Plan(service, unread, latents, not self.speak, report)
+
+    def _prompt_messages(self, state: Any, config: RunnableConfig) -> list[BaseMessage]:
+        made: Any
+        if isinstance(self.prompt, str):
+            made = [SystemMessage(self.prompt), *(_field(state, "messages") or [])]
+        elif isinstance(self.prompt, Runnable):
+            values = state if isinstance(state, Mapping) else vars(state)
+            made = self.prompt.invoke(dict(values), config)
+        else:
+            made = self.prompt(state)
+        if isinstance(made, PromptValue):
+            made = made.to_messages()
+        messages = convert_to_messages([("human", made)] if isinstance(made, str) else made)
+        if not messages:
+            raise InvalidRequest(f"The prompt of agent {self.name!r} gives no messages; it must give at least one.")
+        return messages
+
+    def _tips(self, latents: Sequence[LatentRef]) -> list[LatentRef]:
+        """The references to read, in the order in which they are merged."""
+        if self.reads is None:
+            return sorted(tips(latents), key=lambda ref: ref["agent"])
+        chosen = []
+        for agent in self.reads:
+            theirs = [ref for ref in latents if ref["agent"] == agent]
+            if not theirs:
+                raise self._nobody(agent, sorted({ref["agent"] for ref in latents}))
+            older = {parent for ref in theirs for parent in ancestry([ref], latents) - {ref["id"]}}
+            chosen += [ref for ref in theirs if ref["id"] not in older]
+        return chosen
+
+    def _notes(self, messages: Sequence[BaseMessage]) -> list[AIMessage]:
+        """What agents said since the last human message, as far as this one reads them."""
+        asked = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=-1)
+        said = [m for m in messages[asked + 1 :] if isinstance(m, AIMessage) and m.response_metadata.get("agent")]
+        if self.reads is None:
+            return said
+        for agent in self.reads:
+            if all(message.name != agent for message in said):
+                raise self._nobody(agent, sorted({str(message.name) for message in said}))
+        return [message for agent in self.reads for message in said if message.name == agent]
+
+    def _nobody(self, agent: str, known: list[str]) -> InvalidRequest:
+        there = ", ".join(known) or "nobody yet"
+        return InvalidRequest(
+            f"Agent {self.name!r} reads {agent!r}, who left nothing in the state (there: {there}). Correct reads=..., "
+            "or add the edge that lets it run first."
+        )
+
+    def _chat_model(self, plan: _Plan) -> ChatLatentMAS:
+        return ChatLatentMAS(service=plan.service, max_tokens=self.max_tokens, **self.sampling)
+
+    def _said(self, message: AIMessage, config: RunnableConfig) -> dict[str, Any]:
+        if _edges(config) == "text":
+            return {"messages": [message]}
+        return {"messages": [message], "latents": [message.response_metadata["latent_ref"]]}
+
+
+def _field(state: Any, name: str) -> Any:
+    """A field of a state, whether that is a mapping, a dataclass or a pydantic model."""
+    return state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
+
+
+def _edges(config: RunnableConfig) -> str:
+    edges = config.get("configurable", {}).get("edges", "latent")
+    if edges not in EDGES:
+        raise InvalidRequest(f"configurable.edges must be one of {', '.join(EDGES)}, not {edges!r}.")
+    return str(edges)
+
+
+def _with_notes(messages: list[BaseMessage], notes: Sequence[AIMessage]) -> list[BaseMessage]:
+    """Puts what others said at the head of the last human message; chat templates may want roles to alternate."""
+    if not notes:
+        return messages
+    noted = {note.id for note in notes}
+    messages = [message for message in messages if message.id is None or message.id not in noted]
+    text = "\n\n".join(f"{note.name}: {note.text}" for note in notes)
+    at = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=None)
+    if at is None:
+        return [*messages, HumanMessage(text)]
+    asked = messages[at]
+    return [*messages[:at], HumanMessage(f"{text}\n\n{asked.text}"), *messages[at + 1 :]]

@@ -1,0 +1,224 @@
+"""What every model service can do, wherever it runs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self
+
+from langchain_core.language_models import LanguageModelInput
+from typing_extensions import TypedDict
+
+from ..errors import ModelNotFound
+from ..state import LatentRef
+from .memory import Memory
+
+
+class Usage(TypedDict):
+    """What one `speak` cost."""
+
+    input_tokens: int
+    """Prompt tokens that were prefilled; the memory is not among them."""
+    output_tokens: int
+    """Tokens that were decoded, the end token included."""
+    latent_steps: int
+    """Thoughts in the memory that was read."""
+    positions_read: int
+    """Positions of the memory that was read."""
+    merge: Literal["none", "rotated", "rebuilt"]
+    """How several memories became one (design, rule 7): keys re-rotated, or recomputed at their new positions."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of spoken text.
+
+    Attributes:
+        text: Text that became certain; may be empty.
+        token_ids: The tokens behind it, special ones included.
+        ref: On the last chunk: the memory with what was spoken.
+        usage: On the last chunk.
+        finish_reason: On the last chunk: "stop" or "length".
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    ref: LatentRef | None = None
+    usage: Usage | None = None
+    finish_reason: str | None = None
+
+
+class LensRow(NamedTuple):
+    """The vocabulary read-out of one thought."""
+
+    agent: str
+    step: int
+    """From 1."""
+    tokens: list[tuple[str, float]]
+    """The most likely tokens and their probabilities, the likeliest first."""
+
+
+class LatentService(ABC):
+    """Thinks, speaks, and owns the memories; references stand for them. Safe to share between threads and event loops.
+
+    A service is a context manager that closes itself.
+    """
+
+    @classmethod
+    def load(cls, model: str = "bundled", **settings: Any) -> "LatentService":
+        """Loads a model into this process.
+
+        Args:
+            model: "bundled", a hub id, or a folder.
+            **settings: See `langchain_latentmas.service.local.LocalSettings`.
+
+        Returns:
+            A running service.
+
+        Raises:
+            ModelNotFound: If there is no such model.
+            ModelNotSupported: If the model cannot think exactly; the message says why.
+            InvalidRequest: If a setting is unknown or out of range.
+        """
+        if "://" in model or model.startswith("vllm:"):
+            raise ModelNotFound(f"{model!r}: this version runs models in this process only; give a hub id or a folder.")
+        from .local import LocalService
+
+        return LocalService.load(model, **settings)
+
+    @abstractmethod
+    def think(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        steps: int = 20,
+        agent: str = "agent",
+        on_step: Callable[[int], None] | None = None,
+    ) -> LatentRef:
+        """Prefills the messages on top of a memory and takes latent steps; decodes nothing (design, rule 1).
+
+        Thinking is deterministic: the same call returns the same reference, without work where it is still known.
+
+        Args:
+            messages: Anything LangChain accepts as messages; goes through the model's chat template.
+            latents: The memories to read, merged in this order.
+            steps: Latent steps; 0 hands over the prompt's KV alone.
+            agent: Who thinks.
+            on_step: Called in the caller's thread with the number of each step taken.
+
+        Returns:
+            The reference of the memory, this segment included.
+
+        Raises:
+            InvalidRequest: Negative steps, no messages, ...
+            ContextTooLong: If memory, prompt and steps exceed the model's positions.
+            InvalidReference: If a reference is tampered with, unknown, or of another model.
+            EngineFailed: If the device fails; may be retried.
+            ServiceClosed: If the service is closed.
+        """
+
+    @abstractmethod
+    async def athink(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        steps: int = 20,
+        agent: str = "agent",
+        on_step: Callable[[int], None] | None = None,
+    ) -> LatentRef:
+        """Like `think`; cancelling the task frees its slot at the next tick."""
+
+    @abstractmethod
+    def speak(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        stop: Sequence[str] | None = None,
+        seed: int | None = None,
+        agent: str = "agent",
+    ) -> Iterator[Chunk]:
+        """Prefills the messages on top of a memory and decodes text.
+
+        Checks everything at the call; the work starts with the first `next`, and closing the iterator ends it.
+
+        Args:
+            messages: Anything LangChain accepts as messages.
+            latents: The memories to read, merged in this order.
+            max_tokens: Most tokens to decode, at least 1.
+            temperature: 0 means greedy.
+            top_p: Nucleus sampling.
+            top_k: Only so many most likely tokens.
+            stop: Strings that end the text; they are not part of it.
+            seed: For the same sample again.
+            agent: Who speaks.
+
+        Returns:
+            Chunks as they come; the last one has `ref`, `usage` and `finish_reason`.
+
+        Raises:
+            InvalidRequest: If a value is out of range.
+            ContextTooLong: If memory, prompt and `max_tokens` exceed the model's positions.
+            InvalidReference: If a reference is tampered with, unknown, or of another model.
+            EngineFailed: If the device fails; may be retried.
+            ServiceClosed: If the service is closed.
+        """
+
+    @abstractmethod
+    def aspeak(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        stop: Sequence[str] | None = None,
+        seed: int | None = None,
+        agent: str = "agent",
+    ) -> AsyncIterator[Chunk]:
+        """Like `speak`, for `async for`."""
+
+    @abstractmethod
+    def memory(self, ref: LatentRef) -> Memory:
+        """Everything behind a reference: segments, and KV (rebuilt if it was evicted).
+
+        Raises:
+            InvalidReference: If it is tampered with, unknown, or of another model.
+        """
+
+    @abstractmethod
+    def lens(self, ref: LatentRef, top_k: int = 5) -> list[LensRow]:
+        """Reads the thoughts of a reference's own segment out in the vocabulary, for people.
+
+        Args:
+            ref: A reference that `think` returned.
+            top_k: Tokens per thought.
+
+        Returns:
+            One row per latent step: what the model would have written there had it decoded.
+
+        Raises:
+            InvalidReference: If it is tampered with, unknown, or of another model.
+            InvalidRequest: If `top_k` is below 1.
+        """
+
+    @abstractmethod
+    def info(self) -> dict[str, Any]:
+        """What runs here and how it fares: model, fingerprint, settings, counters; plain JSON."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends all work and frees the model's memory; recipes in a durable store stay. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

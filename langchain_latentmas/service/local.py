@@ -1,0 +1,541 @@
+"""The model service in this process: transformers, one tick thread, memories on the device."""
+
+import asyncio
+import logging
+import queue
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import jinja2
+import psutil
+import torch
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.messages import convert_to_messages, convert_to_openai_messages
+from langchain_core.prompt_values import PromptValue
+from langchain_core.stores import BaseStore, InMemoryByteStore
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import bundled
+from ..engine.kv import KV
+from ..engine.lens import read_out
+from ..engine.model import LanguageModel
+from ..engine.sampling import Sampling
+from ..engine.scheduler import Scheduler
+from ..engine.tick import Result, Row, Spoken, Ticker
+from ..errors import ContextTooLong, InvalidRequest, ModelNotSupported, TamperedReference, UnknownReference, WrongModel
+from ..state import LatentRef
+from .base import Chunk, LatentService, LensRow, Usage
+from .budget import Budget
+from .identity import KEY_BYTES, MAX_AGENT, MAX_PARENTS, Signer, checked_ref, key_file, memory_id
+from .kv_pool import KVPool
+from .memory import Layout, Lineage, Memory, Recipe, Segment
+from .store import FolderStore, RecipeStore
+
+logger = logging.getLogger(__name__)
+
+RECIPES_KEPT = 4096  # decoded ones; all others are read from the store again
+KV_FRACTION = 0.4  # of the device memory that is free once the model is loaded
+LIVE_FRACTION = 0.4
+
+
+class LocalSettings(BaseModel):
+    """Settings of a model service in this process.
+
+    Attributes:
+        realign: Whether the alignment uses `W`, or only rescales (design, rule 2; the paper treats it as a setting).
+        think_tag: What the generation prompt of a thinking agent ends in, say "<think>"; "" for nothing; None takes
+            what the model's configuration says, which is nothing but for models that were trained for it.
+        speak_tag: The same for a speaking agent; nothing by default.
+        chat_template: A Jinja chat template, for tokenizers that bring none.
+        template_args: Passed to the chat template, say `{"enable_thinking": False}`.
+        max_positions: A lower limit of positions than the model's own.
+        store: Where recipes go: None keeps them in this process, a folder makes them durable, and any LangChain byte
+            store does what it does.
+        key: Signing key; None takes the one in the store's folder (mode 600, made if missing), else a fresh one, whose
+            references end with the process.
+        kv_budget: Bytes of KV to keep for later readers; None takes 40 % of the free device memory.
+        live_budget: Bytes of slots for the rows that are at work; None takes as much.
+        max_rows: Most rows in a tick.
+        prefill_chunk: Most positions of one row that a tick prefills.
+        merge: "rotate" re-rotates the keys of moved segments, "rebuild" computes them anew; "auto" rotates where the
+            model allows it.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    realign: bool = True
+    think_tag: str | None = None
+    speak_tag: str = ""
+    chat_template: str | None = None
+    template_args: dict[str, Any] = Field(default_factory=dict)
+    max_positions: int | None = None
+    store: str | Path | BaseStore | None = None
+    key: bytes | None = None
+    kv_budget: int | None = Field(None, ge=0)
+    live_budget: int | None = Field(None, ge=0)
+    max_rows: int = Field(32, ge=1)
+    prefill_chunk: int = Field(512, ge=1)
+    merge: Literal["auto", "rotate", "rebuild"] = "auto"
+
+
+class LocalService(LatentService):
+    """`LatentService` over a transformers model in this process."""
+
+    def __init__(self, model: LanguageModel, settings: LocalSettings) -> None:
+        """Starts a service on a loaded model; `load` and `from_model` are the ways in.
+
+        Args:
+            model: The model.
+            settings: How to serve it.
+
+        Raises:
+            ModelNotSupported: If the tokenizer has no chat template, or `merge="rotate"` is asked of a model whose keys
+                cannot be rotated.
+        """
+        self.model, self.settings = model, settings
+        self._template = settings.chat_template or model.tokenizer.chat_template
+        if not self._template:
+            raise ModelNotSupported(f"{model.name}: its tokenizer has no chat template; pass chat_template=...")
+        if settings.merge == "rotate" and model.rotary is None:
+            raise ModelNotSupported(f"{model.name}: its keys cannot be rotated; take merge='auto' or 'rebuild'.")
+        tag = settings.think_tag
+        self.think_tag: str = (getattr(model.config, "think_tag", None) or "") if tag is None else tag
+        store, key = settings.store, settings.key
+        if isinstance(store, (str, Path)):
+            folder = Path(store)
+            key = key or key_file(folder / "key")
+            store = FolderStore(folder / "recipes")
+        elif store is not None and key is None:
+            logger.warning("no key=... for the store: references will not outlive this process")
+        self._signer = Signer(key or torch.randint(256, (KEY_BYTES,), dtype=torch.uint8).numpy().tobytes())
+        self._store = RecipeStore(store or InMemoryByteStore(), self._signer, model.config.hidden_size, model.dtype)
+        self._recipes: Budget[Recipe] = Budget(RECIPES_KEPT, lambda recipe: 1)
+        free = _free_bytes(model.device)
+        live = int(free * LIVE_FRACTION) if settings.live_budget is None else settings.live_budget
+        kept = int(free * KV_FRACTION) if settings.kv_budget is None else settings.kv_budget
+        self._ticker = Ticker(model, max_rows=settings.max_rows, live_bytes=live, chunk=settings.prefill_chunk)
+        self._scheduler = Scheduler(self._ticker)
+        self._lineage = Lineage(self._recipe)
+        rotates = model.rotary is not None and settings.merge != "rebuild"
+        self._pool = KVPool(self._scheduler, self._lineage, self._recipe, kept, "rotate" if rotates else "rebuild")
+        # Also runs when the service is forgotten, and at exit: a tick must not outlive the interpreter.
+        self._finalizer = weakref.finalize(self, _close, self._scheduler, self._pool)
+
+    @classmethod
+    def load(cls, model: str = "bundled", **settings: Any) -> Self:
+        """Loads a model by name. See `LatentService.load`, `LocalSettings` and `LanguageModel.load`.
+
+        Args:
+            model: "bundled", a hub id, or a folder.
+            **settings: Fields of `LocalSettings`, and `device`, `dtype`, `revision`, `trust_remote_code`.
+        """
+        loading = {
+            name: settings.pop(name)
+            for name in ("device", "dtype", "revision", "trust_remote_code")
+            if name in settings
+        }
+        checked = _checked_settings(settings)
+        if model == "bundled":
+            model = str(bundled.MODEL)
+        loaded = LanguageModel.load(model, realign=checked.realign, max_positions=checked.max_positions, **loading)
+        return cls(loaded, checked)
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Self:
+        """Serves a transformers model that is already loaded.
+
+        Args:
+            model: A decoder-only causal language model.
+            tokenizer: Its tokenizer.
+            **settings: Fields of `LocalSettings`.
+        """
+        checked = _checked_settings(settings)
+        return cls(
+            LanguageModel(model, tokenizer, realign=checked.realign, max_positions=checked.max_positions), checked
+        )
+
+    def think(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        steps: int = 20,
+        agent: str = "agent",
+        on_step: Callable[[int], None] | None = None,
+    ) -> LatentRef:
+        """See `LatentService.think`."""
+        request = _Request(self, messages, latents, agent, steps=steps)
+        if (known := request.known()) is not None:
+            return known
+        for event in request.events(notify=on_step is not None):
+            if isinstance(event, Result):
+                return request.keep(event)
+            if on_step is not None and isinstance(event, int):
+                on_step(event)
+        raise AssertionError("a request ends with a result or an error")
+
+    async def athink(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        steps: int = 20,
+        agent: str = "agent",
+        on_step: Callable[[int], None] | None = None,
+    ) -> LatentRef:
+        """See `LatentService.athink`."""
+        request = _Request(self, messages, latents, agent, steps=steps)
+        if (known := request.known()) is not None:
+            return known
+        async for event in request.aevents(notify=on_step is not None):
+            if isinstance(event, Result):
+                return await asyncio.to_thread(request.keep, event)
+            if on_step is not None and isinstance(event, int):
+                on_step(event)
+        raise AssertionError("a request ends with a result or an error")
+
+    def speak(
+        self, messages: LanguageModelInput, latents: Sequence[LatentRef] = (), *, agent: str = "agent", **sampling: Any
+    ) -> Iterator[Chunk]:
+        """See `LatentService.speak`."""
+        request = _Request(self, messages, latents, agent, sampling=_sampling(sampling))
+
+        def chunks() -> Iterator[Chunk]:
+            for event in request.events(notify=True):
+                if isinstance(event, Spoken):
+                    yield Chunk(event.text, (event.token,))
+                elif isinstance(event, Result):
+                    yield request.last_chunk(event)
+
+        return chunks()
+
+    def aspeak(
+        self, messages: LanguageModelInput, latents: Sequence[LatentRef] = (), *, agent: str = "agent", **sampling: Any
+    ) -> AsyncIterator[Chunk]:
+        """See `LatentService.aspeak`."""
+        request = _Request(self, messages, latents, agent, sampling=_sampling(sampling))
+
+        async def chunks() -> AsyncIterator[Chunk]:
+            async for event in request.aevents(notify=True):
+                if isinstance(event, Spoken):
+                    yield Chunk(event.text, (event.token,))
+                elif isinstance(event, Result):
+                    yield await asyncio.to_thread(request.last_chunk, event)
+
+        return chunks()
+
+    def memory(self, ref: LatentRef) -> Memory:
+        """See `LatentService.memory`."""
+        layout = self._lineage.layout(self.verify([ref]))
+        placed = self._pool.place(layout).result()
+        rotary = self.model.rotary
+        kv = KV.join([rotary.turn(kv, shift) if shift and rotary else kv for kv, _, shift in placed])
+        segments = tuple(self._recipe(piece.id).segment for piece in layout)
+        return Memory(segments, kv.positions, kv.keys, kv.values, self._merge_of(layout))
+
+    def lens(self, ref: LatentRef, top_k: int = 5) -> list[LensRow]:
+        """See `LatentService.lens`."""
+        if not 1 <= top_k <= self.model.config.vocab_size:
+            raise InvalidRequest(f"top_k must lie between 1 and {self.model.config.vocab_size}, not at {top_k}.")
+        recipe = self._recipe(self.verify([ref])[0])
+        segment = recipe.segment
+        if not len(segment.thoughts):
+            return []
+        events: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
+        seen = self._lineage.layout(recipe.parents)
+        row = Row(
+            past=(),
+            start=seen[-1].end if seen else 0,
+            inputs=[segment.prompt_ids, segment.thoughts],
+            keep_hidden=True,
+            on_done=events.put,
+            on_error=events.put,
+        )
+        self._pool.submit(row, self._pool.place(seen))
+        result = events.get()
+        if isinstance(result, BaseException):
+            raise result
+        assert result.hidden is not None
+        # The state that became a thought is the one at the position before it.
+        states = result.hidden[len(segment.prompt_ids) - 1 : -1]
+        rows = read_out(self.model, states, top_k)
+        return [LensRow(segment.agent, step, tokens) for step, tokens in enumerate(rows, 1)]
+
+    def info(self) -> dict[str, Any]:
+        """See `LatentService.info`."""
+        model, ticker, kept = self.model, self._ticker, self._pool.kept
+        return {
+            "model": model.name,
+            "fingerprint": model.fingerprint,
+            "architecture": type(model.model).__name__,
+            "parameters": sum(p.numel() for p in model.model.parameters()),
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_positions": model.max_positions,
+            "realign": model.realign,
+            "think_tag": self.think_tag,
+            "merge": self._pool.mode,
+            "kv_bytes_per_position": model.bytes_per_position,
+            "kv_budget": kept.limit,
+            "kv_bytes": kept.used,
+            "kv_segments": len(kept),
+            "evictions": kept.evictions,
+            "rebuilds": self._pool.rebuilds,
+            "waiting": self._scheduler.waiting,
+            "rows": len(ticker.rows),
+            "ticks": ticker.ticks,
+            "thoughts": ticker.thoughts,
+            "tokens": ticker.spoken,
+            "prefilled": ticker.prefilled,
+        }
+
+    def close(self) -> None:
+        """See `LatentService.close`."""
+        self._finalizer()
+
+    def verify(self, latents: Sequence[LatentRef] | LatentRef | None) -> list[str]:
+        """Checks references and returns their ids.
+
+        Raises:
+            WrongModel: If one belongs to another model.
+            TamperedReference: If one is malformed or its signature does not match.
+            UnknownReference: If the recipe of one is not in the store.
+        """
+        self.model.refresh_if_changed()
+        refs = [latents] if isinstance(latents, Mapping) else list(latents or ())
+        if len(refs) > MAX_PARENTS:
+            raise InvalidRequest(f"One request reads at most {MAX_PARENTS} memories, not {len(refs)}.")
+        for ref in map(checked_ref, refs):
+            if ref["model"] != self.model.fingerprint:
+                raise WrongModel(
+                    f"The reference of agent {ref['agent']!r} belongs to model {ref['model']}, but this service runs "
+                    f"{self.model.name} ({self.model.fingerprint}); hand its text over instead, or load that model."
+                )
+            if not self._signer.matches(ref):
+                raise TamperedReference(
+                    f"The signature of the reference of agent {ref['agent']!r} does not match: it was changed, or "
+                    "another service made it with another key (key=..., or the key file of store=...)."
+                )
+            self._recipe(ref["id"])
+        return [ref["id"] for ref in refs]
+
+    def encode(self, messages: LanguageModelInput, tag: str) -> tuple[int, ...]:
+        """Token ids of messages in the chat template, with a generation prompt that ends in `tag`.
+
+        Raises:
+            InvalidRequest: If there are no messages, or the template or this model cannot take them.
+        """
+        listed = _as_messages(messages)
+        tokenizer = self.model.tokenizer
+        try:
+            text = tokenizer.apply_chat_template(
+                listed,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self.settings.template_args,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"The model's chat template refuses these messages: {error}") from error
+        return tuple(tokenizer(text + tag, add_special_tokens=False)["input_ids"])
+
+    def _recipe(self, key: str) -> Recipe:
+        if (recipe := self._recipes.get(key)) is None:
+            recipe = self._store.get(key)
+            if recipe.model != self.model.fingerprint:
+                raise UnknownReference(f"The memory {key} was made by another model ({recipe.model}).")
+            self._recipes.put(key, recipe)
+        return recipe
+
+    def _merge_of(self, layout: Layout) -> Literal["none", "rotated", "rebuilt"]:
+        if all(piece.start == self._lineage.line(piece.id)[-1].start for piece in layout):
+            return "none"
+        return "rotated" if self._pool.mode == "rotate" else "rebuilt"
+
+
+class _Request:
+    """One checked call of think or speak, not yet begun."""
+
+    def __init__(
+        self,
+        service: LocalService,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef],
+        agent: str,
+        *,
+        steps: int = 0,
+        sampling: Sampling | None = None,
+    ) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise InvalidRequest(f"steps must be a whole number from 0 on, not {steps!r}.")
+        if not agent or len(agent) > MAX_AGENT:
+            raise InvalidRequest(f"An agent needs a name of 1 to {MAX_AGENT} characters, not {agent!r}.")
+        self.service, self.agent, self.steps, self.sampling = service, agent, steps, sampling
+        self.parents = service.verify(latents)
+        self.prompt_ids = service.encode(
+            messages, service.think_tag if sampling is None else service.settings.speak_tag
+        )
+        self.layout = service._lineage.layout(self.parents)
+        self.start = self.layout[-1].end if self.layout else 0
+        self.model = service.model.fingerprint
+        self.alignment = "realign" if service.model.realign else "rescale"
+        to_come = steps + (sampling.max_tokens if sampling else 0)
+        needed, limit = self.start + len(self.prompt_ids) + to_come, service.model.max_positions
+        if needed > limit:
+            raise ContextTooLong(
+                f"Agent {agent!r} needs {needed} positions ({self.start} of memory, {len(self.prompt_ids)} of prompt, "
+                f"{to_come} to come), the model has {limit}. Read fewer memories, shorten the prompt, or "
+                "take fewer steps."
+            )
+
+    def known(self) -> LatentRef | None:
+        """The reference of this think, if it was thought before."""
+        key = self._id()
+        return self._ref(key) if key in self.service._recipes or key in self.service._store else None
+
+    def events(self, notify: bool) -> Iterator[int | Spoken | Result]:
+        """Does the work; yields steps and tokens if `notify`, then the result. Closing it frees the slot."""
+        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        row = self._begin(inbox.put, notify)
+        try:
+            while not isinstance(event := inbox.get(), (Result, BaseException)):
+                yield event
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+        finally:
+            row.cancelled = True
+
+    async def aevents(self, notify: bool) -> AsyncIterator[int | Spoken | Result]:
+        """Like `events`, for `async for`."""
+        inbox: asyncio.Queue[Any] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(event: object) -> None:
+            with suppress(RuntimeError):  # the loop was closed while the row was at work; nobody waits any more
+                loop.call_soon_threadsafe(inbox.put_nowait, event)
+
+        row = self._begin(put, notify)
+        try:
+            while not isinstance(event := await inbox.get(), (Result, BaseException)):
+                yield event
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+        finally:
+            row.cancelled = True
+
+    def keep(self, result: Result) -> LatentRef:
+        """Stores recipe and KV of a finished row; returns its reference."""
+        key = self._id(result.tokens)
+        segment = Segment(self.agent, self.prompt_ids, result.thoughts.cpu(), tuple(result.tokens))
+        recipe = Recipe(key, self.model, self.alignment, tuple(self.parents), segment)
+        self.service._store.put(recipe)
+        self.service._recipes.put(key, recipe)
+        self.service._pool.kept.put(key, result.kv)
+        return self._ref(key)
+
+    def last_chunk(self, result: Result) -> Chunk:
+        """What closes a stream of chunks."""
+        service = self.service
+        read = [service._recipe(piece.id).segment for piece in self.layout]
+        usage = Usage(
+            input_tokens=len(self.prompt_ids),
+            output_tokens=len(result.tokens),
+            latent_steps=sum(len(segment.thoughts) for segment in read),
+            positions_read=self.start,
+            merge=service._merge_of(self.layout),
+        )
+        return Chunk(result.text, ref=self.keep(result), usage=usage, finish_reason=result.finish)
+
+    def _begin(self, put: Callable[[object], None], notify: bool) -> Row:
+        row = Row(
+            past=(),
+            start=self.start,
+            inputs=[self.prompt_ids],
+            steps=self.steps,
+            sampling=self.sampling,
+            on_step=put if notify else None,
+            on_token=put if notify else None,
+            on_done=put,
+            on_error=put,
+        )
+        pool = self.service._pool
+        pool.submit(row, pool.place(self.layout))
+        return row
+
+    def _id(self, spoken_ids: Sequence[int] = ()) -> str:
+        return memory_id(
+            model=self.model,
+            alignment=self.alignment,
+            parents=self.parents,
+            prompt_ids=self.prompt_ids,
+            steps=self.steps,
+            spoken_ids=spoken_ids,
+        )
+
+    def _ref(self, key: str) -> LatentRef:
+        positions = self.service._lineage.line(key)[-1].end
+        ref = LatentRef(
+            id=key,
+            agent=self.agent,
+            model=self.model,
+            parents=list(self.parents),
+            positions=positions,
+            steps=self.steps,
+            mac="",
+        )
+        ref["mac"] = self.service._signer.sign(ref)
+        return ref
+
+
+def _checked_settings(settings: dict[str, Any]) -> LocalSettings:
+    try:
+        return LocalSettings(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        known = ", ".join(["device", "dtype", "revision", "trust_remote_code", *LocalSettings.model_fields])
+        raise InvalidRequest(
+            f"Setting {'.'.join(map(str, first['loc']))}: {first['msg']}. Settings: {known}."
+        ) from error
+
+
+def _sampling(values: dict[str, Any]) -> Sampling:
+    stop = values.pop("stop", None)
+    try:
+        return Sampling(**values, stop=(stop,) if isinstance(stop, str) else tuple(stop or ()))
+    except TypeError as error:
+        raise InvalidRequest(f"speak takes max_tokens, temperature, top_p, top_k, stop and seed: {error}") from error
+
+
+def _as_messages(messages: LanguageModelInput) -> list[dict[str, Any]]:
+    if isinstance(messages, PromptValue):
+        messages = messages.to_messages()
+    elif isinstance(messages, str):
+        messages = [("human", messages)]
+    try:
+        listed = convert_to_openai_messages(convert_to_messages(messages), text_format="string")
+    except (ValueError, NotImplementedError, TypeError) as error:
+        raise InvalidRequest(f"These are no messages that LangChain knows: {error}") from error
+    assert isinstance(listed, list)
+    if not listed:
+        raise InvalidRequest("There are no messages; give at least one.")
+    for message in listed:
+        if not isinstance(message.get("content") or "", str):
+            raise InvalidRequest(f"A {message['role']} message holds more than text; this service reads text only.")
+    return listed
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _close(scheduler: Scheduler, pool: KVPool) -> None:
+    scheduler.close()
+    pool.kept.clear()

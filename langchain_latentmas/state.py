@@ -1,0 +1,92 @@
+"""The graph state: references to memories that live in the service. Plain data, imports no torch."""
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated
+
+from langchain_core.messages import AnyMessage
+from langgraph.graph.message import add_messages
+from typing_extensions import TypedDict
+
+
+class LatentRef(TypedDict):
+    """A handle of a memory, in plain JSON, a few hundred bytes.
+
+    A `TypedDict`, because that is what every LangGraph checkpointer round-trips without a warning. It is signed by the
+    service that made it and verified before use, so one may store it, send it and lose it, but not write it.
+    """
+
+    id: str
+    """`lat_` and 32 hex digits: a digest of what the memory was made from."""
+    agent: str
+    """Who thought or spoke."""
+    model: str
+    """Fingerprint of the model's weights and vocabulary."""
+    parents: list[str]
+    """Ids of the memories that were read, in the order in which they were read."""
+    positions: int
+    """Positions of the whole memory, its ancestors included."""
+    steps: int
+    """Latent steps that this agent took."""
+    mac: str
+    """HMAC-SHA256 over all other fields."""
+
+
+def merge_latents(left: Sequence[LatentRef] | None, right: Sequence[LatentRef] | None) -> list[LatentRef]:
+    """Reducer of `LatentState.latents`: the union, in order of first appearance.
+
+    Idempotent, because subgraphs and handoffs emit values again that the state already has; pure, because LangGraph may
+    call it twice.
+
+    Args:
+        left: What the state holds.
+        right: What a node returned.
+
+    Returns:
+        A new list; a reference that is already there (same id and agent) keeps its place and is not repeated.
+    """
+    merged = {(ref["id"], ref["agent"]): ref for ref in left or []}
+    for ref in right or []:
+        merged.setdefault((ref["id"], ref["agent"]), ref)
+    return list(merged.values())
+
+
+class LatentState(TypedDict):
+    """State of a latent graph: the conversation, and the references that stand for what was thought."""
+
+    messages: Annotated[list[AnyMessage], add_messages]
+    latents: Annotated[list[LatentRef], merge_latents]
+
+
+def tips(refs: Iterable[LatentRef]) -> list[LatentRef]:
+    """The references that no other one of them descends from, in their order.
+
+    Args:
+        refs: Any references, say a state's `latents`.
+
+    Returns:
+        Those that nobody among `refs` names as a parent.
+    """
+    refs = list(refs)
+    parents = {parent for ref in refs for parent in ref["parents"]}
+    return [ref for ref in refs if ref["id"] not in parents]
+
+
+def ancestry(refs: Iterable[LatentRef], among: Iterable[LatentRef]) -> set[str]:
+    """Ids of `refs` and of everything they descend from, as far as `among` knows it.
+
+    Args:
+        refs: Where to start.
+        among: The references whose `parents` may be followed.
+
+    Returns:
+        A set of ids.
+    """
+    known = {ref["id"]: ref for ref in among}
+    found: set[str] = set()
+    queue = [ref["id"] for ref in refs]
+    while queue:
+        key = queue.pop()
+        if key not in found:
+            found.add(key)
+            queue += known[key]["parents"] if key in known else []
+    return found

@@ -1,0 +1,71 @@
+"""The two arrangements of the paper as ready graphs: experts one after the other, and in parallel before a judger."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from langchain_core.messages import SystemMessage
+from langgraph.graph import END, START, StateGraph
+
+from .node import LatentAgentNode, Prompt
+from .service import LatentService
+from .state import LatentState
+
+SEQUENTIAL: Mapping[str, str] = {
+    "planner": "You are a planner. Plan the steps for the question.",
+    "critic": "You are a critic. Check the plan for the question.",
+    "refiner": "You are a refiner. Improve the plan for the question.",
+}
+HIERARCHICAL: Mapping[str, str] = {
+    "arithmetic": "You are an arithmetic expert. Solve the question.",
+    "logic": "You are a logic expert. Solve the question.",
+    "reading": "You are a reading expert. Solve the question.",
+}
+JUDGER = "You are a judger. Give the final answer."
+
+
+def sequential(service: LatentService | None = None, **options: Any) -> "StateGraph[LatentState]":
+    """Planner, critic and refiner think one after the other, then a judger speaks (paper, section 3.4).
+
+    Args:
+        service: The model service; None as for `LatentAgentNode`.
+        **options: `agents` (prompt by name), `judger` (its prompt), `relay` (whether the judger is kept from the
+            question, so that it can know it from the others alone), `steps`, `max_tokens`.
+
+    Returns:
+        A builder; compile it, with a checkpointer if you like.
+    """
+    agents, builder = _team(service, {"agents": SEQUENTIAL, **options})
+    for one, next_one in zip([START, *agents], [*agents, "judger"], strict=True):
+        builder.add_edge(one, next_one)
+    builder.add_edge("judger", END)
+    return builder
+
+
+def hierarchical(service: LatentService | None = None, **options: Any) -> "StateGraph[LatentState]":
+    """Experts think in parallel and blind to each other, then a judger reads them all and speaks (paper, section 3.4).
+
+    Args:
+        service: The model service; None as for `LatentAgentNode`.
+        **options: As for `sequential`.
+
+    Returns:
+        A builder.
+    """
+    agents, builder = _team(service, {"agents": HIERARCHICAL, **options})
+    for agent in agents:
+        builder.add_edge(START, agent)
+    builder.add_edge(list(agents), "judger")
+    builder.add_edge("judger", END)
+    return builder
+
+
+def _team(service: LatentService | None, options: dict[str, Any]) -> "tuple[list[str], StateGraph[LatentState]]":
+    agents: Mapping[str, str] = options.pop("agents")
+    prompt = options.pop("judger", JUDGER)
+    judger: Prompt = (lambda state: [SystemMessage(prompt)]) if options.pop("relay", False) else prompt
+    builder = StateGraph(LatentState)
+    for name, role in agents.items():
+        builder.add_node(name, LatentAgentNode(name, role, service=service, **options))
+    options.pop("steps", None)
+    builder.add_node("judger", LatentAgentNode("judger", judger, service=service, speak=True, **options))
+    return list(agents), builder
