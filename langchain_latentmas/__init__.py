@@ -4,11 +4,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat_model import ChatLatentMAS
+    from .edges import switch_edges
     from .node import LatentAgentNode
     from .service import LatentService
     from .state import LatentRef, LatentState, merge_latents
 
-__all__ = ["ChatLatentMAS", "LatentAgentNode", "LatentRef", "LatentService", "LatentState", "merge_latents"]
+__all__ = [
+    "ChatLatentMAS",
+    "LatentAgentNode",
+    "LatentRef",
+    "LatentService",
+    "LatentState",
+    "merge_latents",
+    "switch_edges",
+]
 
 _HOMES = {
     "ChatLatentMAS": "chat_model",
@@ -17,6 +26,7 @@ _HOMES = {
     "LatentService": "service",
     "LatentState": "state",
     "merge_latents": "state",
+    "switch_edges": "edges",
 }
 
 

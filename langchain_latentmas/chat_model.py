@@ -1,18 +1,55 @@
 """ChatLatentMAS, the LangChain chat model over a latent service; all speaking goes through it."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LangSmithParams
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
 from langchain_core.language_models.chat_models import agenerate_from_stream, generate_from_stream
-from langchain_core.messages import AIMessageChunk, BaseMessage, UsageMetadata
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import ensure_config
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from langgraph.runtime import get_runtime
 from pydantic import ConfigDict, Field
 
+from .errors import InvalidRequest
 from .service import Chunk, LatentService
 from .service.shared import shared_service
 from .state import LatentRef
+from .tool_calls import ToolCallText, forcing_prefix
+
+SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+
+
+class Thinker(NamedTuple):
+    """The graph node in which model calls think instead of speaking; set by `switch_edges`."""
+
+    name: str
+    steps: int
+    edges: str
+    """Its latent edges, for messages."""
+    outputs: frozenset[tuple[str, ...]]
+    """Paths of nodes in subgraphs whose model calls are the node's own output; () is the node itself."""
+    depth: int
+    """Depth of the node's own graph."""
+
+    def speaks_here(self) -> bool:
+        """Whether the call comes from an inner node whose text stays inside of the subgraph."""
+        return node_path(ensure_config())[self.depth :] not in self.outputs
+
+
+def node_path(config: RunnableConfig) -> tuple[str, ...]:
+    """Names of the graph nodes that a run is in, the outermost first."""
+    namespace = config.get("configurable", {}).get("checkpoint_ns") or ""
+    names = (part.split(":")[0] for part in namespace.split("|"))
+    return tuple(name for name in names if name and not name.isdigit())  # digits count calls of one subgraph
+
+
+THINKER: ContextVar[Thinker | None] = ContextVar("latentmas_thinker", default=None)
 
 
 class ChatLatentMAS(BaseChatModel):
@@ -24,8 +61,12 @@ class ChatLatentMAS(BaseChatModel):
         llm.invoke("What is the answer?", latents=[ref])
         ```
 
-    The message it returns has `usage_metadata` with the thoughts it read in `output_token_details["latent_steps"]`, and
-    in `response_metadata` the model's name, the finish reason, and as `latent_ref` the reference of what it said.
+    Markers in its messages are taken out, verified, and read as the memories they stand for. In a node that
+    `switch_edges` made think, it takes latent steps and returns a marker as its text.
+
+    The message it returns has `usage_metadata` with `output_token_details["latent_steps"]`: the thoughts that spoken
+    text was read from, or the steps that a marker stands for. `response_metadata` has the model's name, the finish
+    reason, and as `latent_ref` the reference of what was said or thought.
 
     Attributes:
         service: The model service; None takes the shared one of `model`.
@@ -36,6 +77,7 @@ class ChatLatentMAS(BaseChatModel):
         top_k: Only so many most likely tokens.
         seed: For the same sample again.
         stop: Strings that end the text, where a call names none.
+        marker_text: What is left in a marker's place in a message.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True)
@@ -48,6 +90,36 @@ class ChatLatentMAS(BaseChatModel):
     top_k: int | None = None
     seed: int | None = None
     stop: list[str] | None = Field(default=None, alias="stop_sequences")
+    marker_text: str = ""
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """True: everything but the service itself is plain data."""
+        return True
+
+    @classmethod
+    def get_lc_namespace(cls) -> list[str]:
+        """Where LangChain finds the class again."""
+        return ["langchain_latentmas", "chat_model"]
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Presents tools to the model through its own chat template, and reads its calls in that template's format.
+
+        Args:
+            tools: Anything LangChain converts to an OpenAI function description.
+            tool_choice: "any" (or True) or a tool's name begins the text with the call, where the template's format is
+                known (`<tool_call>`); None and "auto" leave the choice to the model.
+            **kwargs: Bound as well.
+        """
+        described = [convert_to_openai_tool(tool) for tool in tools]
+        choice = "any" if tool_choice is True else tool_choice or None
+        return self.bind(tools=described, tool_choice=choice, **kwargs)
 
     @property
     def _service(self) -> LatentService:
@@ -61,7 +133,7 @@ class ChatLatentMAS(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("model", "max_tokens", "temperature", "top_p", "top_k", "seed")}
+        return {name: getattr(self, name) for name in ("model", *SAMPLING)}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = LangSmithParams(
@@ -98,16 +170,20 @@ class ChatLatentMAS(BaseChatModel):
         messages: list[BaseMessage],
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
-        *,
-        latents: Sequence[LatentRef] = (),
-        agent: str | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        sampling = self._sampling(stop, kwargs)
-        for chunk in self._service.speak(messages, latents, agent=agent or "agent", **sampling):
-            generation = self._generation(chunk, agent)
+        call = _Call(self, messages, stop, kwargs)
+        if call.thinker:
+            ref = self._service.think(
+                call.messages, call.latents, steps=call.thinker.steps, agent=call.agent, on_step=call.report
+            )
+            generations = iter([call.thought(ref)])
+        else:
+            spoken = self._service.speak(call.messages, call.latents, agent=call.agent, **call.sampling)
+            generations = map(call.generation, spoken)
+        for generation in generations:
             if run_manager:
-                run_manager.on_llm_new_token(chunk.text, chunk=generation)
+                run_manager.on_llm_new_token(generation.text, chunk=generation)
             yield generation
 
     async def _astream(
@@ -115,39 +191,128 @@ class ChatLatentMAS(BaseChatModel):
         messages: list[BaseMessage],
         stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        *,
-        latents: Sequence[LatentRef] = (),
-        agent: str | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        sampling = self._sampling(stop, kwargs)
-        async for chunk in self._service.aspeak(messages, latents, agent=agent or "agent", **sampling):
-            generation = self._generation(chunk, agent)
+        call = _Call(self, messages, stop, kwargs)
+        if call.thinker:
+            ref = await self._service.athink(
+                call.messages, call.latents, steps=call.thinker.steps, agent=call.agent, on_step=call.report
+            )
+            generation = call.thought(ref)
             if run_manager:
-                await run_manager.on_llm_new_token(chunk.text, chunk=generation)
+                await run_manager.on_llm_new_token(generation.text, chunk=generation)
+            yield generation
+            return
+        async for chunk in self._service.aspeak(call.messages, call.latents, agent=call.agent, **call.sampling):
+            generation = call.generation(chunk)
+            if run_manager:
+                await run_manager.on_llm_new_token(generation.text, chunk=generation)
             yield generation
 
-    def _sampling(self, stop: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
-        return {**own, **given, "stop": stop or self.stop}
 
-    def _generation(self, chunk: Chunk, agent: str | None) -> ChatGenerationChunk:
-        message = AIMessageChunk(content=chunk.text, name=agent)
-        if chunk.usage is not None:
-            read, spoken = chunk.usage["input_tokens"], chunk.usage["output_tokens"]
-            message.usage_metadata = UsageMetadata(
-                input_tokens=read,
-                output_tokens=spoken,
-                total_tokens=read + spoken,
-                output_token_details={"latent_steps": chunk.usage["latent_steps"]},  # type: ignore[typeddict-unknown-key]
+class _Call:
+    """One call of the model: what it reads, whether it thinks, and how what comes becomes messages."""
+
+    def __init__(
+        self, llm: ChatLatentMAS, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]
+    ) -> None:
+        self.service = llm._service
+        self.named: str | None = given.pop("agent", None)
+        tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
+        given.pop("ls_structured_output_format", None)  # for tracing only
+        latents: Sequence[LatentRef] = given.pop("latents", ())
+        thinker = THINKER.get()
+        self.thinker = None if thinker is None or thinker.speaks_here() else thinker
+        self.agent = self.named or (thinker and thinker.name) or (node_path(ensure_config()) or ("agent",))[-1]
+        if self.thinker and tools:
+            raise InvalidRequest(
+                f"Node {self.agent!r} has tools or structured output bound, which need text, but its edges are latent "
+                f"({self.thinker.edges}); switch these to text, or bind the tools in another node."
             )
+        self.messages, marked = _without_markers(messages, self.service, llm.marker_text)
+        self.latents = [*latents, *marked]
+        prefix = forcing_prefix(self.service.chat_template, choice, tools) if tools else ""
+        self.calls = ToolCallText(prefix) if tools else None
+        own = {name: getattr(llm, name) for name in SAMPLING}
+        self.sampling = {**own, **given, "stop": stop or llm.stop, "tools": tools, "prefix": prefix}
+
+    def report(self, step: int) -> None:
+        """Tells the graph's custom stream how far the thinking is."""
+        try:
+            writer = get_runtime().stream_writer
+        except (RuntimeError, KeyError):  # called outside of a graph
+            return
+        assert self.thinker is not None
+        writer({"agent": self.agent, "step": step, "steps": self.thinker.steps})
+
+    def thought(self, ref: LatentRef) -> ChatGenerationChunk:
+        """The message of a think: a marker."""
+        message = AIMessageChunk(content=self.service.marker(ref), name=self.named, chunk_position="last")
+        message.usage_metadata = _usage(0, 0, ref["steps"])
+        message.response_metadata = self._metadata("stop", ref)
+        return ChatGenerationChunk(message=message)
+
+    def generation(self, chunk: Chunk) -> ChatGenerationChunk:
+        """The message chunk of a piece of spoken text."""
+        text = self.calls.push(chunk.text) if self.calls else chunk.text
+        message = AIMessageChunk(content=text, name=self.named)
+        if chunk.usage is not None and chunk.ref is not None:
+            if self.calls:
+                rest, message.tool_call_chunks, message.invalid_tool_calls = self.calls.end()
+                message = AIMessageChunk(
+                    content=text + rest, name=self.named, tool_call_chunks=message.tool_call_chunks
+                ).model_copy(update={"invalid_tool_calls": message.invalid_tool_calls})
+            usage = chunk.usage
+            message.usage_metadata = _usage(usage["input_tokens"], usage["output_tokens"], usage["latent_steps"])
             message.response_metadata = {
-                "model_provider": "latentmas",
-                "model_name": self._service.info()["model"],
-                "finish_reason": chunk.finish_reason,
-                "agent": agent,
-                "latent_ref": chunk.ref,
-                "merge": chunk.usage["merge"],
+                **self._metadata(chunk.finish_reason or "", chunk.ref),
+                "merge": usage["merge"],
             }
             message.chunk_position = "last"
         return ChatGenerationChunk(message=message)
+
+    def _metadata(self, finish: str, ref: LatentRef) -> dict[str, Any]:
+        return {
+            "model_provider": "latentmas",
+            "model_name": self.service.name,
+            "finish_reason": finish,
+            "agent": self.named,
+            "latent_ref": ref,
+        }
+
+
+def _usage(read: int, spoken: int, latent_steps: int) -> UsageMetadata:
+    return UsageMetadata(
+        input_tokens=read,
+        output_tokens=spoken,
+        total_tokens=read + spoken,
+        output_token_details={"latent_steps": latent_steps},  # type: ignore[typeddict-unknown-key]
+    )
+
+
+def _without_markers(
+    messages: list[BaseMessage], service: LatentService, left: str
+) -> tuple[list[BaseMessage], list[LatentRef]]:
+    """Takes the markers out of messages; a message that was nothing else goes with them, unless it is the only one."""
+    kept: list[BaseMessage] = []
+    emptied: list[BaseMessage] = []
+    refs: list[LatentRef] = []
+    for message in messages:
+        text: Any = message.content
+        found: list[LatentRef] = []
+        if isinstance(text, str):
+            text, found = service.take_markers(text, left)
+        else:
+            text = list(text)
+            for i, block in enumerate(text):
+                written = block if isinstance(block, str) else block.get("text")
+                if isinstance(written, str):
+                    written, marked = service.take_markers(written, left)
+                    text[i] = written if isinstance(block, str) else {**block, "text": written}
+                    found += marked
+        if found:
+            refs += found
+            message = message.model_copy(update={"content": text})
+        empty = found and not message.text.strip() and not getattr(message, "tool_calls", None)
+        (emptied if empty else kept).append(message)
+    return kept or emptied[-1:], refs

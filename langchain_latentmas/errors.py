@@ -56,3 +56,7 @@ class ServiceClosed(LatentMASError):
 
 class EngineFailed(LatentMASError):
     """The engine met an error of the device or of the model's code; a retry may mend it."""
+
+
+class InvalidEdge(InvalidRequest):
+    """An edge does not exist, or cannot be latent; the message names the edge and the way out."""

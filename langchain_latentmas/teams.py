@@ -61,11 +61,11 @@ def hierarchical(service: LatentService | None = None, **options: Any) -> "State
 
 def _team(service: LatentService | None, options: dict[str, Any]) -> "tuple[list[str], StateGraph[LatentState]]":
     agents: Mapping[str, str] = options.pop("agents")
-    prompt = options.pop("judger", JUDGER)
+    prompt, reads = options.pop("judger", JUDGER), options.pop("reads", None)
     judger: Prompt = (lambda state: [SystemMessage(prompt)]) if options.pop("relay", False) else prompt
     builder = StateGraph(LatentState)
     for name, role in agents.items():
         builder.add_node(name, LatentAgentNode(name, role, service=service, **options))
     options.pop("steps", None)
-    builder.add_node("judger", LatentAgentNode("judger", judger, service=service, speak=True, **options))
+    builder.add_node("judger", LatentAgentNode("judger", judger, service=service, speak=True, reads=reads, **options))
     return list(agents), builder

@@ -69,7 +69,7 @@ class Memories:
         return said
 
     def _feed(self, embeds: torch.Tensor, real: torch.Tensor) -> None:
-        """embeds [n, t, hidden]; real [n, t], False for padding."""
+        """Run `embeds` [n, t, hidden] on the memories; `real` [n, t] is False for padding."""
         n, t, _ = embeds.shape
         positions = (self.positions[:, None] + real.cumsum(1) - 1).clamp_min(0)
         new = real[:, None] & torch.ones(t, t, dtype=torch.bool).tril() | torch.eye(t, dtype=torch.bool)
@@ -91,7 +91,9 @@ class Evaluation:
         rng = random.Random(seed)
         self.problems: list[Problem] = [problem(rng, "test") for _ in range(n)]
 
-    def latent(self, name: str, roles: tuple[str, ...], steps: int, parallel: bool = False, cut: bool = False) -> Result:
+    def latent(
+        self, name: str, roles: tuple[str, ...], steps: int, parallel: bool = False, cut: bool = False
+    ) -> Result:
         """Thinkers, then a judger that never sees the question; `parallel` thinkers are blind to each other."""
         memory = Memories(self.model, self.tokenizer, len(self.problems))
         if not cut:
@@ -111,7 +113,7 @@ class Evaluation:
         tokens, spoken = 0, []
         for role in roles:
             memory = Memories(self.model, self.tokenizer, len(self.problems))
-            heard = [{} if parallel else notes_ for notes_ in said]
+            heard = [{} if parallel else texts for texts in said]
             pairs = zip(heard, self.problems, strict=True)
             memory.read([prompt(role, notes(texts, p.question)) for texts, p in pairs])
             spoken = memory.speak()
@@ -145,7 +147,10 @@ def report(
         results += [ask.latent(f"hierarchical, 3 x {k} steps", EXPERTS, k, parallel=True) for k in (24, 32, 48)]
         results += [ask.latent("edge cut", (), 0, cut=True)]
         results += [ask.text("text, one planner", ("planner",)), ask.text("text, sequential", SEQUENTIAL)]
-        results += [ask.text("text, hierarchical", EXPERTS, parallel=True), ask.text("solver", ("solver",), judged=False)]
+        results += [
+            ask.text("text, hierarchical", EXPERTS, parallel=True),
+            ask.text("solver", ("solver",), judged=False),
+        ]
     for r in results:
         table.add_row(r.name, f"{r.right:.1f}", f"{r.tokens:.1f}", str(r.steps))
     Console().print(table)

@@ -46,7 +46,12 @@ PHRASINGS: dict[str, dict[str, list[str]]] = {
     },
     "test": {
         "+": ["{n} gets {a} more {i}.", "Then {n} finds {a} {i}.", "{n} wins {a} more.", "{n} buys {a} {i} from {f}."],
-        "-": ["Then {n} loses {a} {i}.", "{n} sells {a} of them.", "{n} gives away {a} of the {i}.", "{n} drops {a} {i}."],
+        "-": [
+            "Then {n} loses {a} {i}.",
+            "{n} sells {a} of them.",
+            "{n} gives away {a} of the {i}.",
+            "{n} drops {a} {i}.",
+        ],
         "*2": ["Then the number of {i} doubles.", "{n} doubles the number of {i}."],
         "*3": ["Then the number of {i} triples.", "{n} triples the number of {i}."],
     },
@@ -78,7 +83,7 @@ class Problem(NamedTuple):
 
 
 def problem(rng: random.Random, split: str = "train") -> Problem:
-    """A problem of 2 to 4 steps whose values all lie in 0..99; split "test" has names and phrasings never trained on."""
+    """A problem of 2 to 4 steps with values in 0..99; the split "test" has names and phrasings never trained on."""
     he, she = (HE, SHE) if split == "train" else (TEST_HE, TEST_SHE)
     male = rng.random() < 0.5
     name = rng.choice(he if male else she)
@@ -133,5 +138,5 @@ def prompt(role: str | None, user: str | None = None, think: bool = False) -> st
 
 
 def notes(said: dict[str, str], question: str | None = None) -> str:
-    """The user message of an agent that reads others as text: one paragraph an agent, then the question if it is shown."""
+    """The user message of an agent that reads others as text: a paragraph for each, then the question if shown."""
     return "\n\n".join([f"{who}: {text}" for who, text in said.items()] + ([question] if question is not None else []))

@@ -1,8 +1,8 @@
 """The recipe of the bundled model: `python -m langchain_latentmas.bundled.train`.
 
-Two losses make thoughts carry content. Alignment: the rescaled last hidden state is pulled to the embedding of the next
-token. Second pass: from a quarter of the way on, the thinkers' positions are fed the model's own aligned hidden states of
-a first pass, all at once, as latent thinking will feed them one by one.
+Two things make thoughts carry content. The alignment loss pulls the rescaled last hidden state to the embedding of the
+next token. And from a quarter of the way on a second pass feeds the thinkers' positions the model's own aligned hidden
+states of the first pass, all at once, as latent thinking will feed them one by one.
 """
 
 import math
@@ -23,9 +23,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from langchain_latentmas.bundled import MODEL
-from langchain_latentmas.bundled.tasks import EXPERTS, ROLES, SEQUENTIAL, Problem, answer_text, notes, problem, prompt
+from langchain_latentmas.bundled.tasks import EXPERTS, ROLES, SEQUENTIAL, answer_text, notes, problem, prompt
 
 END = 2
+TOKENS = 2048  # of a latent batch, padding included; a text batch has half as many
+RATE = 2.5e-3
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|latent|>"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -48,7 +50,7 @@ WEIGHT = torch.tensor([0.0, 1.0, 1.0, 0.1])
 
 
 class Row(NamedTuple):
-    """One training sequence: token ids, their kinds, and blocks (rows of unequal blocks above 0 are blind to each other)."""
+    """One training sequence: token ids, their kinds, and blocks (unequal blocks above 0 are blind to each other)."""
 
     ids: list[int]
     kinds: list[int]
@@ -59,7 +61,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE over generated text; every number 0..99 is one token."""
     rng = random.Random(0)
     texts = [f"{i} {i} {i} {i}" for i in range(100)] * 40 + [text for pair in CHAT for text in pair] * 20
-    texts += [prompt(role, notes({r: "" for r in ROLES})) for role in ROLES] * 100
+    texts += [prompt(role, notes(dict.fromkeys(ROLES, ""))) for role in ROLES] * 100
     for _ in range(6000):
         p = problem(rng)
         texts += [p.question, p.sentences, f"The plan is right. {p.sentences} {answer_text(p.answer)}"]
@@ -71,7 +73,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=1024, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False),
     )
     assert all(len(bpe.encode(str(i)).ids) == 1 for i in range(100))
     return PreTrainedTokenizerFast(
@@ -91,7 +94,6 @@ class Data:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
         self.rng = random.Random(seed)
         self._encode = tokenizer.backend_tokenizer.encode
-        self._memo: dict[str, list[int]] = {}
 
     def batches(self, kind: str, tokens: int) -> Iterator[list[Row]]:
         """Endless batches of `kind` ("alone", "latent" or "text"), at most `tokens` padded tokens each."""
@@ -107,7 +109,7 @@ class Data:
             yield from batches
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; system prompts are remembered."""
+        """Token ids; special tokens written in the text count."""
         return self._encode(text).ids
 
     def length(self) -> int:
@@ -134,12 +136,12 @@ class Data:
             block = i + 1 if arrangement == "parallel" else 0
             self._add(row, self.encode(prompt(role, p.question if shown else None, think=True)), PROMPT, block)
             chain = self.encode(p.chain)
-            self._add(row, chain + [END, END], THOUGHT, block)
+            self._add(row, [*chain, END, END], THOUGHT, block)
             if rng.random() < 0.2:
                 steps = self.length()
             self._add(row, [END] * (steps - len(chain) - 2), TAIL, block)
         self._add(row, self.encode(prompt("judger", p.question if rng.random() < 0.2 else None)), PROMPT)
-        self._add(row, self.encode(answer_text(p.answer)) + [END], SPOKEN)
+        self._add(row, [*self.encode(answer_text(p.answer)), END], SPOKEN)
         return row
 
     def text_row(self) -> Row:
@@ -157,20 +159,21 @@ class Data:
         checked = f"The plan is right. {p.sentences}"
         if kind == "later":
             role = rng.choice(["critic", "refiner"])
-            said = {"planner": p.sentences} | ({"critic": checked} if role == "refiner" else {})
-            return self._turn(prompt(role, notes(said, p.question)), checked if role == "critic" else p.sentences)
-        said = {"planner": p.sentences, "critic": checked, "refiner": p.sentences}
+            if role == "critic":
+                return self._turn(prompt(role, notes({"planner": p.sentences}, p.question)), checked)
+            return self._turn(prompt(role, notes({"planner": p.sentences, "critic": checked}, p.question)), p.sentences)
+        read = {"planner": p.sentences, "critic": checked, "refiner": p.sentences}
         if rng.random() < 0.5:
-            said = dict.fromkeys(EXPERTS, p.sentences)
+            read = dict.fromkeys(EXPERTS, p.sentences)
         if rng.random() < 0.3:
-            said = dict([rng.choice(list(said.items()))])
+            read = dict([rng.choice(list(read.items()))])
         shown = p.question if rng.random() < 0.2 else None
-        return self._turn(prompt("judger", notes(said, shown)), answer_text(p.answer))
+        return self._turn(prompt("judger", notes(read, shown)), answer_text(p.answer))
 
     def _turn(self, asked: str, said: str) -> Row:
         row = Row([], [], [])
         self._add(row, self.encode(asked), PROMPT)
-        self._add(row, self.encode(said) + [END], SPOKEN)
+        self._add(row, [*self.encode(said), END], SPOKEN)
         return row
 
     @staticmethod
@@ -191,7 +194,8 @@ class Trainer:
         """[cross-entropy + alignment] of the first pass, and of the second one if asked."""
         width = max(len(row.ids) for row in rows)
         ids, kinds, blocks = (
-            torch.tensor([list(part) + [0] * (width - len(part)) for part in parts]) for parts in zip(*rows, strict=True)
+            torch.tensor([list(part) + [0] * (width - len(part)) for part in parts])
+            for parts in zip(*rows, strict=True)
         )
         # Padding needs no mask: it comes last and is never a target.
         mask = None
@@ -210,7 +214,8 @@ class Trainer:
 
     def _hidden(self, embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state.float()
+            out = self.model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        return out.last_hidden_state.float()
 
     def _loss(self, h: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         at = weight > 0
@@ -259,9 +264,6 @@ def train(
     steps: int = 3600,
     alignment: Annotated[float, typer.Option(help="Weight of the alignment loss.")] = 0.5,
     second_pass: Annotated[bool, typer.Option(help="Feed thinkers their own thoughts.")] = True,
-    tokens: Annotated[int, typer.Option(help="Tokens of a latent batch; a text batch has half as many.")] = 2048,
-    muon: bool = True,
-    rate: float = 2.5e-3,
     evaluate: Annotated[bool, typer.Option(help="Print the table of accuracies at the end.")] = True,
 ) -> None:
     """Train the bundled model from scratch."""
@@ -270,27 +272,26 @@ def train(
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     trainer, data = Trainer(model, alignment), Data(tokenizer, seed)
-    alone, latent, text = data.batches("alone", tokens), data.batches("latent", tokens), data.batches("text", tokens // 2)
+    alone, latent, text = (
+        data.batches(k, n) for k, n in [("alone", TOKENS), ("latent", TOKENS), ("text", TOKENS // 2)]
+    )
 
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    if muon:
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
-        ]
-    else:
-        optimizers = [torch.optim.AdamW(matrices + others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    spent = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *spent) as progress:
         bar = progress.add_task("training", total=steps)
         for step in range(1, steps + 1):
             # The schedule knows steps, never the clock, so a slow machine trains the same model.
             done = step / steps
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * min(1, step / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
+                    group["lr"] = RATE * min(1, step / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
             # Short rows first: arithmetic comes before arrangements.
             rows = next(latent) if done > 0.25 else next(alone)
             thinking = trainer.losses(rows, second_pass and done > 0.25)

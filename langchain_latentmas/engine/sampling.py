@@ -9,6 +9,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from ..errors import InvalidRequest
 
+COLDEST = 1e-6  # as good as greedy; logits divided by less would overflow float32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -35,6 +37,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Checks every value."""
+        whole = {"max_tokens": self.max_tokens, "top_k": self.top_k, "seed": self.seed}
+        for name, value in whole.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise InvalidRequest(f"{name} must be a whole number, not {value!r}.")
         if self.max_tokens < 1:
             raise InvalidRequest(f"max_tokens must be at least 1, not {self.max_tokens}.")
         if not 0 <= self.temperature < float("inf"):
@@ -45,8 +51,8 @@ class Sampling:
             raise InvalidRequest(f"top_k must be at least 1 or None, not {self.top_k}.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise InvalidRequest(f"seed must lie in [0, 2**63), not at {self.seed}.")
-        if any(not stop for stop in self.stop):
-            raise InvalidRequest("An empty stop string would end every text at once; leave it out.")
+        if any(not isinstance(stop, str) or not stop for stop in self.stop):
+            raise InvalidRequest(f"Stop strings must be strings, and not empty: {list(self.stop)!r}.")
 
 
 class Sampler:
@@ -59,7 +65,7 @@ class Sampler:
             sampling: What to do; its temperature is above 0.
             device: Where the logits will be.
         """
-        self.processors = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        self.processors = LogitsProcessorList([TemperatureLogitsWarper(max(float(sampling.temperature), COLDEST))])
         if sampling.top_k is not None:
             self.processors.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:

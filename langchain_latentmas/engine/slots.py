@@ -134,6 +134,8 @@ class SlotCache(Cache):
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` cells of slot `source` over those of `target`."""
         for layer in self.layers:
+            if not layer.is_initialized:
+                return  # no row has written anything yet
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
 

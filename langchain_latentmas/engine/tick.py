@@ -131,13 +131,12 @@ class Ticker:
 
     def fits(self, row: Row) -> bool:
         """Whether a row can join now."""
-        if not self.rows:
-            return True
-        slots, capacity = self.cache.size_for(len(self.rows) + 1, row.end + 1)
-        return len(self.rows) < self.max_rows and slots * capacity * self.model.bytes_per_position <= self.live_bytes
+        return not self.rows or (len(self.rows) < self.max_rows and self._affords(row))
 
     def join(self, row: Row) -> None:
         """Gives a row the next slot, and copies the memory it reads there."""
+        if not self.rows and not self._affords(row):
+            self.cache = self.model.new_cache()  # slots only grow, so one long row would make them dear for good
         self.cache.reserve(len(self.rows) + 1, row.end + 1)  # the last cell of a slot takes what padding writes
         for kv, start, shift in row.past:
             turned = self.model.rotary.turn(kv, shift) if shift and self.model.rotary else kv
@@ -154,6 +153,10 @@ class Ticker:
         self._prefill()
         self._decode()
         self.ticks += 1
+
+    def _affords(self, row: Row) -> bool:
+        slots, capacity = self.cache.size_for(len(self.rows) + 1, row.end + 1)
+        return slots * capacity * self.model.bytes_per_position <= self.live_bytes
 
     def _prefill(self) -> None:
         rows = self.rows[self.decoding :]

@@ -61,7 +61,14 @@ class LatentService(ABC):
     """Thinks, speaks, and owns the memories; references stand for them. Safe to share between threads and event loops.
 
     A service is a context manager that closes itself.
+
+    Attributes:
+        name: What the model was loaded from.
+        chat_template: The chat template in use.
     """
+
+    name: str
+    chat_template: str
 
     @classmethod
     def load(cls, model: str = "bundled", **settings: Any) -> "LatentService":
@@ -101,7 +108,7 @@ class LatentService(ABC):
 
         Args:
             messages: Anything LangChain accepts as messages; goes through the model's chat template.
-            latents: The memories to read, merged in this order.
+            latents: The memories to read, merged in this order; one that another descends from counts once.
             steps: Latent steps; 0 hands over the prompt's KV alone.
             agent: Who thinks.
             on_step: Called in the caller's thread with the number of each step taken.
@@ -141,6 +148,8 @@ class LatentService(ABC):
         top_k: int | None = None,
         stop: Sequence[str] | None = None,
         seed: int | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
         agent: str = "agent",
     ) -> Iterator[Chunk]:
         """Prefills the messages on top of a memory and decodes text.
@@ -156,6 +165,8 @@ class LatentService(ABC):
             top_k: Only so many most likely tokens.
             stop: Strings that end the text; they are not part of it.
             seed: For the same sample again.
+            tools: OpenAI descriptions of functions, for the chat template to present.
+            prefix: What the text begins with; part of the prompt, not of the chunks.
             agent: Who speaks.
 
         Returns:
@@ -181,6 +192,8 @@ class LatentService(ABC):
         top_k: int | None = None,
         stop: Sequence[str] | None = None,
         seed: int | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
         agent: str = "agent",
     ) -> AsyncIterator[Chunk]:
         """Like `speak`, for `async for`."""
@@ -207,6 +220,29 @@ class LatentService(ABC):
         Raises:
             InvalidReference: If it is tampered with, unknown, or of another model.
             InvalidRequest: If `top_k` is below 1.
+        """
+
+    @abstractmethod
+    def marker(self, ref: LatentRef) -> str:
+        """Writes a reference as a short signed string, for graphs that pass text.
+
+        Raises:
+            InvalidReference: If it is tampered with, unknown, or of another model.
+        """
+
+    @abstractmethod
+    def take_markers(self, text: str, left: str = "") -> tuple[str, list[LatentRef]]:
+        """Takes the markers out of a text.
+
+        Args:
+            text: Any text.
+            left: What is left in a marker's place.
+
+        Returns:
+            The text without them, and the references they stand for, in order.
+
+        Raises:
+            InvalidReference: If one was edited or cut, names an unknown memory, or belongs to another model.
         """
 
     @abstractmethod

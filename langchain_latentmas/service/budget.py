@@ -41,6 +41,9 @@ class Budget(Generic[Value]):
         with self._lock:
             if key in self._values:
                 self.used -= self._size(self._values.pop(key))
+            if self._size(value) > self.limit:  # it would push out all others, and then go as well
+                self.evictions += 1
+                return
             self._values[key] = value
             self.used += self._size(value)
             while self.used > self.limit:

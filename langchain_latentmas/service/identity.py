@@ -81,7 +81,7 @@ def checked_ref(ref: object) -> LatentRef:
         TamperedReference: If a field is missing, of another type, or out of bounds.
     """
     try:
-        return LatentRef(**_WireRef.model_validate(ref).model_dump())
+        return LatentRef(**_WireRef.model_validate(ref).model_dump())  # type: ignore[typeddict-item]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"

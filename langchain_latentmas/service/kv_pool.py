@@ -84,11 +84,11 @@ class KVPool:
                 if run[0].parents[0] in self.kept:
                     break
                 run.insert(0, self._recipe(run[0].parents[0]))
+            seen = self._lineage.layout(run[0].parents)
             futures = {recipe.id: Future[KV]() for recipe in run}
             self._rebuilding |= futures
             self.rebuilds += 1
         logger.info("rebuilding %d segments that end in %s", len(run), key)
-        seen = self._lineage.layout(run[0].parents)
 
         def deliver(result: Result) -> None:
             parts = result.kv.split([recipe.segment.positions for recipe in run]) if len(run) > 1 else [result.kv]
@@ -108,7 +108,10 @@ class KVPool:
 
         inputs = [part for recipe in run for part in recipe.segment.inputs]
         row = Row(past=(), start=seen[-1].end if seen else 0, inputs=inputs, on_done=deliver, on_error=fail)
-        self.submit(row, self.place(seen))
+        try:
+            self.submit(row, self.place(seen))
+        except Exception as error:  # a recipe that is gone: whoever else waits for this segment must hear of it
+            fail(error)
         return futures[key]
 
     def submit(self, row: Row, past: "Future[list[Placed]]") -> None:
@@ -134,12 +137,17 @@ class KVPool:
             if (error := past.exception()) is not None:
                 future.set_exception(error)
                 return
+            try:
+                inputs = self._recipe(piece.id).segment.inputs
+            except Exception as error:  # a future swallows what its callbacks raise
+                future.set_exception(error)
+                return
             ends = [0, *(at.start + at.kv.positions for at in past.result())]
             starts = [*(at.start for at in past.result()), piece.start]
             row = Row(
                 past=(),
                 start=piece.start,
-                inputs=self._recipe(piece.id).segment.inputs,
+                inputs=inputs,
                 holes=[(end, start) for end, start in zip(ends, starts, strict=True) if end < start],
                 on_done=lambda result: future.set_result(Placed(result.kv, piece.start)),
                 on_error=future.set_exception,

@@ -1,6 +1,7 @@
 """The model service in this process: transformers, one tick thread, memories on the device."""
 
 import asyncio
+import json
 import logging
 import queue
 import weakref
@@ -32,6 +33,7 @@ from .base import Chunk, LatentService, LensRow, Usage
 from .budget import Budget
 from .identity import KEY_BYTES, MAX_AGENT, MAX_PARENTS, Signer, checked_ref, key_file, memory_id
 from .kv_pool import KVPool
+from .marker import Marker, take_markers
 from .memory import Layout, Lineage, Memory, Recipe, Segment
 from .store import FolderStore, RecipeStore
 
@@ -97,8 +99,9 @@ class LocalService(LatentService):
                 cannot be rotated.
         """
         self.model, self.settings = model, settings
-        self._template = settings.chat_template or model.tokenizer.chat_template
-        if not self._template:
+        self.name = model.name
+        self.chat_template = settings.chat_template or model.tokenizer.chat_template or ""
+        if not self.chat_template:
             raise ModelNotSupported(f"{model.name}: its tokenizer has no chat template; pass chat_template=...")
         if settings.merge == "rotate" and model.rotary is None:
             raise ModelNotSupported(f"{model.name}: its keys cannot be rotated; take merge='auto' or 'rebuild'.")
@@ -199,10 +202,17 @@ class LocalService(LatentService):
         raise AssertionError("a request ends with a result or an error")
 
     def speak(
-        self, messages: LanguageModelInput, latents: Sequence[LatentRef] = (), *, agent: str = "agent", **sampling: Any
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+        agent: str = "agent",
+        **sampling: Any,
     ) -> Iterator[Chunk]:
         """See `LatentService.speak`."""
-        request = _Request(self, messages, latents, agent, sampling=_sampling(sampling))
+        request = _Request(self, messages, latents, agent, sampling=_sampling(sampling), tools=tools, prefix=prefix)
 
         def chunks() -> Iterator[Chunk]:
             for event in request.events(notify=True):
@@ -214,10 +224,17 @@ class LocalService(LatentService):
         return chunks()
 
     def aspeak(
-        self, messages: LanguageModelInput, latents: Sequence[LatentRef] = (), *, agent: str = "agent", **sampling: Any
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+        agent: str = "agent",
+        **sampling: Any,
     ) -> AsyncIterator[Chunk]:
         """See `LatentService.aspeak`."""
-        request = _Request(self, messages, latents, agent, sampling=_sampling(sampling))
+        request = _Request(self, messages, latents, agent, sampling=_sampling(sampling), tools=tools, prefix=prefix)
 
         async def chunks() -> AsyncIterator[Chunk]:
             async for event in request.aevents(notify=True):
@@ -264,6 +281,16 @@ class LocalService(LatentService):
         states = result.hidden[len(segment.prompt_ids) - 1 : -1]
         rows = read_out(self.model, states, top_k)
         return [LensRow(segment.agent, step, tokens) for step, tokens in enumerate(rows, 1)]
+
+    def marker(self, ref: LatentRef) -> str:
+        """See `LatentService.marker`."""
+        self.verify([ref])
+        return str(Marker.of(ref, self._signer))
+
+    def take_markers(self, text: str, left: str = "") -> tuple[str, list[LatentRef]]:
+        """See `LatentService.take_markers`."""
+        text, markers = take_markers(text, left)
+        return text, [self._marked(marker) for marker in markers]
 
     def info(self) -> dict[str, Any]:
         """See `LatentService.info`."""
@@ -323,18 +350,26 @@ class LocalService(LatentService):
             self._recipe(ref["id"])
         return [ref["id"] for ref in refs]
 
-    def encode(self, messages: LanguageModelInput, tag: str) -> tuple[int, ...]:
+    def encode(
+        self, messages: LanguageModelInput, tag: str, tools: Sequence[dict[str, Any]] | None = None
+    ) -> tuple[int, ...]:
         """Token ids of messages in the chat template, with a generation prompt that ends in `tag`.
 
         Raises:
             InvalidRequest: If there are no messages, or the template or this model cannot take them.
         """
         listed = _as_messages(messages)
+        if tools and "tools" not in self.chat_template:
+            raise InvalidRequest(
+                f"The chat template of {self.model.name} presents no tools, so the model would never see them; "
+                "pass chat_template=... that does, or bind none."
+            )
         tokenizer = self.model.tokenizer
         try:
             text = tokenizer.apply_chat_template(
                 listed,
-                chat_template=self._template,
+                chat_template=self.chat_template,
+                tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=True,
                 **self.settings.template_args,
@@ -342,6 +377,34 @@ class LocalService(LatentService):
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest(f"The model's chat template refuses these messages: {error}") from error
         return tuple(tokenizer(text + tag, add_special_tokens=False)["input_ids"])
+
+    def signed_ref(self, key: str, agent: str, parents: Sequence[str], steps: int) -> LatentRef:
+        """The reference of a memory whose recipe is there."""
+        ref = LatentRef(
+            id=key,
+            agent=agent,
+            model=self.model.fingerprint,
+            parents=list(parents),
+            positions=self._lineage.line(key)[-1].end,
+            steps=steps,
+            mac="",
+        )
+        ref["mac"] = self._signer.sign(ref)
+        return ref
+
+    def _marked(self, marker: Marker) -> LatentRef:
+        if marker.model != self.model.fingerprint[:8]:
+            raise WrongModel(
+                f"The marker of agent {marker.agent!r} belongs to model {marker.model}, but this service runs "
+                f"{self.model.name} ({self.model.fingerprint[:8]}); switch the edge between them to text."
+            )
+        if not marker.genuine(self._signer):
+            raise TamperedReference(
+                f"The signature of the marker of agent {marker.agent!r} does not match: it was edited, or another "
+                "service made it with another key (key=..., or the key file of store=...)."
+            )
+        recipe = self._recipe(marker.id)
+        return self.signed_ref(marker.id, marker.agent, recipe.parents, marker.steps)
 
     def _recipe(self, key: str) -> Recipe:
         if (recipe := self._recipes.get(key)) is None:
@@ -369,16 +432,17 @@ class _Request:
         *,
         steps: int = 0,
         sampling: Sampling | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise InvalidRequest(f"steps must be a whole number from 0 on, not {steps!r}.")
         if not agent or len(agent) > MAX_AGENT:
             raise InvalidRequest(f"An agent needs a name of 1 to {MAX_AGENT} characters, not {agent!r}.")
         self.service, self.agent, self.steps, self.sampling = service, agent, steps, sampling
-        self.parents = service.verify(latents)
-        self.prompt_ids = service.encode(
-            messages, service.think_tag if sampling is None else service.settings.speak_tag
-        )
+        self.parents = service._lineage.tips(service.verify(latents))
+        tag = service.think_tag if sampling is None else service.settings.speak_tag + prefix
+        self.prompt_ids = service.encode(messages, tag, tools)
         self.layout = service._lineage.layout(self.parents)
         self.start = self.layout[-1].end if self.layout else 0
         self.model = service.model.fingerprint
@@ -479,18 +543,7 @@ class _Request:
         )
 
     def _ref(self, key: str) -> LatentRef:
-        positions = self.service._lineage.line(key)[-1].end
-        ref = LatentRef(
-            id=key,
-            agent=self.agent,
-            model=self.model,
-            parents=list(self.parents),
-            positions=positions,
-            steps=self.steps,
-            mac="",
-        )
-        ref["mac"] = self.service._signer.sign(ref)
-        return ref
+        return self.service.signed_ref(key, self.agent, self.parents, self.steps)
 
 
 def _checked_settings(settings: dict[str, Any]) -> LocalSettings:
@@ -525,6 +578,8 @@ def _as_messages(messages: LanguageModelInput) -> list[dict[str, Any]]:
     if not listed:
         raise InvalidRequest("There are no messages; give at least one.")
     for message in listed:
+        for call in message.get("tool_calls") or ():  # templates want the arguments as an object
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         if not isinstance(message.get("content") or "", str):
             raise InvalidRequest(f"A {message['role']} message holds more than text; this service reads text only.")
     return listed

@@ -126,6 +126,11 @@ class Lineage:
             stack.pop()
         return lines[key]
 
+    def tips(self, keys: Sequence[str]) -> list[str]:
+        """Those ids that none of the others descends from, each once, in their order."""
+        older = {piece.id for key in keys for piece in self.line(key)[:-1]}
+        return [key for key in dict.fromkeys(keys) if key not in older]
+
     def layout(self, keys: Sequence[str]) -> Layout:
         """The memory that someone who reads these ids gets."""
         return merge([self.line(key) for key in keys])

@@ -1,0 +1,432 @@
+"""switch_edges: turn edges of an existing graph latent, or back to text."""
+
+import copy
+import dataclasses
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any, Literal, NamedTuple, overload
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableLambda, RunnableParallel
+from langchain_core.runnables import RunnableSequence as CoreSequence
+from langchain_core.runnables.config import ensure_config
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.prebuilt import ToolNode
+from langgraph.pregel import Pregel
+from langgraph.utils.runnable import RunnableCallable  # type: ignore[attr-defined]
+
+from .chat_model import THINKER, ChatLatentMAS, Thinker, node_path
+from .errors import InvalidEdge, InvalidRequest
+
+Mode = Literal["latent", "text"]
+Edge = tuple[str, str]
+LIBRARIES = {"langchain", "langchain_core", "langgraph", "langsmith"}  # their globals hold none of the user's models
+SWITCHED = "_latentmas_edges"  # attribute of a builder that holds its latent edges
+
+
+class EdgeReport(NamedTuple):
+    """What becomes of an edge, and why."""
+
+    source: str
+    target: str
+    mode: Mode
+    why: str
+
+
+class _Setting(NamedTuple):
+    """A latent edge."""
+
+    steps: int
+
+
+@overload
+def switch_edges(
+    builder: StateGraph,
+    edges: Iterable[Edge] | Literal["*"],
+    *,
+    to: Mode = ...,
+    steps: int = ...,
+    router_reads_text: bool = ...,
+    explain: Literal[False] = ...,
+) -> StateGraph: ...
+
+
+@overload
+def switch_edges(
+    builder: StateGraph,
+    edges: Iterable[Edge] | Literal["*"],
+    *,
+    to: Mode = ...,
+    steps: int = ...,
+    router_reads_text: bool = ...,
+    explain: Literal[True],
+) -> list[EdgeReport]: ...
+
+
+def switch_edges(
+    builder: StateGraph,
+    edges: Iterable[Edge] | Literal["*"],
+    *,
+    to: Mode = "latent",
+    steps: int = 20,
+    router_reads_text: bool = True,
+    explain: bool = False,
+) -> StateGraph | list[EdgeReport]:
+    """Turns edges of a graph latent, or back to text.
+
+    The nodes are ordinary ones that call a `ChatLatentMAS`. One whose outgoing edges are all latent thinks when it
+    calls the model, and the text it gets is a marker, which the next model call reads as the memory it stands for. At
+    run time `{"configurable": {"edges": "text"}}` runs every edge as text, and a mapping like
+    `{"planner->critic": "text"}` single ones.
+
+    Example:
+        ```python
+        builder = switch_edges(builder, [("planner", "critic"), ("critic", "judger")], to="latent", steps=20)
+        ```
+
+    Args:
+        builder: Any `StateGraph`, not yet compiled; it is left as it is.
+        edges: Pairs of node names, or "*" for every edge that can be latent.
+        to: "latent" or "text".
+        steps: Latent steps of a node that thinks.
+        router_reads_text: Whether the routers of conditional edges (and nodes that return `Command`) read the text of
+            their node, as they do unless you know better; such edges stay text.
+        explain: Return what would become of each edge instead.
+
+    Returns:
+        A new builder; with `explain`, a report on every edge.
+
+    Raises:
+        InvalidEdge: If a node or edge does not exist, or a named edge cannot be latent; says why, and the way out.
+        InvalidRequest: If the graph is already compiled, or `steps` is negative.
+    """
+    if isinstance(builder, Pregel):
+        raise InvalidRequest(
+            "This graph is compiled already; pass its builder (graph.builder) and compile what returns."
+        )
+    if to not in ("latent", "text"):
+        raise InvalidRequest(f"to must be 'latent' or 'text', not {to!r}.")
+    if steps < 0:
+        raise InvalidRequest(f"steps must be 0 or more, not {steps}.")
+    graph = _Graph(builder)
+    wanted = list(graph.edges) if edges == "*" else _named(edges, graph)
+    switched = dict(graph.switched)
+    refused: dict[Edge, str] = {}
+    if to == "text":
+        for edge in wanted:
+            switched.pop(edge, None)
+    else:
+        refused = graph.refusals(wanted, switched, router_reads_text, trusted=edges != "*")
+        if refused and edges != "*":
+            (source, target), why = next(iter(refused.items()))
+            raise InvalidEdge(f"The edge {source!r} -> {target!r} cannot be latent: {why}")
+        switched |= {edge: _Setting(steps) for edge in wanted if edge not in refused}
+    if explain:
+        return [
+            EdgeReport(*edge, "latent", f"{switched[edge].steps} latent steps")
+            if edge in switched
+            else EdgeReport(*edge, "text", refused.get(edge, "not switched"))
+            for edge in graph.edges
+        ]
+    return graph.with_edges(switched)
+
+
+class _Facts(NamedTuple):
+    """What can be seen of the models that some code calls."""
+
+    models: list[BaseChatModel]
+    tools: bool
+    parsers: list[str]
+    subgraphs: list[Pregel]
+
+    @property
+    def foreign(self) -> str | None:
+        """Name of a chat model that is none of ours."""
+        return next((type(model).__name__ for model in self.models if not isinstance(model, ChatLatentMAS)), None)
+
+    @property
+    def ours(self) -> list[ChatLatentMAS]:
+        return [model for model in self.models if isinstance(model, ChatLatentMAS)]
+
+
+class _Graph:
+    """A builder, seen as its edges."""
+
+    def __init__(self, builder: StateGraph) -> None:
+        self.builder = builder
+        self.switched: dict[Edge, _Setting] = getattr(builder, SWITCHED, {})
+        self.edges: dict[Edge, str] = {}  # how each edge is made
+        for source, target in sorted(builder.edges):
+            self.edges[source, target] = "edge"
+        for sources, target in sorted(builder.waiting_edges):
+            for source in sources:
+                self.edges[source, target] = "edge"
+        for source, branches in builder.branches.items():
+            for branch in branches.values():
+                for target in (branch.ends or {name: name for name in (*builder.nodes, END)}).values():
+                    self.edges.setdefault((source, target), "conditional")
+        for source, spec in builder.nodes.items():
+            for target in spec.ends or ():
+                self.edges.setdefault((source, target), "command")
+        self._facts: dict[str, _Facts] = {}
+
+    def leaving(self, source: str) -> list[Edge]:
+        return [edge for edge in self.edges if edge[0] == source]
+
+    def refusals(
+        self, wanted: list[Edge], switched: Mapping[Edge, _Setting], router_reads_text: bool, trusted: bool
+    ) -> dict[Edge, str]:
+        """Why edges cannot be latent, for those that cannot.
+
+        Args:
+            wanted: The edges to switch.
+            switched: Those that are latent already.
+            router_reads_text: See `switch_edges`.
+            trusted: Whether somebody named the edges, and so knows of models that cannot be seen from here.
+        """
+        refused: dict[Edge, str] = {}
+        for edge in wanted:
+            if edge not in switched and (why := self._refusal(edge, router_reads_text, trusted)):
+                refused[edge] = why
+        latent = ({*wanted, *switched}) - refused.keys()
+        for edge in wanted:
+            other = next((e for e in self.leaving(edge[0]) if e not in latent and e != edge), None)
+            if edge not in refused and other is not None:
+                why = refused.get(other, "it is not switched; name it too.")
+                refused[edge] = f"{edge[0]!r} speaks, because its edge to {other[1]!r} stays text: {why}"
+        return refused
+
+    def _refusal(self, edge: Edge, router_reads_text: bool, trusted: bool) -> str | None:
+        source, target = edge
+        if source == START:
+            return "what enters the graph is text."
+        if target == END:
+            return "what leaves the graph is text."
+        if self.edges[edge] != "edge" and router_reads_text:
+            who = "its router reads" if self.edges[edge] == "conditional" else "the node that returns Command reads"
+            return f"{who} the text of {source!r}; pass router_reads_text=False if it does not."
+        sender, receiver = self.facts(source), self.facts(target)
+        output = self._output(source, sender)
+        for name, facts in ((source, output), (target, receiver)):
+            if facts.foreign:
+                return f"{name!r} runs another model ({facts.foreign}); give it a ChatLatentMAS."
+            if not facts.ours and not trusted:
+                return f"no ChatLatentMAS can be seen in {name!r}; name the edge if it calls one all the same."
+        if output.tools:
+            return f"{source!r} binds tools or structured output, which need text; bind them in another node."
+        if output.parsers:
+            return f"{source!r} parses its own text ({output.parsers[0]}); take the parser out, or keep the edge text."
+        services = {_service_of(model) for model in (*output.ours, *receiver.ours)}
+        if len(services) > 1:
+            return f"{target!r} runs another model than {source!r}; give both the same service."
+        for subgraph in sender.subgraphs:
+            if not _outputs(subgraph):
+                return (
+                    f"{source!r} is a subgraph whose last node cannot be told; switch the edges inside of it instead."
+                )
+        return None
+
+    def facts(self, name: str) -> _Facts:
+        if name not in self._facts:
+            self._facts[name] = _look(_inner(self.builder.nodes[name].runnable))
+        return self._facts[name]
+
+    def _output(self, name: str, facts: _Facts) -> _Facts:
+        """What can be seen of the calls that give a node its output: in subgraphs, those of its last nodes."""
+        if not all(map(_outputs, facts.subgraphs)) or not facts.subgraphs:
+            return facts
+        own = _look(_inner(self.builder.nodes[name].runnable), into_subgraphs=False)
+        for subgraph in facts.subgraphs:
+            for path in _outputs(subgraph):
+                last = _look(_at(subgraph, path))
+                own = _Facts(own.models + last.models, own.tools or last.tools, own.parsers + last.parsers, [])
+        return own
+
+    def with_edges(self, switched: dict[Edge, _Setting]) -> StateGraph:
+        """A copy of the builder in which these edges are latent and all others are not."""
+        new = copy.copy(self.builder)
+        new.nodes = {}
+        new.edges, new.waiting_edges = set(self.builder.edges), set(self.builder.waiting_edges)
+        new.branches = type(self.builder.branches)(dict, {k: dict(v) for k, v in self.builder.branches.items()})
+        new.compiled = False
+        for name, spec in self.builder.nodes.items():
+            runnable = _inner(spec.runnable)
+            edges = self.leaving(name)
+            if edges and all(edge in switched for edge in edges):
+                paths = {path for subgraph in self.facts(name).subgraphs for path in _outputs(subgraph)}
+                runnable = _Switched(name, runnable, {edge: switched[edge] for edge in edges}, frozenset({(), *paths}))
+            new.nodes[name] = dataclasses.replace(spec, runnable=runnable)
+        setattr(new, SWITCHED, switched)
+        return new
+
+
+class _Switched(RunnableCallable):
+    """A node whose model calls think, as long as the configuration leaves all its edges latent.
+
+    A `RunnableCallable` over closures, because that is where LangGraph looks for subgraphs.
+    """
+
+    def __init__(
+        self, name: str, inner: Runnable, edges: dict[Edge, _Setting], outputs: frozenset[tuple[str, ...]]
+    ) -> None:
+        def thinker(config: RunnableConfig) -> Thinker | None:
+            if any(mode == "text" for mode in edge_modes(config, edges).values()):
+                return None
+            arrows = ", ".join("->".join(edge) for edge in edges)
+            steps = max(setting.steps for setting in edges.values())
+            return Thinker(name, steps, arrows, outputs, len(node_path(config)))
+
+        def call(input: Any, config: RunnableConfig) -> Any:
+            token = THINKER.set(thinker(config))
+            try:
+                return inner.invoke(input, config)
+            finally:
+                THINKER.reset(token)
+
+        async def acall(input: Any, config: RunnableConfig) -> Any:
+            token = THINKER.set(thinker(config))
+            try:
+                return await inner.ainvoke(input, config)
+            finally:
+                THINKER.reset(token)
+
+        super().__init__(call, acall, name=inner.get_name(), trace=False, recurse=False)
+        self.inner = inner
+
+
+def edge_modes(config: RunnableConfig, edges: Iterable[Edge]) -> dict[Edge, Mode]:
+    """What `configurable.edges` makes of latent edges.
+
+    Args:
+        config: "latent" (the default), "text", or a mapping from "source->target" to one of them.
+        edges: Edges that are latent by themselves.
+
+    Raises:
+        InvalidRequest: If it is none of these.
+    """
+    asked = ensure_config(config).get("configurable", {}).get("edges", "latent")
+    named = asked if isinstance(asked, Mapping) else dict.fromkeys(("->".join(edge) for edge in edges), asked)
+    for key, mode in named.items():
+        if mode not in ("latent", "text"):
+            raise InvalidRequest(
+                f"configurable.edges must be 'latent', 'text', or a mapping of 'source->target' to these, not {asked!r}"
+                f" (at {key!r})."
+            )
+    return {edge: named.get("->".join(edge), "latent") for edge in edges}
+
+
+def _named(edges: Iterable[Edge], graph: _Graph) -> list[Edge]:
+    if isinstance(edges, str):
+        raise InvalidEdge(f"edges must be pairs of node names, or '*', not {edges!r}.")
+    named = []
+    for edge in edges:
+        if not (isinstance(edge, (tuple, list)) and len(edge) == 2):
+            raise InvalidEdge(f"An edge is a pair of node names, not {edge!r}.")
+        source, target = edge
+        for name in edge:
+            if name not in graph.builder.nodes and name not in (START, END):
+                known = ", ".join(graph.builder.nodes)
+                raise InvalidEdge(f"The edge {source!r} -> {target!r}: there is no node {name!r} (there are: {known}).")
+        if (source, target) not in graph.edges:
+            there = ", ".join(repr(t) for s, t in graph.leaving(source)) or "nowhere"
+            raise InvalidEdge(f"There is no edge {source!r} -> {target!r}; the edges of {source!r} go to: {there}.")
+        named.append((source, target))
+    return named
+
+
+def _inner(runnable: Any) -> Any:
+    return runnable.inner if isinstance(runnable, _Switched) else runnable
+
+
+def _service_of(model: ChatLatentMAS) -> Hashable:
+    return id(model.service) if model.service is not None else model.model
+
+
+def _look(root: Any, into_subgraphs: bool = True) -> _Facts:
+    """Follows what some code holds on to (closures, globals it names, attributes, steps) to the models it calls."""
+    models: list[BaseChatModel] = []
+    parsers: list[str] = []
+    subgraphs: list[Pregel] = []
+    tools = False
+    seen: set[int] = set()
+    queue: list[Any] = [root]
+    while queue:
+        at = queue.pop()
+        if id(at) in seen:
+            continue
+        seen.add(id(at))
+        if isinstance(at, BaseChatModel):
+            models.append(at)
+        elif isinstance(at, ToolNode):
+            tools = True
+        elif isinstance(at, Pregel):
+            subgraphs.append(at)
+            queue += [at.nodes[name].bound for name in at.nodes] if into_subgraphs else []
+        elif isinstance(at, RunnableBinding):
+            tools = tools or bool(at.kwargs.get("tools"))
+            queue.append(at.bound)
+        elif isinstance(at, BaseOutputParser):
+            parsers += [] if isinstance(at, StrOutputParser) else [type(at).__name__]
+        else:
+            queue += _held(at)
+    return _Facts(models, tools, parsers, subgraphs)
+
+
+def _held(at: Any) -> Iterator[Any]:
+    """What an object that is no model may call."""
+    if isinstance(at, CoreSequence) or hasattr(at, "steps"):
+        yield from at.steps
+    elif isinstance(at, RunnableParallel):
+        yield from at.steps__.values()
+    elif isinstance(at, (RunnableCallable, RunnableLambda)):
+        yield from (f for f in (getattr(at, "func", None), getattr(at, "afunc", None)) if f is not None)
+    elif isinstance(at, partial):
+        yield from (at.func, *at.args, *at.keywords.values())
+    elif isinstance(at, MethodType):
+        yield from (at.__func__, at.__self__, *getattr(at.__self__, "__dict__", {}).values())
+    elif isinstance(at, FunctionType):
+        yield from (cell.cell_contents for cell in at.__closure__ or () if cell != CellType())
+        if at.__module__.split(".")[0] not in LIBRARIES:
+            yield from (at.__globals__[name] for name in _names(at.__code__) if name in at.__globals__)
+    elif isinstance(at, (list, tuple)):
+        yield from at
+    elif isinstance(at, dict):
+        yield from at.values()
+    elif isinstance(at, Runnable):
+        yield from getattr(at, "__dict__", {}).values()
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Names of globals and attributes in a function, and in those defined inside of it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _outputs(subgraph: Pregel) -> set[tuple[str, ...]]:
+    """Paths of the nodes in a compiled graph after which it ends, whatever happens; empty if that cannot be told."""
+    if not isinstance(subgraph, CompiledStateGraph):
+        return set()
+    graph = _Graph(subgraph.builder)
+    ending = {source for source, target in graph.edges if target == END and source != START}
+    if any(target != END for source, target in graph.edges if source in ending):
+        return set()
+    paths: set[tuple[str, ...]] = set()
+    for name in ending:
+        inner = [path for deeper in graph.facts(name).subgraphs for path in _outputs(deeper)]
+        paths |= {(name,), *((name, *path) for path in inner)}
+    return paths
+
+
+def _at(subgraph: Pregel, path: tuple[str, ...]) -> Any:
+    """The runnable of an inner node."""
+    assert isinstance(subgraph, CompiledStateGraph)
+    runnable = _inner(subgraph.builder.nodes[path[0]].runnable)
+    for deeper in _look(runnable).subgraphs if path[1:] else ():
+        if path[1:] in _outputs(deeper):
+            return _at(deeper, path[1:])
+    return runnable

@@ -1,0 +1,84 @@
+"""Tool calls in the text of a model, in the formats that chat templates teach."""
+
+import json
+import re
+import uuid
+from typing import Any
+
+from langchain_core.messages import InvalidToolCall, ToolCallChunk
+from langchain_core.messages.tool import invalid_tool_call, tool_call_chunk
+
+_HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)  # Qwen, Hermes
+_OPENINGS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+
+
+class ToolCallText:
+    """Passes on what is said, and keeps what is a tool call for the end.
+
+    Reads `<tool_call>{...}</tool_call>` (Qwen, Hermes), `[TOOL_CALLS][{...}]` (Mistral), and a bare JSON object with
+    `name` and `arguments` or `parameters` (Llama), with or without `<|python_tag|>`.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        """Starts with what the generation prompt already holds of the call."""
+        self._said, self._held = prefix, prefix
+        self._calling = bool(prefix)
+
+    def push(self, text: str) -> str:
+        """Takes more text; returns what certainly is no tool call."""
+        self._said += text
+        self._held += text
+        opened = any(opening in self._held for opening in _OPENINGS)
+        if self._calling or opened or self._said.lstrip()[:1] == "{":
+            self._calling = True
+            at = min((i for i in map(self._held.find, _OPENINGS) if i >= 0), default=0)
+            visible, self._held = self._held[:at], self._held[at:]
+            return visible
+        hold = max(n for opening in _OPENINGS for n in range(len(opening)) if self._held.endswith(opening[:n]))
+        visible, self._held = self._held[: len(self._held) - hold], self._held[len(self._held) - hold :]
+        return visible
+
+    def end(self) -> tuple[str, list[ToolCallChunk], list[InvalidToolCall]]:
+        """What was held back: text that was no call after all, calls, and calls that cannot be read."""
+        calls: list[ToolCallChunk] = []
+        invalid: list[InvalidToolCall] = []
+        if not self._calling:
+            return self._held, calls, invalid
+        marked = any(opening in self._held for opening in _OPENINGS)
+        bare = re.sub("|".join(map(re.escape, _OPENINGS)), "", self._held)
+        for piece in _HERMES.findall(self._held) or [bare]:
+            try:
+                read = json.loads(piece)
+                for call in read if isinstance(read, list) else [read]:
+                    calls.append(_call(call, len(calls)))
+            except (ValueError, TypeError, KeyError) as error:
+                if not marked:  # an answer that merely begins with a brace
+                    return self._held, [], []
+                invalid.append(invalid_tool_call(name=None, args=piece, id=_call_id(), error=str(error)))
+        return "", calls, invalid
+
+
+def _call(read: Any, index: int) -> ToolCallChunk:
+    arguments = read["arguments"] if "arguments" in read else read["parameters"]
+    if not isinstance(read["name"], str) or not isinstance(arguments, dict):
+        raise TypeError("a tool call needs a name and an object of arguments")
+    return tool_call_chunk(name=read["name"], args=json.dumps(arguments), id=_call_id(), index=index)
+
+
+def forcing_prefix(template: str, tool_choice: str | None, tools: list[dict[str, Any]]) -> str:
+    """How a text begins that must call a tool, in the format of a chat template; "" where it may choose.
+
+    Args:
+        template: The chat template.
+        tool_choice: None or "auto", "any" or "required", or the name of a tool.
+        tools: OpenAI function descriptions.
+    """
+    if tool_choice in (None, "auto", "none") or "<tool_call>" not in template:
+        return ""
+    names = [tool["function"]["name"] for tool in tools]
+    name = tool_choice if tool_choice in names else names[0] if len(names) == 1 else None
+    return '<tool_call>\n{"name": "' + (f'{name}", "arguments": ' if name else "")
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"

@@ -1,0 +1,131 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from langchain_latentmas import LatentService
+from langchain_latentmas.engine.sampling import Sampler, Sampling
+from langchain_latentmas.errors import InvalidRequest
+
+from ..support import at_once, messages, say
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+PROMPT = messages("Tell me a story.", "You are a writer.")
+CPU = torch.device("cpu")
+
+
+def drawn(sampling: Sampling, times: int = 400) -> torch.Tensor:
+    """Relative frequencies of the tokens of LOGITS."""
+    sampler = Sampler(sampling, CPU)
+    return torch.stack([sampler(LOGITS) for _ in range(times)]).bincount(minlength=len(LOGITS)) / times
+
+
+@pytest.mark.parametrize(
+    ("sampling", "warpers"),
+    [
+        (Sampling(temperature=0.7, seed=1), [TemperatureLogitsWarper(0.7)]),
+        (Sampling(temperature=1.5, top_k=3, seed=2), [TemperatureLogitsWarper(1.5), TopKLogitsWarper(3)]),
+        (Sampling(temperature=1.0, top_p=0.8, seed=3), [TemperatureLogitsWarper(1.0), TopPLogitsWarper(0.8)]),
+        (
+            Sampling(temperature=2.0, top_k=5, top_p=0.9, seed=4),
+            [TemperatureLogitsWarper(2.0), TopKLogitsWarper(5), TopPLogitsWarper(0.9)],
+        ),
+    ],
+    ids=["temperature", "top_k", "top_p", "all"],
+)
+def test_tokens_are_those_of_transformers_processors(sampling: Sampling, warpers: list[Any]) -> None:
+    logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(5)) * 3
+    assert sampling.seed is not None
+    generator = torch.Generator().manual_seed(sampling.seed)
+    scores = [LogitsProcessorList(warpers)(None, row[None]).softmax(-1) for row in logits]
+    expected = [int(torch.multinomial(row, 1, generator=generator)) for row in scores]
+
+    sampler = Sampler(sampling, CPU)
+
+    assert [int(sampler(row)) for row in logits] == expected
+
+
+def test_top_k_leaves_the_likeliest_tokens() -> None:
+    assert (drawn(Sampling(temperature=5, top_k=2, seed=0)) > 0).tolist() == [True, True, False, False, False, False]
+
+
+def test_top_p_leaves_the_smallest_set_that_exceeds_it() -> None:
+    shares = LOGITS.softmax(-1).cumsum(-1)
+    assert shares[0] < 0.7 < shares[1]
+    assert (drawn(Sampling(temperature=1, top_p=0.7, seed=0)) > 0).tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("temperature", [1, 1e-6, 1e-30, 5e-324])
+def test_any_temperature_above_zero_works_whole_or_tiny(temperature: float) -> None:
+    shares = drawn(Sampling(temperature=temperature, seed=0), 50)
+    assert math.isclose(float(shares.sum()), 1, rel_tol=1e-6)
+    if temperature < 1:
+        assert shares[0] == 1
+
+
+def test_half_precision_logits_are_sampled_in_float32() -> None:
+    sampling = Sampling(temperature=0.5, top_p=0.9, seed=7)
+    assert int(Sampler(sampling, CPU)(LOGITS.bfloat16())) == int(Sampler(sampling, CPU)(LOGITS))
+
+
+def test_two_seeds_differ_and_no_seed_draws_one() -> None:
+    def first(seed: int | None) -> list[int]:
+        sampler = Sampler(Sampling(temperature=3, seed=seed), CPU)
+        return [int(sampler(LOGITS)) for _ in range(40)]
+
+    assert first(1) == first(1)
+    assert first(1) != first(2)
+    assert first(None) != first(None)
+
+
+WRONG: list[dict[str, Any]] = [
+    {"max_tokens": 0},
+    {"max_tokens": -3},
+    {"max_tokens": 1.5},
+    {"max_tokens": True},
+    {"temperature": -0.1},
+    {"temperature": math.nan},
+    {"temperature": math.inf},
+    {"top_p": 0},
+    {"top_p": 1.01},
+    {"top_p": math.nan},
+    {"top_k": 0},
+    {"top_k": 2.5},
+    {"seed": -1},
+    {"seed": 2**63},
+    {"seed": 1.5},
+    {"stop": ("",)},
+    {"stop": ("x", 5)},
+]
+
+
+@pytest.mark.parametrize("values", WRONG, ids=str)
+def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="(?i)" + next(iter(values))):
+        Sampling(**{"temperature": 0.5, **values})
+
+
+@given(st.integers(1, 9), st.floats(0, 100), st.floats(0, 1, exclude_min=True), st.integers(1, 500) | st.none())
+def test_every_value_in_range_gives_a_token(max_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=0)
+    assert 0 <= int(Sampler(sampling, CPU)(LOGITS)) < len(LOGITS)
+
+
+def test_a_seed_gives_the_same_text_whatever_the_batch_neighbours(service: LatentService) -> None:
+    options = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "max_tokens": 12}
+    alone = [say(service, PROMPT, seed=seed, **options) for seed in range(6)]
+
+    together = at_once([lambda seed=seed: say(service, PROMPT, seed=seed, **options) for seed in range(6)])  # type: ignore[misc]
+
+    assert [said.token_ids for said in together] == [said.token_ids for said in alone]
+    assert len({said.token_ids for said in alone}) > 1
+
+
+def test_greedy_neighbours_of_a_sampling_row_stay_greedy(service: LatentService) -> None:
+    alone = say(service, PROMPT)
+    together = at_once([lambda: say(service, PROMPT), lambda: say(service, PROMPT, temperature=5.0)])
+    assert together[0].token_ids == alone.token_ids

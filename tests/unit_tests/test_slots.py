@@ -1,0 +1,77 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_latentmas.engine.kv import KV
+from langchain_latentmas.engine.slots import SlotCache
+
+from ..support import kv_equal
+
+
+def kv(positions: int, seed: int = 0) -> KV:
+    generator = torch.Generator().manual_seed(seed)
+    layers = [torch.randn(2, positions, 4, generator=generator) for _ in range(4)]
+    return KV(layers[:2], layers[2:])
+
+
+@pytest.fixture
+def cache() -> SlotCache:
+    return SlotCache(layers=2)
+
+
+def test_what_is_written_is_read(cache: SlotCache) -> None:
+    cache.write(0, 3, kv(5))
+    assert kv_equal(cache.read(0, 3, 8), kv(5))
+
+
+def test_what_is_read_is_a_copy(cache: SlotCache) -> None:
+    cache.write(0, 0, kv(5))
+    read = cache.read(0, 0, 5)
+    cache.write(0, 0, kv(5, seed=1))
+    assert kv_equal(read, kv(5))
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 700)), max_size=5))
+def test_growing_keeps_what_is_there_and_never_shrinks(sizes: list[tuple[int, int]]) -> None:
+    cache = SlotCache(layers=2)
+    cache.write(0, 0, kv(100))
+    before = (1, 128)
+    for slots, capacity in sizes:
+        foretold = cache.size_for(slots, capacity)
+        cache.reserve(slots, capacity)
+        assert (cache.slots, cache.capacity) == foretold
+        assert cache.slots >= max(slots, before[0])
+        assert cache.capacity >= max(capacity, before[1])
+        assert foretold[0].bit_count() == foretold[1].bit_count() == 1
+        assert cache.layers[0].keys.shape == (cache.slots, 2, cache.capacity, 4)
+        before = foretold
+    assert kv_equal(cache.read(0, 0, 100), kv(100))
+
+
+def test_moving_a_slot_leaves_its_source(cache: SlotCache) -> None:
+    cache.reserve(2, 128)
+    cache.write(0, 0, kv(6))
+    cache.write(1, 0, kv(6, seed=1))
+    cache.move(0, 1, 4)
+    assert kv_equal(cache.read(0, 0, 6), kv(6))
+    assert kv_equal(cache.read(1, 0, 4), kv(6).split([4, 2])[0])
+    assert kv_equal(cache.read(1, 4, 6), kv(6, seed=1).split([4, 2])[1])
+
+
+def test_an_update_writes_each_row_at_its_own_cells(cache: SlotCache) -> None:
+    cache.reserve(3, 128)
+    cache.window.rows, cache.window.length = slice(1, 3), 10
+    cache.window.cells = torch.tensor([[0, 1], [7, 8]])
+    new = torch.randn(2, 2, 2, 4)
+    keys, values = cache.layers[0].update(new, -new)
+    assert keys.shape == values.shape == (2, 2, 10, 4)
+    assert torch.equal(keys[0, :, :2], new[0])
+    assert torch.equal(values[1, :, 7:9], -new[1])
+    assert keys[0, :, 2:].count_nonzero() == keys[1, :, :7].count_nonzero() == 0
+
+
+def test_the_bytes_of_a_position_are_those_of_all_layers(cache: SlotCache) -> None:
+    assert cache.bytes_per_position == 0
+    cache.write(0, 0, kv(5))
+    assert cache.bytes_per_position == kv(1).nbytes

@@ -1,0 +1,119 @@
+import json
+import subprocess
+import sys
+from copy import deepcopy
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_latentmas import LatentRef, LatentService, merge_latents
+from langchain_latentmas.state import ancestry, tips
+
+from ..support import FIELDS, messages
+
+
+def ref(name: str, agent: str = "a", parents: tuple[str, ...] = ()) -> LatentRef:
+    return LatentRef(id=name, agent=agent, model="m", parents=list(parents), positions=3, steps=1, mac="")
+
+
+@st.composite
+def families(draw: st.DrawFn) -> list[LatentRef]:
+    """References whose parents come before them, as a state holds them."""
+    made: list[LatentRef] = []
+    for i in range(draw(st.integers(0, 8))):
+        ids = [r["id"] for r in made]
+        parents = draw(st.lists(st.sampled_from(ids), max_size=3, unique=True)) if ids else []
+        made.append(ref(f"lat_{i}", draw(st.sampled_from("abc")), tuple(parents)))
+    return made
+
+
+REFS = st.lists(st.builds(ref, st.sampled_from(["lat_0", "lat_1", "lat_2"]), st.sampled_from("abc")), max_size=6)
+
+
+@given(REFS, REFS)
+def test_merging_again_changes_nothing(left: list[LatentRef], right: list[LatentRef]) -> None:
+    once = merge_latents(left, right)
+    assert merge_latents(once, right) == once
+    assert merge_latents(once, left) == once
+    assert merge_latents(once, once) == once
+
+
+@given(REFS, REFS, REFS)
+def test_merging_is_associative(a: list[LatentRef], b: list[LatentRef], c: list[LatentRef]) -> None:
+    assert merge_latents(merge_latents(a, b), c) == merge_latents(a, merge_latents(b, c))
+
+
+@given(REFS, REFS)
+def test_merging_keeps_the_order_of_first_appearance_and_loses_nobody(
+    left: list[LatentRef], right: list[LatentRef]
+) -> None:
+    keys = [(r["id"], r["agent"]) for r in left + right]
+    assert [(r["id"], r["agent"]) for r in merge_latents(left, right)] == list(dict.fromkeys(keys))
+
+
+@given(REFS, REFS)
+def test_merging_leaves_its_arguments_alone(left: list[LatentRef], right: list[LatentRef]) -> None:
+    before = deepcopy((left, right))
+    merged = merge_latents(left, right)
+    assert (left, right) == before
+    assert merged is not left
+    assert merged is not right
+
+
+def test_merging_takes_none_for_an_empty_state() -> None:
+    assert merge_latents(None, None) == []
+    assert merge_latents(None, [ref("lat_0")]) == [ref("lat_0")]
+    assert merge_latents([ref("lat_0")], None) == [ref("lat_0")]
+
+
+def test_the_first_reference_of_an_id_and_agent_stays() -> None:
+    first, forged = ref("lat_0"), {**ref("lat_0"), "positions": 9}
+    assert merge_latents([first], [forged]) == [first]  # type: ignore[list-item]
+
+
+@given(families())
+def test_tips_are_those_that_nobody_descends_from(refs: list[LatentRef]) -> None:
+    found = tips(refs)
+    parents = {parent for r in refs for parent in r["parents"]}
+    assert [r["id"] for r in found] == [r["id"] for r in refs if r["id"] not in parents]
+    assert bool(found) == bool(refs)
+
+
+@given(families())
+def test_all_tips_together_descend_from_every_reference(refs: list[LatentRef]) -> None:
+    assert ancestry(tips(refs), refs) == {r["id"] for r in refs}
+
+
+def test_ancestry_follows_parents_as_far_as_they_are_known() -> None:
+    a, b, c = ref("a"), ref("b", parents=("a", "unknown")), ref("c")
+    assert ancestry([b], [a, b, c]) == {"a", "b", "unknown"}
+    assert ancestry([], [a]) == set()
+
+
+def test_a_reference_is_plain_json_of_a_few_hundred_bytes(service: LatentService) -> None:
+    made = service.think(messages("What is 1 + 1?"), steps=2, agent="planner")
+    assert tuple(made) == FIELDS
+    assert json.loads(json.dumps(made)) == made
+    assert len(json.dumps(made)) < 500
+
+
+def test_the_state_needs_no_torch() -> None:
+    code = """
+import sys
+class NoTorch:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("torch", "transformers", "safetensors"):
+            raise ImportError(name)
+sys.meta_path.insert(0, NoTorch())
+from langchain_latentmas import LatentRef, LatentState, merge_latents
+from langchain_latentmas.state import tips
+from langgraph.graph import StateGraph
+StateGraph(LatentState)
+assert "torch" not in sys.modules
+try:
+    from langchain_latentmas import LatentAgentNode
+except ImportError:
+    print("no torch, and a state")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "no torch, and a state\n", done.stderr

@@ -1,0 +1,285 @@
+"""Rule 3: what a row computes does not depend on who else is there, nor when it comes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from langchain_latentmas.engine.kv import KV, Placed
+from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.engine.sampling import Sampling
+from langchain_latentmas.engine.tick import Result, Row, Spoken, Ticker
+
+from ..conftest import load_parts
+from ..support import kv_difference, relative
+
+EXACT = 1e-8  # relative, in float64
+
+
+@dataclass
+class Request:
+    """What a row is made from, and what became of it."""
+
+    inputs: Sequence[Sequence[int] | Tensor]
+    steps: int = 0
+    sampling: Sampling | None = None
+    past: KV | None = None
+    keep_hidden: bool = False
+    results: list[Result] = field(default_factory=list)
+    errors: list[BaseException] = field(default_factory=list)
+    step_numbers: list[int] = field(default_factory=list)
+    spoken: list[Spoken] = field(default_factory=list)
+
+    def row(self) -> Row:
+        return Row(
+            past=[Placed(self.past, 0)] if self.past else (),
+            start=self.past.positions if self.past else 0,
+            inputs=self.inputs,
+            steps=self.steps,
+            sampling=self.sampling,
+            keep_hidden=self.keep_hidden,
+            on_done=self.results.append,
+            on_error=self.errors.append,
+            on_step=self.step_numbers.append,
+            on_token=self.spoken.append,
+        )
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel(*load_parts("qwen3-tied", "float64"))
+
+
+def ticker(model: LanguageModel, chunk: int = 512, max_rows: int = 32, live_bytes: int = 1 << 40) -> Ticker:
+    return Ticker(model, max_rows=max_rows, live_bytes=live_bytes, chunk=chunk)
+
+
+def finish(tick: Ticker) -> None:
+    with torch.inference_mode():
+        while tick.rows:
+            tick.step()
+
+
+def alone(model: LanguageModel, request: Request) -> Result:
+    tick = ticker(model)
+    with torch.inference_mode():
+        tick.join(request.row())
+    finish(tick)
+    return request.results.pop()
+
+
+def ids(length: int, seed: int) -> list[int]:
+    return torch.randint(3, 384, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(scope="module")
+def requests(model: LanguageModel) -> list[Request]:
+    """Thinking, speaking and prefill-only requests of many lengths, on memories of many lengths or on none."""
+    memories = [alone(model, Request([ids(n, n)], steps=s)).kv for n, s in ((3, 2), (31, 0), (90, 4))]
+    made = []
+    for i, (length, steps, tokens) in enumerate(
+        [(5, 6, 0), (40, 0, 8), (1, 3, 0), (17, 0, 3), (133, 2, 0), (9, 0, 1), (60, 0, 0), (2, 9, 0), (12, 0, 6)]
+    ):
+        sampling = Sampling(max_tokens=tokens, temperature=0.9 * (i % 2), seed=i) if tokens else None
+        made.append(Request([ids(length, 100 + i)], steps, sampling, [None, *memories][i % 4]))
+    made.append(Request([ids(4, 7), torch.randn(6, 128, dtype=torch.float64), ids(3, 8)], past=memories[0]))
+    return made
+
+
+class Cases(list[tuple[Request, Result]]):
+    """Requests and what each gives alone."""
+
+    def __repr__(self) -> str:  # the tensors would fill hypothesis' report
+        return f"{len(self)} requests"
+
+
+@pytest.fixture(scope="module")
+def cases(model: LanguageModel, requests: list[Request]) -> Cases:
+    return Cases((request, alone(model, request)) for request in requests)
+
+
+def assert_same(ours: Result, theirs: Result) -> None:
+    assert kv_difference(ours.kv, theirs.kv) < EXACT
+    assert relative(ours.thoughts, theirs.thoughts) < EXACT
+    assert (ours.tokens, ours.finish) == (theirs.tokens, theirs.finish)
+
+
+JOIN, CANCEL, TICKS = "join", "cancel", "ticks"
+ACTIONS = st.lists(
+    st.tuples(st.just(JOIN), st.integers(0, 9))
+    | st.tuples(st.just(CANCEL), st.integers(0, 30))
+    | st.tuples(st.just(TICKS), st.integers(1, 6)),
+    min_size=1,
+    max_size=24,
+)
+
+
+@settings(max_examples=40)
+@example([(JOIN, 0), (JOIN, 1), (CANCEL, 0), (TICKS, 9)], 512, 2)
+@given(ACTIONS, st.sampled_from([1, 5, 32, 512]), st.integers(1, 12))
+def test_any_schedule_of_rows_that_come_and_are_cancelled_equals_single_runs(
+    model: LanguageModel,
+    cases: Cases,
+    actions: list[tuple[str, int]],
+    chunk: int,
+    max_rows: int,
+) -> None:
+    tick = ticker(model, chunk, max_rows)
+    joined: list[tuple[int, Row, list[Result]]] = []
+    with torch.inference_mode():
+        for what, n in actions:
+            if what == JOIN:
+                row, results = cases[n][0].row(), list[Result]()
+                row.on_done = results.append
+                row.on_step = row.on_token = None
+                if tick.fits(row):
+                    tick.join(row)
+                    joined.append((n, row, results))
+            elif what == CANCEL and joined:
+                joined[n % len(joined)][1].cancelled = True
+            elif what == TICKS:
+                for _ in range(n):
+                    tick.step()
+            assert len(tick.rows) <= max_rows
+        finish(tick)
+    assert not any(request.errors for request, _ in cases)
+
+    for n, row, results in joined:
+        assert len(results) == 1 or (row.cancelled and not results)
+        for result in results:
+            assert_same(result, cases[n][1])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_a_prompt_in_chunks_equals_a_prompt_at_once(
+    model: LanguageModel, cases: Cases, chunk: int
+) -> None:
+    tick = ticker(model, chunk)
+    rows = [request.row() for request, _ in cases]
+    results: list[list[Result]] = [[] for _ in rows]
+    with torch.inference_mode():
+        for row, done in zip(rows, results, strict=True):
+            row.on_done = done.append
+            tick.join(row)
+    finish(tick)
+    for done, (_, theirs) in zip(results, cases, strict=True):
+        assert_same(done[0], theirs)
+
+
+def test_long_prompts_do_not_stall_a_row_that_is_thinking(model: LanguageModel) -> None:
+    tick = ticker(model, chunk=4)
+    thinker, reader = Request([ids(3, 1)], steps=5), Request([ids(40, 2)], steps=1)
+    with torch.inference_mode():
+        tick.join(thinker.row())
+        tick.step()
+        tick.join(reader.row())
+        for _ in range(4):
+            tick.step()
+    assert len(thinker.results) == 1
+    assert not reader.results
+
+
+def test_steps_are_reported_one_by_one(model: LanguageModel) -> None:
+    request = Request([ids(3, 1)], steps=4)
+    alone(model, request)
+    assert request.step_numbers == [1, 2, 3, 4]
+
+
+def test_no_steps_hand_the_prompt_over(model: LanguageModel) -> None:
+    result = alone(model, Request([ids(6, 1)]))
+    assert result.kv.positions == 6
+    assert result.thoughts.shape == (0, 128)
+    assert (result.tokens, result.text, result.finish) == ([], "", "")
+
+
+def test_the_hidden_states_of_a_prefill_are_there_on_demand(model: LanguageModel) -> None:
+    kept = alone(model, Request([ids(9, 1), torch.ones(2, 128, dtype=torch.float64)], keep_hidden=True))
+    assert kept.hidden is not None
+    assert kept.hidden.shape == (11, 128)
+    assert alone(model, Request([ids(9, 1)])).hidden is None
+
+
+def test_every_spoken_token_is_in_the_memory_the_last_one_too(model: LanguageModel) -> None:
+    prompt = ids(9, 3)
+    spoken = alone(model, Request([prompt], sampling=Sampling(max_tokens=5)))
+    read = alone(model, Request([prompt + spoken.tokens]))
+    assert len(spoken.tokens) == 5
+    assert kv_difference(spoken.kv, read.kv) < EXACT
+
+
+def test_an_end_token_ends_the_text_and_is_no_part_of_it(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request([ids(9, 3)], sampling=Sampling(max_tokens=6))
+    whole = alone(model, request)
+    last = whole.tokens[3]
+    assert last not in whole.tokens[:3]
+    monkeypatch.setattr(model, "eos", model.eos | {last})
+    ended = alone(model, request)
+    assert ended.tokens == whole.tokens[:4]
+    assert ended.finish == "stop"
+    assert whole.finish == "length"
+
+
+def test_a_hole_is_not_seen(model: LanguageModel) -> None:
+    """Behind a hole, only distance counts: without the hole's keys, what lies in it makes no difference."""
+    first, second = (alone(model, Request([ids(8, seed)])).kv for seed in (1, 2))
+    results = []
+    for before in (first, second):
+        request = Request([ids(5, 3)], steps=2)
+        row = request.row()
+        row.past, row.start, row.holes = [Placed(before, 0)], 8, [(0, 8)]
+        row.position = 8
+        tick = ticker(model)
+        with torch.inference_mode():
+            tick.join(row)
+        finish(tick)
+        results.append(request.results[0])
+    assert kv_difference(results[0].kv, results[1].kv) < EXACT
+    assert kv_difference(results[0].kv, alone(model, Request([ids(5, 3)], steps=2, past=first)).kv) > 1e-3
+
+
+def test_a_row_joins_only_where_rows_and_bytes_allow(model: LanguageModel) -> None:
+    with torch.inference_mode():
+        few = ticker(model, max_rows=1)
+        assert few.fits(Request([ids(3, 1)]).row())
+        few.join(Request([ids(3, 1)], steps=1).row())
+        assert not few.fits(Request([ids(3, 1)]).row())
+
+        small = ticker(model, live_bytes=2 * 128 * model.bytes_per_position)
+        small.join(Request([ids(3, 1)], steps=1).row())
+        assert small.fits(Request([ids(100, 1)]).row())
+        assert not small.fits(Request([ids(200, 1)]).row())
+
+
+def test_a_single_row_is_let_in_however_small_the_budget_and_leaves_room_for_others(model: LanguageModel) -> None:
+    tick = ticker(model, live_bytes=2 * 128 * model.bytes_per_position)
+    with torch.inference_mode():
+        assert tick.fits(Request([ids(500, 1)]).row())
+        tick.join(Request([ids(500, 1)]).row())
+        finish(tick)
+        tick.join(Request([ids(3, 1)], steps=2).row())
+        assert tick.fits(Request([ids(3, 2)]).row())
+
+
+def test_counters_count_ticks_thoughts_tokens_and_prompt_positions(model: LanguageModel) -> None:
+    tick = ticker(model)
+    with torch.inference_mode():
+        tick.join(Request([ids(7, 1)], steps=3).row())
+        tick.join(Request([ids(5, 2)], sampling=Sampling(max_tokens=2)).row())
+    finish(tick)
+    assert (tick.thoughts, tick.spoken, tick.prefilled) == (3, 2, 12)
+    assert tick.ticks == 3  # the prompts are read and the first steps taken in the same tick
+
+
+def test_dropping_all_rows_frees_their_slots(model: LanguageModel) -> None:
+    tick = ticker(model)
+    row = Request([ids(7, 1)], steps=3).row()
+    with torch.inference_mode():
+        tick.join(row)
+        tick.step()
+    assert tick.clear() == [row]
+    assert tick.rows == []
+    assert tick.cache.bytes_per_position == 0
