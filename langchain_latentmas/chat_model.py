@@ -312,7 +312,7 @@ def _without_markers(
                     found += marked
         if found:
             refs += found
-            message = message.model_copy(update={"content": text})
+            message = message.model_copy(update={"content": text.strip() if isinstance(text, str) else text})
         empty = found and not message.text.strip() and not getattr(message, "tool_calls", None)
         (emptied if empty else kept).append(message)
     return kept or emptied[-1:], refs

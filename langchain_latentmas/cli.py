@@ -188,7 +188,7 @@ def _follow(
     columns = TextColumn("{task.description:<10}"), BarColumn(24), TextColumn("{task.fields[count]}", style="dim")
     state: dict[str, Any] = {}
     reading, speaking = 0.0, False
-    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
+    with Progress(*columns, console=console, transient=True, disable=console is None or not console.is_terminal) as progress:
         tasks = {name: progress.add_task(name, total=None, visible=False, count="") for name in thinkers}
         for kind, event in events:
             if kind == "values":

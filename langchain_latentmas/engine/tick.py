@@ -12,6 +12,8 @@ from .model import LanguageModel
 from .sampling import Sampler, Sampling
 from .text import TextStream
 
+PASS_COST = 128  # what a forward pass costs by itself, in positions that it could have prefilled
+
 Embeddable = Sequence[int] | Tensor
 """Token ids, or thoughts [n, hidden] that are fed as they are."""
 
@@ -162,8 +164,10 @@ class Ticker:
         rows = self.rows[self.decoding :]
         if not rows:
             return
-        new = [min(len(row.embeds), self.chunk) for row in rows]
-        width, device = max(new), self.model.device
+        left = [min(len(row.embeds), self.chunk) for row in rows]
+        # The width that wastes least: a wide pass pads the short rows, a narrow one leaves more passes to come.
+        width = max(set(left), key=lambda width: sum(min(n, width) for n in left) / (PASS_COST + len(left) * width))
+        new, device = [min(n, width) for n in left], self.model.device
         embeds = rows[0].embeds.new_zeros(len(rows), width, rows[0].embeds.shape[-1])
         for i, row in enumerate(rows):
             embeds[i, : new[i]] = row.embeds[: new[i]]

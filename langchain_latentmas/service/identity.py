@@ -112,9 +112,12 @@ def key_file(path: Path) -> bytes:
     if path.stat().st_mode & 0o077:
         raise InvalidRequest(f"Others can read the signing key {path}; run: chmod 600 {path}")
     try:
-        return bytes.fromhex(path.read_text())
-    except ValueError as error:
-        raise InvalidRequest(f"{path} holds no signing key; move it away to have a new one made.") from error
+        key = bytes.fromhex(path.read_text())
+    except ValueError:
+        key = b""
+    if len(key) < KEY_BYTES:
+        raise InvalidRequest(f"{path} holds no signing key; move it away to have a new one made.")
+    return key
 
 
 def _canonical(value: object) -> bytes:

@@ -1,0 +1,95 @@
+"""What all benchmarks print: the machine, medians with their spread, and the same as JSON."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+PACKAGES = ("langchain-latentmas", "torch", "transformers", "langgraph", "langchain-core")
+
+
+class Spread(NamedTuple):
+    """Repeated measurements of one thing."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        values = list(values)
+        return cls(statistics.median(values), min(values), max(values))
+
+    def show(self, digits: int = 2, unit: str = "") -> str:
+        if self.min == self.max:
+            return f"{self.median:,.{digits}f}{unit}"
+        return f"{self.median:,.{digits}f}{unit} [dim]({self.min:,.{digits}f}..{self.max:,.{digits}f})[/]"
+
+
+def ratios(ones: Sequence[float], others: Sequence[float]) -> Spread:
+    """How many times more the ones are, measurement by measurement: what was measured side by side is compared."""
+    return Spread.of(one / other for one, other in zip(ones, others, strict=True))
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share, in %."""
+    share, factor = right / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / factor
+    half = z / factor * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what this runs; the load at the start tells whether anything else did too."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def show(run: dict[str, Any], *parts: RenderableType, as_json: bool, results: dict[str, Any]) -> None:
+    """Prints what was run and what came of it, as text or as one JSON document."""
+    if as_json:
+        print(json.dumps({"run": run, **results}, indent=2, ensure_ascii=False))
+        return
+    console = Console(highlight=False, width=None if Console().is_terminal else 120)
+    facts = Table.grid(padding=(0, 2))
+    for name, value in run.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {part}" for key, part in value.items() if part is not None)
+        facts.add_row(f"[dim]{name.replace('_', ' ')}[/]", str(value))
+    console.print(facts)
+    for part in parts:
+        console.print()
+        console.print(part)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
