@@ -9,7 +9,7 @@ from langgraph.graph import END, START, StateGraph
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.report import Spread, machine, ratios, show, wilson
+from benchmarks.report import Spread, machine, prepare, ratios, show, wilson
 from langchain_latentmas import LatentAgentNode, LatentState
 from langchain_latentmas.bundled.tasks import ROLES, Problem
 from langchain_latentmas.demo import ARRANGEMENTS, BOXED, MODES, Score, answer_all, held_out, run
@@ -37,14 +37,18 @@ def main(
     seed: int = 0,
     max_tokens: int = 256,
     device: str | None = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch; the bundled model gets one.")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Both teams as text, latent, and with the judger's edge cut, and a single agent, on the same problems."""
+    prepare(model, threads)
     problems = held_out(n, seed)
     with LocalService.load(model, device=device) as service:
         loaded, settings = service.model, service.settings
     about = machine(loaded.device)
-    team: dict[str, Any] = {"steps": steps, "max_tokens": max_tokens} | ({} if model == "bundled" else {"judger": BOXED})
+    team: dict[str, Any] = {"steps": steps, "max_tokens": max_tokens} | (
+        {} if model == "bundled" else {"judger": BOXED}
+    )
 
     def cell(arrangement: str, mode: str) -> Callable[[LatentService], Score]:
         return lambda service: run(service, arrangement, mode, problems, **team)[0]
@@ -84,15 +88,12 @@ def main(
                     **asdict(scores[0]),
                     "right": [score.right for score in scores],
                     "right_interval": wilson(scores[0].right, n),
-                    "output_tokens": Spread.of(s.output_tokens for s in scores)._asdict(),
-                    "seconds": Spread.of(s.seconds for s in scores)._asdict(),
+                    "output_tokens": Spread.of(s.output_tokens for s in scores),
+                    "seconds": Spread.of(s.seconds for s in scores),
                 }
                 for scores in measured
             ],
-            "text_over_latent": {
-                arrangement: {name: spread._asdict() for name, spread in both.items()}
-                for arrangement, both in against.items()
-            },
+            "text_over_latent": against,
         },
     )
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console, RenderableType
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 PACKAGES = ("langchain-latentmas", "torch", "transformers", "langgraph", "langchain-core")
 
@@ -48,13 +49,25 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
+def prepare(model: str, threads: int | None) -> None:
+    """Keeps progress bars of loading out of the tables, and sets torch's threads.
+
+    The bundled model gets one where none are asked for, as in `latentmas demo`: it is faster on one than on two.
+    """
+    threads = threads or (1 if model == "bundled" else None)
+    if threads:
+        torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what this runs; the load at the start tells whether anything else did too."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
@@ -65,18 +78,31 @@ def machine(device: torch.device) -> dict[str, Any]:
 def show(run: dict[str, Any], *parts: RenderableType, as_json: bool, results: dict[str, Any]) -> None:
     """Prints what was run and what came of it, as text or as one JSON document."""
     if as_json:
-        print(json.dumps({"run": run, **results}, indent=2, ensure_ascii=False))
+        print(json.dumps(_plain({"run": run, **results}), indent=2, ensure_ascii=False))
         return
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
     facts = Table.grid(padding=(0, 2))
     for name, value in run.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {part}" for key, part in value.items() if part is not None)
-        facts.add_row(f"[dim]{name.replace('_', ' ')}[/]", str(value))
+        facts.add_row(f"[dim]{name}[/]", _flat(value) if isinstance(value, dict) else str(value))
     console.print(facts)
     for part in parts:
         console.print()
         console.print(part)
+
+
+def _plain(value: Any) -> Any:
+    """JSON would make a list of a `Spread`."""
+    if isinstance(value, Spread):
+        return value._asdict()
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _flat(facts: dict[str, Any]) -> str:
+    """`processor X, cores 2, ...`"""
+    parts = (f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if not isinstance(value, dict))
+    return ", ".join([*parts, *(_flat(value) for value in facts.values() if isinstance(value, dict))])
 
 
 def _processor() -> str:

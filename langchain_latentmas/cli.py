@@ -36,8 +36,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 
 WIDTH = 100  # of the picture, and the most that is used of a terminal
 SHADES = (
-    (0.9, "#06281b on #3ddc97"),
-    (0.6, "#e3fff4 on #1f7a57"),
+    (0.9, "#06231a on #4cbb8a"),
+    (0.6, "#e3fff4 on #277a5a"),
     (0.3, "#cfe3da on #2f4f44"),
     (0.0, "#b4b4b4 on #3c3c3c"),
 )
@@ -51,7 +51,7 @@ def main() -> None:
 
 @app.command()
 def demo(
-    n: Annotated[int, typer.Option("--n", help="Held-out word problems.")] = 20,
+    n: Annotated[int, typer.Option("--n", help="Held-out word problems.")] = 16,
     model: Model = "bundled",
     steps: Steps = 24,
     seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
@@ -105,6 +105,7 @@ def demo(
             *_example(problems[0].question, problems[0].answer, example),
             Rule("text against latent edges", style="dim"),
             _table(scores, ratios),
+            Text(),
             _footnote(n),
         )
         if not as_json:
@@ -188,7 +189,9 @@ def _follow(
     columns = TextColumn("{task.description:<10}"), BarColumn(24), TextColumn("{task.fields[count]}", style="dim")
     state: dict[str, Any] = {}
     reading, speaking = 0.0, False
-    with Progress(*columns, console=console, transient=True, disable=console is None or not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=console is None or not console.is_terminal
+    ) as progress:
         tasks = {name: progress.add_task(name, total=None, visible=False, count="") for name in thinkers}
         for kind, event in events:
             if kind == "values":
@@ -235,6 +238,7 @@ def _content_of(service: "LatentService", update: dict[str, Any]) -> Text:
 
 
 def _load(model: str) -> "LatentService":
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from .service import LatentService
@@ -245,6 +249,8 @@ def _load(model: str) -> "LatentService":
     own = logging.getLogger(__package__)
     own.addHandler(_OneLine())
     own.propagate = False
+    if model == "bundled":
+        torch.set_num_threads(1)  # its matrices are so small that sharing them out costs more than it brings
     # A durable store would answer with thoughts of earlier runs, in no time at all.
     settings = SharedSettings()
     return LatentService.load(model, device=settings.device, dtype=settings.dtype)
@@ -322,8 +328,9 @@ def _about(service: "LatentService", model: str) -> dict[str, Any]:
 
 def _headline(command: str, about: dict[str, Any], rest: str) -> Text:
     size = f"{about['parameters'] / 1e6:,.1f} M parameters" if "parameters" in about else ""
-    parts = [f"{about['name']} model", size, f"{about.get('dtype', '')} on {about.get('device', '?')}", rest]
-    return Text.assemble((f"latentmas {command}", "bold"), "  ", (" · ".join(filter(None, parts)), "dim"))
+    where = " on ".join(about[name] for name in ("dtype", "device") if name in about)
+    parts = " · ".join(filter(None, [f"{about['name']} model", size, where]))
+    return Text.assemble((f"latentmas {command}", "bold"), "  ", (f"{parts}\n{rest}", "dim"))
 
 
 def _example(question: str, answer: int, transcripts: "Sequence[Transcript]") -> Iterator[RenderableType]:
@@ -388,9 +395,9 @@ def _top3(turn: "Turn") -> RenderableType:
     for rank in range(len(steps[0]) if steps else 0):
         cells = [Text.assemble(f"{_token(tokens[rank][0])} ", (_percent(tokens[rank][1]), "dim")) for tokens in steps]
         table.add_row("", ("likeliest", "second", "third")[rank], *cells)
-    legend = Text.assemble(("A cell is what one latent step would have written; its colour is how surely: ", "dim"))
+    legend = Text.assemble(("A cell is the token one latent step would have written; its probability: ", "dim"))
     for least, style in SHADES:
-        legend.append(f" {f'≥ {_percent(least)}' if least else 'less'} ", style)
+        legend.append(f" ≥ {_percent(least)} " if least else " less ", style)
     return Group(legend, table)
 
 

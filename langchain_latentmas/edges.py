@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, Literal, NamedTuple, overload
@@ -16,10 +16,13 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.pregel import Pregel
-from langgraph.utils.runnable import RunnableCallable  # type: ignore[attr-defined]
+from langgraph.types import CachePolicy
+from langgraph.utils.runnable import RunnableCallable, RunnableSeq  # type: ignore[attr-defined]
 
 from .chat_model import THINKER, ChatLatentMAS, Thinker, node_path
 from .errors import InvalidEdge, InvalidRequest
+from .node import LatentAgentNode
+from .service.shared import SharedSettings
 
 Mode = Literal["latent", "text"]
 Edge = tuple[str, str]
@@ -82,13 +85,18 @@ def switch_edges(
     run time `{"configurable": {"edges": "text"}}` runs every edge as text, and a mapping like
     `{"planner->critic": "text"}` single ones.
 
+    Switch last: edges that are added to the builder afterwards do not make a thinking node speak. LangGraph keeps what
+    a node with a `CachePolicy` returned under the node's input alone, so one that ran latent is read as a marker in a
+    text run too, and the other way round, until `graph.clear_cache()`. A node that is interrupted and resumed thinks
+    once: the same call gives the same marker.
+
     Example:
         ```python
         builder = switch_edges(builder, [("planner", "critic"), ("critic", "judger")], to="latent", steps=20)
         ```
 
     Args:
-        builder: Any `StateGraph`, not yet compiled; it is left as it is.
+        builder: Any `StateGraph`; it is left as it is.
         edges: Pairs of node names, or "*" for every edge that can be latent.
         to: "latent" or "text".
         steps: Latent steps of a node that thinks.
@@ -101,16 +109,18 @@ def switch_edges(
 
     Raises:
         InvalidEdge: If a node or edge does not exist, or a named edge cannot be latent; says why, and the way out.
-        InvalidRequest: If the graph is already compiled, or `steps` is negative.
+        InvalidRequest: If the graph is already compiled, or `to` or `steps` is out of range.
     """
     if isinstance(builder, Pregel):
         raise InvalidRequest(
             "This graph is compiled already; pass its builder (graph.builder) and compile what returns."
         )
+    if not isinstance(builder, StateGraph):
+        raise InvalidRequest(f"switch_edges takes a StateGraph, not a {type(builder).__name__}.")
     if to not in ("latent", "text"):
         raise InvalidRequest(f"to must be 'latent' or 'text', not {to!r}.")
-    if steps < 0:
-        raise InvalidRequest(f"steps must be 0 or more, not {steps}.")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise InvalidRequest(f"steps must be a whole number from 0 on, not {steps!r}.")
     graph = _Graph(builder)
     wanted = list(graph.edges) if edges == "*" else _named(edges, graph)
     switched = dict(graph.switched)
@@ -125,12 +135,7 @@ def switch_edges(
             raise InvalidEdge(f"The edge {source!r} -> {target!r} cannot be latent: {why}")
         switched |= {edge: _Setting(steps) for edge in wanted if edge not in refused}
     if explain:
-        return [
-            EdgeReport(*edge, "latent", f"{switched[edge].steps} latent steps")
-            if edge in switched
-            else EdgeReport(*edge, "text", refused.get(edge, "not switched"))
-            for edge in graph.edges
-        ]
+        return [graph.report(edge, switched, refused.get(edge, "not switched")) for edge in graph.edges]
     return graph.with_edges(switched)
 
 
@@ -167,7 +172,7 @@ class _Graph:
         for source, branches in builder.branches.items():
             for branch in branches.values():
                 for target in (branch.ends or {name: name for name in (*builder.nodes, END)}).values():
-                    self.edges.setdefault((source, target), "conditional")
+                    self.edges[source, target] = "conditional" if branch.ends else "conditional, to anywhere"
         for source, spec in builder.nodes.items():
             for target in spec.ends or ():
                 self.edges.setdefault((source, target), "command")
@@ -175,6 +180,15 @@ class _Graph:
 
     def leaving(self, source: str) -> list[Edge]:
         return [edge for edge in self.edges if edge[0] == source]
+
+    def report(self, edge: Edge, switched: Mapping[Edge, _Setting], why_text: str) -> EdgeReport:
+        """What an edge is, once these are switched; a latent one beside a text one of the same node is text."""
+        if edge not in switched:
+            return EdgeReport(*edge, "text", why_text)
+        for other in self.leaving(edge[0]):
+            if other not in switched:
+                return EdgeReport(*edge, "text", f"{edge[0]!r} speaks, because its edge to {other[1]!r} is text.")
+        return EdgeReport(*edge, "latent", f"{switched[edge].steps} latent steps")
 
     def refusals(
         self, wanted: list[Edge], switched: Mapping[Edge, _Setting], router_reads_text: bool, trusted: bool
@@ -203,14 +217,18 @@ class _Graph:
         source, target = edge
         if source == START:
             return "what enters the graph is text."
+        made = self.edges[edge]
         if target == END:
-            return "what leaves the graph is text."
-        if self.edges[edge] != "edge" and router_reads_text:
-            who = "its router reads" if self.edges[edge] == "conditional" else "the node that returns Command reads"
+            hint = " If its router never goes there, tell add_conditional_edges with path_map=[...]."
+            return "what leaves the graph is text." + (hint if made.endswith("anywhere") else "")
+        if made != "edge" and router_reads_text:
+            who = "the node that returns Command reads" if made == "command" else "its router reads"
             return f"{who} the text of {source!r}; pass router_reads_text=False if it does not."
         sender, receiver = self.facts(source), self.facts(target)
         output = self._output(source, sender)
         for name, facts in ((source, output), (target, receiver)):
+            if isinstance(_inner(self.builder.nodes[name].runnable), LatentAgentNode):
+                return f"{name!r} is a LatentAgentNode, which reads and writes references in the state by itself."
             if facts.foreign:
                 return f"{name!r} runs another model ({facts.foreign}); give it a ChatLatentMAS."
             if not facts.ours and not trusted:
@@ -248,19 +266,26 @@ class _Graph:
     def with_edges(self, switched: dict[Edge, _Setting]) -> StateGraph:
         """A copy of the builder in which these edges are latent and all others are not."""
         new = copy.copy(self.builder)
-        new.nodes = {}
-        new.edges, new.waiting_edges = set(self.builder.edges), set(self.builder.waiting_edges)
-        new.branches = type(self.builder.branches)(dict, {k: dict(v) for k, v in self.builder.branches.items()})
+        vars(new).update({k: copy.copy(v) for k, v in vars(new).items() if isinstance(v, (dict, set))})
+        new.branches = type(new.branches)(dict, {k: dict(v) for k, v in new.branches.items()})
         new.compiled = False
+        known = frozenset({*switched, *self._latent_inside()})
         for name, spec in self.builder.nodes.items():
-            runnable = _inner(spec.runnable)
-            edges = self.leaving(name)
-            if edges and all(edge in switched for edge in edges):
+            runnable, cache = _inner(spec.runnable), _uncached(spec.cache_policy)
+            edges = {edge: switched[edge] for edge in self.leaving(name) if edge in switched}
+            if edges and len(edges) == len(self.leaving(name)):
                 paths = {path for subgraph in self.facts(name).subgraphs for path in _outputs(subgraph)}
-                runnable = _Switched(name, runnable, {edge: switched[edge] for edge in edges}, frozenset({(), *paths}))
-            new.nodes[name] = dataclasses.replace(spec, runnable=runnable)
+                runnable = _Switched(name, runnable, edges, frozenset({(), *paths}), known)
+                cache = _cached(cache, edges)
+            new.nodes[name] = dataclasses.replace(spec, runnable=runnable, cache_policy=cache)
         setattr(new, SWITCHED, switched)
         return new
+
+    def _latent_inside(self) -> Iterator[Edge]:
+        """Latent edges of all subgraphs that can be seen."""
+        for name in self.builder.nodes:
+            for subgraph in self.facts(name).subgraphs:
+                yield from getattr(getattr(subgraph, "builder", None), SWITCHED, ())
 
 
 class _Switched(RunnableCallable):
@@ -270,10 +295,16 @@ class _Switched(RunnableCallable):
     """
 
     def __init__(
-        self, name: str, inner: Runnable, edges: dict[Edge, _Setting], outputs: frozenset[tuple[str, ...]]
+        self,
+        name: str,
+        inner: Runnable,
+        edges: dict[Edge, _Setting],
+        outputs: frozenset[tuple[str, ...]],
+        known: frozenset[Edge],
     ) -> None:
         def thinker(config: RunnableConfig) -> Thinker | None:
-            if any(mode == "text" for mode in edge_modes(config, edges).values()):
+            outermost = len(node_path(config)) == 1  # a subgraph may be handed edges of the graphs around it
+            if "text" in edge_modes(config, edges, known if outermost else None).values():
                 return None
             arrows = ", ".join("->".join(edge) for edge in edges)
             steps = max(setting.steps for setting in edges.values())
@@ -297,23 +328,30 @@ class _Switched(RunnableCallable):
         self.inner = inner
 
 
-def edge_modes(config: RunnableConfig, edges: Iterable[Edge]) -> dict[Edge, Mode]:
+def edge_modes(config: RunnableConfig, edges: Iterable[Edge], known: Iterable[Edge] | None = None) -> dict[Edge, Mode]:
     """What `configurable.edges` makes of latent edges.
 
     Args:
         config: "latent" (the default), "text", or a mapping from "source->target" to one of them.
         edges: Edges that are latent by themselves.
+        known: All that a mapping may name; None lets it name others.
 
     Raises:
-        InvalidRequest: If it is none of these.
+        InvalidRequest: If it is none of these, or names another edge.
     """
     asked = ensure_config(config).get("configurable", {}).get("edges", "latent")
     named = asked if isinstance(asked, Mapping) else dict.fromkeys(("->".join(edge) for edge in edges), asked)
+    names = None if known is None else ["->".join(edge) for edge in known]
     for key, mode in named.items():
         if mode not in ("latent", "text"):
             raise InvalidRequest(
                 f"configurable.edges must be 'latent', 'text', or a mapping of 'source->target' to these, not {asked!r}"
                 f" (at {key!r})."
+            )
+        if names is not None and key not in names:
+            raise InvalidRequest(
+                f"configurable.edges names {key!r}, which is no latent edge of this graph (there are: "
+                f"{', '.join(sorted(names))}); correct it, or switch that edge with switch_edges first."
             )
     return {edge: named.get("->".join(edge), "latent") for edge in edges}
 
@@ -341,8 +379,34 @@ def _inner(runnable: Any) -> Any:
     return runnable.inner if isinstance(runnable, _Switched) else runnable
 
 
+def _cached(policy: CachePolicy | None, edges: Mapping[Edge, _Setting]) -> CachePolicy | None:
+    """The policy of a node that thinks: what the same node returned as text, or after other steps, is not for it."""
+    if policy is None:
+        return None
+    label = str(max(setting.steps for setting in edges.values()))
+    return dataclasses.replace(policy, key_func=_CacheKey(policy.key_func, label))
+
+
+def _uncached(policy: CachePolicy | None) -> CachePolicy | None:
+    """The policy that the user gave."""
+    if policy is not None and isinstance(policy.key_func, _CacheKey):
+        return dataclasses.replace(policy, key_func=policy.key_func.inner)
+    return policy
+
+
+class _CacheKey(NamedTuple):
+    """A key function whose keys are those of another one, labelled."""
+
+    inner: Callable[..., str | bytes]
+    label: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> bytes:
+        key = self.inner(*args, **kwargs)
+        return f"latent {self.label} ".encode() + (key.encode() if isinstance(key, str) else key)
+
+
 def _service_of(model: ChatLatentMAS) -> Hashable:
-    return id(model.service) if model.service is not None else model.model
+    return id(model.service) if model.service is not None else model.model or SharedSettings().service
 
 
 def _look(root: Any, into_subgraphs: bool = True) -> _Facts:
@@ -351,13 +415,13 @@ def _look(root: Any, into_subgraphs: bool = True) -> _Facts:
     parsers: list[str] = []
     subgraphs: list[Pregel] = []
     tools = False
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}  # holds on to what it has seen, so that no id comes twice
     queue: list[Any] = [root]
     while queue:
         at = queue.pop()
         if id(at) in seen:
             continue
-        seen.add(id(at))
+        seen[id(at)] = at
         if isinstance(at, BaseChatModel):
             models.append(at)
         elif isinstance(at, ToolNode):
@@ -377,7 +441,7 @@ def _look(root: Any, into_subgraphs: bool = True) -> _Facts:
 
 def _held(at: Any) -> Iterator[Any]:
     """What an object that is no model may call."""
-    if isinstance(at, CoreSequence) or hasattr(at, "steps"):
+    if isinstance(at, (CoreSequence, RunnableSeq)):
         yield from at.steps
     elif isinstance(at, RunnableParallel):
         yield from at.steps__.values()
@@ -386,10 +450,10 @@ def _held(at: Any) -> Iterator[Any]:
     elif isinstance(at, partial):
         yield from (at.func, *at.args, *at.keywords.values())
     elif isinstance(at, MethodType):
-        yield from (at.__func__, at.__self__, *getattr(at.__self__, "__dict__", {}).values())
+        yield from (at.__func__, *getattr(at.__self__, "__dict__", {}).values())
     elif isinstance(at, FunctionType):
         yield from (cell.cell_contents for cell in at.__closure__ or () if cell != CellType())
-        if at.__module__.split(".")[0] not in LIBRARIES:
+        if (at.__module__ or "").split(".")[0] not in LIBRARIES:
             yield from (at.__globals__[name] for name in _names(at.__code__) if name in at.__globals__)
     elif isinstance(at, (list, tuple)):
         yield from at
@@ -397,6 +461,8 @@ def _held(at: Any) -> Iterator[Any]:
         yield from at.values()
     elif isinstance(at, Runnable):
         yield from getattr(at, "__dict__", {}).values()
+    elif isinstance(at, Hashable) and callable(getattr(type(at), "__call__", None)) and not isinstance(at, type):
+        yield from (type(at).__call__, *getattr(at, "__dict__", {}).values())  # an object that is called like a node
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -412,8 +478,12 @@ def _outputs(subgraph: Pregel) -> set[tuple[str, ...]]:
     if not isinstance(subgraph, CompiledStateGraph):
         return set()
     graph = _Graph(subgraph.builder)
-    ending = {source for source, target in graph.edges if target == END and source != START}
-    if any(target != END for source, target in graph.edges if source in ending):
+    ending: set[str] = set()
+    after = [END]  # nothing here calls a model
+    for end in after:
+        for source in {source for source, target in graph.edges if target == end} - {START, *after}:
+            (ending.add if graph.facts(source).models else after.append)(source)
+    if any(target not in after for source, target in graph.edges if source in {*ending, *after}):
         return set()
     paths: set[tuple[str, ...]] = set()
     for name in ending:

@@ -22,35 +22,44 @@ HE, SHE = "Tom Bob Max Sam Leo Ben Dan Jack".split(), "Ann Eva Zoe Ivy Mia Lily 
 TEST_HE, TEST_SHE = "Paul Alex Omar".split(), "Nora Kate Jane".split()
 ITEMS = "coins apples books pens cards shells stamps marbles cookies pencils".split()
 
-# {n} the subject, {f} a friend, {a} the number, {i} the items. Held-out phrasings recombine trained words.
+# {n} the subject, {f} a friend, {a} the number, {i} the items. Held-out phrasings recombine trained words: every verb
+# is trained in two frames and every frame with several verbs, else a model reads the frame and not the verb.
 PHRASINGS: dict[str, dict[str, list[str]]] = {
     "train": {
         "+": [
             "{n} finds {a} more.",
+            "{n} finds {a} {i}.",
             "{n} buys {a} more {i}.",
-            "Then {n} wins {a} {i}.",
+            "{n} buys {a} {i}.",
+            "{n} wins {a} more {i}.",
+            "{n} wins {a} {i}.",
+            "{n} gets {a} more.",
+            "{n} gets {a} {i} from {f}.",
             "{n} picks up {a} {i}.",
             "{f} gives {n} {a} {i}.",
-            "{n} gets {a} {i} from {f}.",
         ],
         "-": [
             "{n} loses {a} of them.",
-            "{n} gives away {a} {i}.",
-            "Then {n} sells {a} {i}.",
+            "{n} loses {a} of the {i}.",
+            "{n} sells {a} {i}.",
+            "{n} sells {a} of the {i}.",
+            "{n} drops {a} {i}.",
             "{n} drops {a} of the {i}.",
+            "{n} gives away {a} {i}.",
+            "{n} gives away {a} of them.",
             "{n} gives {a} {i} to {f}.",
             "{f} takes {a} {i} from {n}.",
         ],
-        "*2": ["Then {n} doubles the {i}.", "The number of {i} doubles.", "Now {n} has twice as many {i}."],
-        "*3": ["Then {n} triples the {i}.", "The number of {i} triples.", "Now {n} has three times as many {i}."],
+        "*2": ["{n} doubles the {i}.", "The number of {i} doubles.", "Now {n} has twice as many {i}."],
+        "*3": ["{n} triples the {i}.", "The number of {i} triples.", "Now {n} has three times as many {i}."],
     },
     "test": {
-        "+": ["{n} gets {a} more {i}.", "Then {n} finds {a} {i}.", "{n} wins {a} more.", "{n} buys {a} {i} from {f}."],
+        "+": ["{n} finds {a} more {i}.", "{n} gets {a} more {i}.", "{n} wins {a} more.", "{n} buys {a} {i} from {f}."],
         "-": [
-            "Then {n} loses {a} {i}.",
+            "{n} loses {a} {i}.",
             "{n} sells {a} of them.",
+            "{n} drops {a} of them.",
             "{n} gives away {a} of the {i}.",
-            "{n} drops {a} {i}.",
         ],
         "*2": ["Then the number of {i} doubles.", "{n} doubles the number of {i}."],
         "*3": ["Then the number of {i} triples.", "{n} triples the number of {i}."],
@@ -97,12 +106,13 @@ def problem(rng: random.Random, split: str = "train") -> Problem:
     question, chain = [rng.choice(OPENINGS).format(n=name, a=v, i=item)], str(v)
     sentences = [f"{name} starts with {v} {item}."]
     for _ in range(rng.randint(2, 4)):
-        op = rng.choice([o for o in ("+", "+", "-", "-", "*2", "*3") if _possible(o, v)])
-        a = rng.randint(1, min(40, 99 - v if op == "+" else v)) if op in "+-" else int(op[1])
-        w = {"+": v + a, "-": v - a}.get(op, v * a)
+        op, a, w = operation(rng, v)
         clause = rng.choice(phrasings[op])
         # A pronoun only where it opens the sentence, so that it cannot mean the friend.
         subject = ("He" if male else "She") if clause.startswith("{n}") and rng.random() < 0.4 else name
+        if clause.startswith("{") and rng.random() < 0.25:
+            clause = "Then " + clause
+            subject = subject.lower() if subject in ("He", "She") else subject
         question.append(clause.format(n=subject, f=friend, a=a, i=item))
         chain += f"{op[0]}{a}={w}"
         sentences.append(SENTENCES[op].format(n=name, i=item, a=a, v=v, w=w))
@@ -111,8 +121,12 @@ def problem(rng: random.Random, split: str = "train") -> Problem:
     return Problem(" ".join(question), chain, " ".join(sentences), v)
 
 
-def _possible(op: str, v: int) -> bool:
-    return {"+": v < 99, "-": v > 0, "*2": 0 < v * 2 <= 99, "*3": 0 < v * 3 <= 99}[op]
+def operation(rng: random.Random, v: int) -> tuple[str, int, int]:
+    """A random operation on `v`: its name ("+", "-", "*2" or "*3"), its operand and its result, 0..99."""
+    possible = {"+": v < 99, "-": v > 0, "*2": 0 < v * 2 <= 99, "*3": 0 < v * 3 <= 99}
+    op = rng.choice([o for o in ("+", "+", "-", "-", "*2", "*3") if possible[o]])
+    a = rng.randint(1, min(20, 99 - v if op == "+" else v)) if op in "+-" else int(op[1])
+    return op, a, {"+": v + a, "-": v - a}.get(op, v * a)
 
 
 def _word(rng: random.Random) -> str:

@@ -8,7 +8,7 @@ states of the first pass, all at once, as latent thinking will feed them one by 
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -23,11 +23,22 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from langchain_latentmas.bundled import MODEL
-from langchain_latentmas.bundled.tasks import EXPERTS, ROLES, SEQUENTIAL, answer_text, notes, problem, prompt
+from langchain_latentmas.bundled.patterns import Part, latent_pattern, text_pattern
+from langchain_latentmas.bundled.tasks import (
+    EXPERTS,
+    ROLES,
+    SEQUENTIAL,
+    Problem,
+    answer_text,
+    notes,
+    operation,
+    problem,
+    prompt,
+)
 
 END = 2
 TOKENS = 2048  # of a latent batch, padding included; a text batch has half as many
-RATE = 2.5e-3
+RATE = 2e-3
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|latent|>"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -96,8 +107,14 @@ class Data:
         self._encode = tokenizer.backend_tokenizer.encode
 
     def batches(self, kind: str, tokens: int) -> Iterator[list[Row]]:
-        """Endless batches of `kind` ("alone", "latent" or "text"), at most `tokens` padded tokens each."""
-        make = {"alone": lambda: self.latent_row(alone=True), "latent": self.latent_row, "text": self.text_row}[kind]
+        """Endless batches of a kind, at most `tokens` padded tokens each."""
+        make = {
+            "alone": lambda: self.latent_row(alone=True),
+            "latent": self.latent_row,
+            "text": self.text_row,
+            "latent patterns": lambda: self.pattern_row(latent_pattern),
+            "text patterns": lambda: self.pattern_row(text_pattern),
+        }[kind]
         while True:
             pool = sorted((make() for _ in range(1000)), key=lambda row: len(row.ids))
             batches: list[list[Row]] = [[]]
@@ -147,7 +164,10 @@ class Data:
     def text_row(self) -> Row:
         """One plain turn: a solver, an agent that reads others as text or none, a judger, a greeting."""
         rng, p = self.rng, problem(self.rng)
-        kind = rng.choices(["solver", "first", "later", "judger", "chat"], [0.25, 0.2, 0.22, 0.3, 0.03])[0]
+        kinds = ["solver", "first", "later", "judger", "chat", "drill"]
+        kind = rng.choices(kinds, [0.2, 0.15, 0.17, 0.2, 0.03, 0.25])[0]
+        if kind == "drill":
+            return self.drill_row()
         if kind == "chat":
             user, said = rng.choice(CHAT)
             return self._turn(prompt(rng.choice([None, "solver"]), user), said)
@@ -169,6 +189,35 @@ class Data:
             read = dict([rng.choice(list(read.items()))])
         shown = p.question if rng.random() < 0.2 else None
         return self._turn(prompt("judger", notes(read, shown)), answer_text(p.answer))
+
+    def drill_row(self) -> Row:
+        """Sixteen operations without a story: many more results a token than a problem has; only they are targets."""
+        rng, row = self.rng, Row([], [], [])
+        think = rng.random() < 0.6
+        v = rng.randint(0, 99)
+        self._add(row, self.encode(prompt(None, None, think)), PROMPT)
+        if think:
+            self._add(row, self.encode(str(v)), PROMPT)
+        for _ in range(16):
+            op, a, w = operation(rng, v)
+            self._add(row, self.encode(f"{op[0]}{a}=" if think else f" so {v} {op[0]} {a} = "), PROMPT)
+            self._add(row, self.encode(str(w)), SPOKEN)
+            v = w
+        return row
+
+    def pattern_row(self, pattern: Callable[[random.Random, Problem], list[Part]]) -> Row:
+        """A row in the shape of a usual agent graph."""
+        row, steps = Row([], [], []), self.length()
+        for part in pattern(self.rng, problem(self.rng)):
+            ids = self.encode(part.text)
+            if part.kind == "prompt":
+                self._add(row, ids, PROMPT, part.block)
+            elif part.kind == "spoken":
+                self._add(row, [*ids, END], SPOKEN, part.block)
+            else:
+                self._add(row, [*ids, END, END], THOUGHT, part.block)
+                self._add(row, [END] * (steps - len(ids) - 2), TAIL, part.block)
+        return row
 
     def _turn(self, asked: str, said: str) -> Row:
         row = Row([], [], [])
@@ -258,55 +307,89 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out)
 
 
-def train(
-    out: Annotated[Path, typer.Option(help="Folder for the weights and the tokenizer.")] = MODEL,
-    seed: int = 0,
-    steps: int = 3600,
-    alignment: Annotated[float, typer.Option(help="Weight of the alignment loss.")] = 0.5,
-    second_pass: Annotated[bool, typer.Option(help="Feed thinkers their own thoughts.")] = True,
-    evaluate: Annotated[bool, typer.Option(help="Print the table of accuracies at the end.")] = True,
+def optimize(
+    trainer: Trainer, steps: int, rate: float, losses: Callable[[float], list[torch.Tensor]], name: str
 ) -> None:
-    """Train the bundled model from scratch."""
-    torch.set_num_threads(2)
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
-    trainer, data = Trainer(model, alignment), Data(tokenizer, seed)
-    alone, latent, text = (
-        data.batches(k, n) for k, n in [("alone", TOKENS), ("latent", TOKENS), ("text", TOKENS // 2)]
-    )
+    """Takes optimizer steps under a cosine schedule that knows steps, never the clock.
 
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    Args:
+        trainer: Whose model.
+        steps: How many.
+        rate: Highest learning rate.
+        losses: Gets how much is done, from 0 to 1; returns the losses to add up.
+        name: What the progress bar says.
+    """
+    parameters = list(trainer.model.named_parameters())
+    matrices = [p for name, p in parameters if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in parameters if p.ndim != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(matrices, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
-
     spent = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *spent) as progress:
-        bar = progress.add_task("training", total=steps)
+        bar = progress.add_task(name, total=steps)
         for step in range(1, steps + 1):
-            # The schedule knows steps, never the clock, so a slow machine trains the same model.
             done = step / steps
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = RATE * min(1, step / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
-            # Short rows first: arithmetic comes before arrangements.
-            rows = next(latent) if done > 0.25 else next(alone)
-            thinking = trainer.losses(rows, second_pass and done > 0.25)
-            (spoken,) = trainer.losses(next(text), False)
-            (sum(thinking) + 0.7 * spoken).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    group["lr"] = rate * min(1, step / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
+            parts = losses(done)
+            torch.stack(parts).sum().backward()
+            torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             progress.advance(bar)
             if step % 100 == 0:
-                shown = " + ".join(f"{loss.item():.4f}" for loss in thinking)
-                progress.console.print(f"{step} of {steps} steps: latent {shown}, text {spoken.item():.4f}")
-            if step % 500 == 0:
-                save(model, tokenizer, out)
+                shown = " + ".join(f"{loss.item():.4f}" for loss in parts)
+                progress.console.print(f"{name}: {step} of {steps} steps, loss {shown}")
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for the weights and the tokenizer.")] = MODEL,
+    seed: int = 0,
+    steps: Annotated[int, typer.Option(help="Steps of the first stage: roles, chains and merges.")] = 3600,
+    pattern_steps: Annotated[int, typer.Option(help="Steps of the second stage: shapes of usual graphs.")] = 2600,
+    alignment: Annotated[float, typer.Option(help="Weight of the alignment loss.")] = 0.5,
+    second_pass: Annotated[bool, typer.Option(help="Feed thinkers their own thoughts.")] = True,
+    start: Annotated[Path | None, typer.Option(help="Weights of a first stage to go on from.")] = None,
+    evaluate: Annotated[bool, typer.Option(help="Print the table of accuracies at the end.")] = True,
+) -> None:
+    """Train the bundled model from scratch."""
+    torch.set_num_threads(2)
+    torch.manual_seed(seed)
+    if start is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+        model = Qwen3ForCausalLM.from_pretrained(start).train()
+    else:
+        tokenizer = build_tokenizer()
+        model = build_model(tokenizer)
+    trainer = Trainer(model, alignment)
+
+    if start is None:
+        data = Data(tokenizer, seed)
+        alone, latent = data.batches("alone", TOKENS), data.batches("latent", TOKENS)
+        text = data.batches("text", TOKENS // 2)
+
+        def roles(done: float) -> list[torch.Tensor]:
+            # Short rows first: arithmetic comes before arrangements.
+            thinking = trainer.losses(next(latent if done > 0.25 else alone), second_pass and done > 0.25)
+            return [*thinking, 0.7 * trainer.losses(next(text), False)[0]]
+
+        optimize(trainer, steps, RATE, roles, "roles")
+        save(model, tokenizer, out)
+
+    data = Data(tokenizer, seed + 1)
+    mixed = [
+        (data.batches(f"latent{kind}", TOKENS), data.batches(f"text{kind}", TOKENS // 2)) for kind in ("", " patterns")
+    ]
+
+    def patterns(done: float) -> list[torch.Tensor]:
+        thinkers, speakers = data.rng.choices(mixed, [0.6, 0.4])[0]
+        return [*trainer.losses(next(thinkers), second_pass), 0.7 * trainer.losses(next(speakers), False)[0]]
+
+    optimize(trainer, pattern_steps, RATE, patterns, "patterns")
     model.eval()
     save(model, tokenizer, out)
     if evaluate:

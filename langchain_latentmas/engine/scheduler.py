@@ -33,6 +33,11 @@ class Scheduler:
         """Rows that have not joined yet."""
         return len(self._waiting)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
     def submit(self, row: Row) -> None:
         """Queues a row.
 

@@ -4,8 +4,10 @@ import asyncio
 import json
 import logging
 import queue
+import secrets
+import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -27,7 +29,16 @@ from ..engine.model import LanguageModel
 from ..engine.sampling import Sampling
 from ..engine.scheduler import Scheduler
 from ..engine.tick import Result, Row, Spoken, Ticker
-from ..errors import ContextTooLong, InvalidRequest, ModelNotSupported, TamperedReference, UnknownReference, WrongModel
+from ..errors import (
+    ContextTooLong,
+    InvalidRequest,
+    ModelNotSupported,
+    ServiceClosed,
+    StoreCorrupted,
+    TamperedReference,
+    UnknownReference,
+    WrongModel,
+)
 from ..state import LatentRef
 from .base import Chunk, LatentService, LensRow, Usage
 from .budget import Budget
@@ -110,11 +121,11 @@ class LocalService(LatentService):
         store, key = settings.store, settings.key
         if isinstance(store, (str, Path)):
             folder = Path(store)
-            key = key or key_file(folder / "key")
+            key = key_file(folder / "key") if key is None else key
             store = FolderStore(folder / "recipes")
         elif store is not None and key is None:
             logger.warning("no key=... for the store: references will not outlive this process")
-        self._signer = Signer(key or torch.randint(256, (KEY_BYTES,), dtype=torch.uint8).numpy().tobytes())
+        self._signer = Signer(secrets.token_bytes(KEY_BYTES) if key is None else key)
         self._store = RecipeStore(store or InMemoryByteStore(), self._signer, model.config.hidden_size, model.dtype)
         self._recipes: Budget[Recipe] = Budget(RECIPES_KEPT, lambda recipe: 1)
         free = _free_bytes(model.device)
@@ -126,7 +137,8 @@ class LocalService(LatentService):
         rotates = model.rotary is not None and settings.merge != "rebuild"
         self._pool = KVPool(self._scheduler, self._lineage, self._recipe, kept, "rotate" if rotates else "rebuild")
         # Also runs when the service is forgotten, and at exit: a tick must not outlive the interpreter.
-        self._finalizer = weakref.finalize(self, _close, self._scheduler, self._pool)
+        self._keeping = threading.Lock()
+        self._finalizer = weakref.finalize(self, _close, self._scheduler, self._pool.kept)
 
     @classmethod
     def load(cls, model: str = "bundled", **settings: Any) -> Self:
@@ -333,7 +345,8 @@ class LocalService(LatentService):
             UnknownReference: If the recipe of one is not in the store.
         """
         self.model.refresh_if_changed()
-        refs = [latents] if isinstance(latents, Mapping) else list(latents or ())
+        several = isinstance(latents, Iterable) and not isinstance(latents, Mapping)
+        refs: list[Any] = list(latents) if several else [] if latents is None else [latents]  # type: ignore[arg-type]
         if len(refs) > MAX_PARENTS:
             raise InvalidRequest(f"One request reads at most {MAX_PARENTS} memories, not {len(refs)}.")
         for ref in map(checked_ref, refs):
@@ -374,9 +387,14 @@ class LocalService(LatentService):
                 add_generation_prompt=True,
                 **self.settings.template_args,
             )
+            ids = tokenizer(text + tag, add_special_tokens=False)["input_ids"]
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest(f"The model's chat template refuses these messages: {error}") from error
-        return tuple(tokenizer(text + tag, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise InvalidRequest(
+                "The model's chat template makes no tokens of these messages; it must make at least one."
+            )
+        return tuple(ids)
 
     def signed_ref(self, key: str, agent: str, parents: Sequence[str], steps: int) -> LatentRef:
         """The reference of a memory whose recipe is there."""
@@ -435,9 +453,11 @@ class _Request:
         tools: Sequence[dict[str, Any]] | None = None,
         prefix: str = "",
     ) -> None:
+        if service._scheduler.closed:
+            raise ServiceClosed("The service is closed; load another one.")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise InvalidRequest(f"steps must be a whole number from 0 on, not {steps!r}.")
-        if not agent or len(agent) > MAX_AGENT:
+        if not _can_name(agent):
             raise InvalidRequest(f"An agent needs a name of 1 to {MAX_AGENT} characters, not {agent!r}.")
         self.service, self.agent, self.steps, self.sampling = service, agent, steps, sampling
         self.parents = service._lineage.tips(service.verify(latents))
@@ -456,10 +476,14 @@ class _Request:
                 "take fewer steps."
             )
 
-    def known(self) -> LatentRef | None:
-        """The reference of this think, if it was thought before."""
-        key = self._id()
-        return self._ref(key) if key in self.service._recipes or key in self.service._store else None
+    def known(self, spoken_ids: Sequence[int] = ()) -> LatentRef | None:
+        """The reference of this think or of these words, if it was made before."""
+        key = self._id(spoken_ids)
+        try:
+            self.service._recipe(key)
+        except (UnknownReference, StoreCorrupted):  # what is damaged is made again
+            return None
+        return self._ref(key)
 
     def events(self, notify: bool) -> Iterator[int | Spoken | Result]:
         """Does the work; yields steps and tokens if `notify`, then the result. Closing it frees the slot."""
@@ -498,9 +522,13 @@ class _Request:
         key = self._id(result.tokens)
         segment = Segment(self.agent, self.prompt_ids, result.thoughts.cpu(), tuple(result.tokens))
         recipe = Recipe(key, self.model, self.alignment, tuple(self.parents), segment)
-        self.service._store.put(recipe)
-        self.service._recipes.put(key, recipe)
-        self.service._pool.kept.put(key, result.kv)
+        with self.service._keeping:
+            # The same call gives the same id, but in another batch its floats may differ in their last bits: what has a
+            # reference stays as it was (design, rule 4).
+            if self.known(result.tokens) is None:
+                self.service._store.put(recipe)
+                self.service._recipes.put(key, recipe)
+                self.service._pool.kept.put(key, result.kv)
         return self._ref(key)
 
     def last_chunk(self, result: Result) -> Chunk:
@@ -585,12 +613,17 @@ def _as_messages(messages: LanguageModelInput) -> list[dict[str, Any]]:
     return listed
 
 
+def _can_name(agent: object) -> bool:
+    # What has no UTF-8, a lone surrogate, could not be stored once the work is done.
+    return isinstance(agent, str) and 0 < len(agent) <= MAX_AGENT and agent.encode(errors="replace").decode() == agent
+
+
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
-def _close(scheduler: Scheduler, pool: KVPool) -> None:
+def _close(scheduler: Scheduler, kept: Budget[KV]) -> None:
     scheduler.close()
-    pool.kept.clear()
+    kept.clear()

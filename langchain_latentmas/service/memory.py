@@ -113,7 +113,7 @@ class Lineage:
     def line(self, key: str) -> Layout:
         """The memory of one id: what it saw when it was made, then its own segment, where that was computed."""
         if len(self._lines) > LINES_KEPT:
-            self._lines.clear()
+            self._lines = {}  # a new one: others may be reading the old
         lines, stack = self._lines, [key]
         while stack:  # a loop, since a memory may be thousands of segments deep
             recipe = self._recipe(stack[-1])
