@@ -154,7 +154,7 @@ class ChatLatentMAS(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return generate_from_stream(self._stream(messages, stop, **kwargs))
+        return _named(generate_from_stream(self._stream(messages, stop, **kwargs)), kwargs.get("agent"))
 
     async def _agenerate(
         self,
@@ -163,7 +163,7 @@ class ChatLatentMAS(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return await agenerate_from_stream(self._astream(messages, stop, **kwargs))
+        return _named(await agenerate_from_stream(self._astream(messages, stop, **kwargs)), kwargs.get("agent"))
 
     def _stream(
         self,
@@ -279,6 +279,12 @@ class _Call:
             "agent": self.named,
             "latent_ref": ref,
         }
+
+
+def _named(result: ChatResult, agent: str | None) -> ChatResult:
+    for generation in result.generations:
+        generation.message.name = agent  # adding chunks up loses it
+    return result
 
 
 def _usage(read: int, spoken: int, latent_steps: int) -> UsageMetadata:

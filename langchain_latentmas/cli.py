@@ -20,7 +20,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from .errors import LatentMASError
+from .errors import InvalidRequest, LatentMASError
 
 if TYPE_CHECKING:
     # torch and transformers take seconds to import, and `latentmas --help` needs neither.
@@ -61,13 +61,15 @@ def demo(
 ) -> None:
     """Two teams of agents on the same problems: first as text, then with latent edges."""
     with _reported(as_json):
-        from . import demo as shown
+        with _loading(show=not as_json):
+            from . import demo as shown
 
-        problems = shown.held_out(n, seed)
+            problems = shown.held_out(n, seed)
+            loaded = _load(model)
         options: dict[str, Any] = {"steps": steps, "max_tokens": max_tokens}
         if model != "bundled":
             options["judger"] = shown.BOXED
-        with _load(model) as service:
+        with loaded as service:
             # One other problem first, so that nobody's seconds include what is done once in a process.
             shown.run(service, "sequential", "latent", shown.held_out(1, seed + 1), **options)
             runs = []
@@ -128,11 +130,15 @@ def ask(
 ) -> None:
     """A team of agents on your own question."""
     with _reported(as_json):
-        from langchain_core.messages import HumanMessage
+        if not question.strip():
+            raise InvalidRequest("The question is empty; ask something.")
+        with _loading(show=not as_json):
+            from langchain_core.messages import HumanMessage
 
-        from . import demo as shown
+            from . import demo as shown
 
-        with _load(model) as service:
+            loaded = _load(model)
+        with loaded as service:
             # The bundled judger was trained to know the question from the others alone.
             builder = shown.ARRANGEMENTS[arrangement](
                 service, steps=steps, max_tokens=max_tokens, relay=model == "bundled"
@@ -237,6 +243,16 @@ def _content_of(service: "LatentService", update: dict[str, Any]) -> Text:
     return _strip([row.tokens for row in rows]) if rows else Text("no latent steps: its prompt's KV alone", style="dim")
 
 
+@contextmanager
+def _loading(show: bool) -> Iterator[None]:
+    """A sign of life on stderr, since importing torch and transformers takes seconds by itself."""
+    if not show:
+        yield
+        return
+    with Console(stderr=True).status("loading the model"):
+        yield
+
+
 def _load(model: str) -> "LatentService":
     import torch
     from transformers.utils import logging as transformers_logging
@@ -247,8 +263,8 @@ def _load(model: str) -> "LatentService":
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     own = logging.getLogger(__package__)
-    own.addHandler(_OneLine())
-    own.propagate = False
+    if not any(isinstance(handler, _OneLine) for handler in own.handlers):
+        own.addHandler(_OneLine())
     if model == "bundled":
         torch.set_num_threads(1)  # its matrices are so small that sharing them out costs more than it brings
     # A durable store would answer with thoughts of earlier runs, in no time at all.

@@ -184,9 +184,6 @@ class RecipeStore:
         segment = Segment(manifest.agent, tuple(manifest.prompt_ids), thoughts, tuple(manifest.spoken_ids))
         return Recipe(key, manifest.model, manifest.alignment, tuple(manifest.parents), segment)
 
-    def __contains__(self, key: str) -> bool:
-        return self.store.mget([f"{key}.json"])[0] is not None
-
     def _thoughts(self, key: str, manifest: _Manifest) -> torch.Tensor:
         value = self._value(f"{key}.safetensors")
         if value is None or hashlib.sha256(value).hexdigest() != manifest.thoughts_sha256:

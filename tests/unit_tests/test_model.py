@@ -1,0 +1,292 @@
+"""What is loaded, what is refused and why, and how a model is recognised."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from langchain_latentmas import LatentService
+from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.errors import InvalidRequest, ModelNotFound, ModelNotSupported, WrongModel
+from langchain_latentmas.service.local import LocalService
+
+from ..conftest import Fresh, load_parts
+from ..support import PARITY, at_once, messages, relative, say
+
+QWEN = PARITY / "qwen3-tied" / "model"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+SMALL = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}
+ROPE = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128}
+
+
+def random_model(kind: str, **config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **config}))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+    return model.double().eval()
+
+
+def folder_with(tmp_path: Path, kind: str, **config: Any) -> str:
+    """A model folder without weights: whoever asks for them meets another error than a refusal."""
+    AutoConfig.for_model(kind, **{**SMALL, **config}).save_pretrained(tmp_path)
+    for name in TOKENIZER_FILES:
+        shutil.copy(QWEN / name, tmp_path)
+    return str(tmp_path)
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(QWEN, tmp_path / "another name"))
+
+
+REFUSED = [
+    pytest.param("mistral", {"sliding_window": 64}, "slides over 64 positions; pass max_positions=64", id="sliding"),
+    pytest.param("gemma3_text", {"sliding_window": 32}, "max_positions=32", id="some layers slide"),
+    pytest.param("llama", {"rope_parameters": {"rope_type": "dynamic", **ROPE}}, "max_positions=128", id="dynamic"),
+    pytest.param(
+        "phi3",
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16, **ROPE}},
+        "longrope rotary scaling .* pass max_positions=128",
+        id="longrope",
+    ),
+    pytest.param("mamba", {}, "linear_attention are not supported", id="mamba"),
+    pytest.param("qwen3_next", {}, "linear_attention are not supported", id="linear attention"),
+    pytest.param("llama4_text", {"head_dim": 32}, "chunked_attention are not supported", id="chunked attention"),
+    pytest.param("t5", {}, "encoder-decoder models are not supported; take a decoder-only", id="encoder-decoder"),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "why"), REFUSED)
+def test_what_is_not_exact_is_refused_before_weights_are_read(
+    tmp_path: Path, kind: str, config: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ModelNotSupported, match=why):
+        LatentService.load(folder_with(tmp_path, kind, **config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+        ("gemma2", {"head_dim": 32, "sliding_window": 256, "final_logit_softcapping": 1.0}),
+        ("gptj", {**GPT2, "rotary_dim": 16}),
+    ],
+)
+def test_logits_and_positions_that_are_treated_in_some_other_way_are_seen_by_the_self_check(
+    kind: str, config: dict[str, Any]
+) -> None:
+    with pytest.raises(ModelNotSupported, match="computes something else in a ragged batch"):
+        LanguageModel(random_model(kind, **config), load_parts("qwen3-tied", "float64")[1])
+
+
+@pytest.mark.parametrize(("kind", "config"), [("bloom", {}), ("falcon", {"alibi": True})])
+def test_models_that_cannot_run_on_the_slot_cache_are_refused(kind: str, config: dict[str, Any]) -> None:
+    with pytest.raises(ModelNotSupported, match="slot cache|max_position_embeddings"):
+        LanguageModel(random_model(kind, **config), load_parts("qwen3-tied", "float64")[1])
+
+
+ACCEPTED = [
+    ("llama", {}),
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", {}),
+    ("gemma", {"head_dim": 32}),
+    ("gpt_neox", {}),
+    ("phi", {}),
+    ("phi3", {}),
+    ("stablelm", {}),
+    ("olmo2", {}),
+    ("starcoder2", {}),
+    ("nemotron", {}),
+    ("glm4", {"head_dim": 32}),
+    ("smollm3", {"num_hidden_layers": 4}),
+    ("gpt2", GPT2),
+    ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64}),
+]
+
+
+@pytest.mark.parametrize(("kind", "config"), ACCEPTED, ids=[kind for kind, _ in ACCEPTED])
+def test_what_is_accepted_thinks_as_the_plain_model_does(kind: str, config: dict[str, Any]) -> None:
+    model = random_model(kind, **config)
+    with LocalService.from_model(model, load_parts("qwen3-tied", "float64")[1]) as service:
+        refs = at_once([lambda n=n: service.think("x" * n, steps=3) for n in (3, 40)])
+        for ref in refs:
+            segment = service.memory(ref).segments[0]
+            with torch.inference_mode():
+                embeds = model.get_input_embeddings()(torch.tensor([segment.prompt_ids]))
+                for thought in segment.thoughts:
+                    hidden = model.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, -1]
+                    assert relative(thought, service.model.alignment(hidden)) < 1e-8
+                    embeds = torch.cat([embeds, thought[None, None]], dim=1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "smollm3"])
+def test_models_without_movable_keys_rebuild_merged_memories_and_say_so(kind: str) -> None:
+    model = random_model(kind, **dict(ACCEPTED)[kind])
+    with LocalService.from_model(model, load_parts("qwen3-tied", "float64")[1]) as service:
+        assert service.model.rotary is None
+        assert service.info()["merge"] == "rebuild"
+        one, two = (service.think(messages("What is 1 + 1?", f"Expert {i}."), steps=2) for i in range(2))
+        assert say(service, messages("?"), [one, two]).usage["merge"] == "rebuilt"
+        assert say(service, messages("?"), [one]).usage["merge"] == "none"
+    with pytest.raises(ModelNotSupported, match="merge='auto' or 'rebuild'"):
+        LocalService.from_model(model, load_parts("qwen3-tied", "float64")[1], merge="rotate")
+
+
+def test_a_sliding_model_is_served_as_far_as_it_is_exact() -> None:
+    model = random_model("mistral", sliding_window=64)
+    with LocalService.from_model(model, load_parts("qwen3-tied", "float64")[1], max_positions=64) as service:
+        assert service.info()["max_positions"] == 64
+
+
+@pytest.mark.parametrize("wanted", [7, 2049])
+def test_max_positions_stay_within_the_model(wanted: int) -> None:
+    with pytest.raises(ModelNotSupported, match="between 8 and the model's 2048"):
+        LatentService.load(str(QWEN), max_positions=wanted)
+
+
+def test_a_tokenizer_without_chat_template_is_refused_and_one_can_be_given(copied: Path) -> None:
+    (copied / "chat_template.jinja").unlink()
+    with pytest.raises(ModelNotSupported, match="pass chat_template=..."):
+        LatentService.load(str(copied))
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with LatentService.load(str(copied), chat_template=template) as service:
+        assert service.think("hello", steps=1)["positions"] == 1 + len(
+            load_parts("qwen3-tied", "float64")[1]("hello")["input_ids"]
+        )
+
+
+@pytest.mark.parametrize(
+    "name", ["no/such-model", "/no/such/folder", "no such model", "https://example.com/model", "vllm:Qwen/Qwen3-4B"]
+)
+def test_an_unknown_model_is_not_found(name: str) -> None:
+    with pytest.raises(ModelNotFound, match=r"(?i)give a hub id"):
+        LatentService.load(name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_that_cannot_be_read_is_not_found(copied: Path, name: str) -> None:
+    damaged = copied / name
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    with pytest.raises(ModelNotFound, match="Give a hub id, a folder"):
+        LatentService.load(str(copied))
+
+
+def test_a_folder_without_a_model_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="Give a hub id, a folder"):
+        LatentService.load(str(tmp_path))
+
+
+def test_weights_of_another_shape_than_the_configuration_says_are_not_found(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    with pytest.raises(ModelNotFound, match="Give a hub id, a folder"):
+        LatentService.load(str(copied))
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ModelNotSupported, match="'bfloat16'"):
+        LatentService.load(str(QWEN), dtype="float99")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"no_such": 1}, {"max_rows": 0}, {"kv_budget": -1}, {"merge": "stir"}, {"prefill_chunk": 0}], ids=str
+)
+def test_settings_are_checked_before_the_model_is_loaded(settings: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="Settings: device, dtype"):
+        LatentService.load("/no/such/folder", **settings)
+
+
+@pytest.fixture
+def writable() -> Iterator[LocalService]:
+    """A service on weights of its own."""
+    model, tokenizer = load_parts("qwen3-tied", "float32")
+    with LocalService.from_model(deepcopy(model), tokenizer) as service:
+        yield service
+
+
+def test_the_fingerprint_is_made_of_values_and_not_of_dtype_or_folder(copied: Path, service32: LatentService) -> None:
+    with LatentService.load(str(copied), dtype="float64") as moved:
+        assert moved.info()["fingerprint"] == service32.info()["fingerprint"]
+        assert moved.info()["dtype"] == "float64"
+        assert service32.info()["dtype"] == "float32"
+
+
+def test_half_precision_weights_are_others_than_those_they_were_rounded_from(service32: LatentService) -> None:
+    with LatentService.load(str(QWEN), dtype="bfloat16") as rounded:
+        assert rounded.info()["fingerprint"] != service32.info()["fingerprint"]
+        half = say(rounded, messages("Hi"), [rounded.think(messages("Hi"), steps=2)])
+        assert half.usage["latent_steps"] == 2
+    bfloat, tokenizer = load_parts("qwen3-tied", "bfloat16")
+    widened = LanguageModel(deepcopy(bfloat).float(), tokenizer)
+    assert widened.fingerprint == LanguageModel(bfloat, tokenizer).fingerprint
+
+
+def test_another_vocabulary_is_another_model(service: LatentService) -> None:
+    model, tokenizer = load_parts("qwen3-tied", "float64")
+    more = deepcopy(tokenizer)
+    more.add_tokens(["<extra>"])
+    assert LanguageModel(model, more).fingerprint != service.info()["fingerprint"]
+
+
+def test_a_weight_changed_in_place_makes_another_model(writable: LocalService) -> None:
+    before, old = writable.info()["fingerprint"], writable.think(messages("Hi"), steps=2)
+    with torch.no_grad():
+        next(iter(writable.model.model.parameters())).add_(1e-3)
+
+    with pytest.raises(WrongModel, match="hand its text over instead"):
+        writable.memory(old)
+    for read in (writable.think, writable.speak):
+        with pytest.raises(WrongModel):
+            read(messages("Hi"), [old])
+    new = writable.think(messages("Hi"), steps=2)
+    assert new["model"] == writable.info()["fingerprint"] != before
+    assert new["id"] != old["id"]
+    assert say(writable, messages("Hi"), [new]).ref["parents"] == [new["id"]]
+
+
+def test_a_changed_embedding_changes_the_alignment_at_once(writable: LocalService) -> None:
+    with torch.no_grad():
+        writable.model.model.get_input_embeddings().weight.mul_(2)
+    norm = writable.model.model.get_input_embeddings().weight.norm(dim=1).mean()
+    ref = writable.think(messages("Hi"), steps=2)
+    torch.testing.assert_close(writable.memory(ref).segments[0].thoughts.norm(dim=1), norm.detach().expand(2))
+
+
+def test_weights_put_back_are_the_model_they_were(writable: LocalService) -> None:
+    old = writable.think(messages("Hi"), steps=2)
+    weight = next(iter(writable.model.model.parameters()))
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1)
+        weight.copy_(kept)
+    assert writable.memory(old).positions == old["positions"]
+
+
+def test_another_model_is_told_whose_reference_it_was_given(fresh_service: Fresh, service: LatentService) -> None:
+    ref = service.think(messages("Hi"), steps=1, agent="planner")
+    llama = fresh_service("llama-untied")
+    with pytest.raises(WrongModel, match="agent 'planner' belongs to model"):
+        llama.think(messages("Hi"), [ref])
+    assert llama.info()["ticks"] == 0
