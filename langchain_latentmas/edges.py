@@ -461,7 +461,7 @@ def _held(at: Any) -> Iterator[Any]:
         yield from at.values()
     elif isinstance(at, Runnable):
         yield from getattr(at, "__dict__", {}).values()
-    elif isinstance(at, Hashable) and callable(getattr(type(at), "__call__", None)) and not isinstance(at, type):
+    elif callable(at) and not isinstance(at, type):
         yield from (type(at).__call__, *getattr(at, "__dict__", {}).values())  # an object that is called like a node
 
 

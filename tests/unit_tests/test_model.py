@@ -103,7 +103,7 @@ def test_logits_and_positions_that_are_treated_in_some_other_way_are_seen_by_the
 
 @pytest.mark.parametrize(("kind", "config"), [("bloom", {}), ("falcon", {"alibi": True})])
 def test_models_that_cannot_run_on_the_slot_cache_are_refused(kind: str, config: dict[str, Any]) -> None:
-    with pytest.raises(ModelNotSupported, match="slot cache|max_position_embeddings"):
+    with pytest.raises(ModelNotSupported, match=r"slot cache|max_position_embeddings"):
         LanguageModel(random_model(kind, **config), load_parts("qwen3-tied", "float64")[1])
 
 
@@ -168,7 +168,7 @@ def test_max_positions_stay_within_the_model(wanted: int) -> None:
 
 def test_a_tokenizer_without_chat_template_is_refused_and_one_can_be_given(copied: Path) -> None:
     (copied / "chat_template.jinja").unlink()
-    with pytest.raises(ModelNotSupported, match="pass chat_template=..."):
+    with pytest.raises(ModelNotSupported, match=r"pass chat_template=\.\.\."):
         LatentService.load(str(copied))
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with LatentService.load(str(copied), chat_template=template) as service:

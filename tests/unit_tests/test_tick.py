@@ -155,9 +155,7 @@ def test_any_schedule_of_rows_that_come_and_are_cancelled_equals_single_runs(
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_a_prompt_in_chunks_equals_a_prompt_at_once(
-    model: LanguageModel, cases: Cases, chunk: int
-) -> None:
+def test_a_prompt_in_chunks_equals_a_prompt_at_once(model: LanguageModel, cases: Cases, chunk: int) -> None:
     tick = ticker(model, chunk)
     rows = [request.row() for request, _ in cases]
     results: list[list[Result]] = [[] for _ in rows]
