@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -118,13 +119,17 @@ class LanguageModel:
             config = AutoConfig.from_pretrained(name, **source)
             _checked_positions(config.get_text_config(decoder=True), name, max_positions)
             tokenizer = AutoTokenizer.from_pretrained(name, **source)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device, **source)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, device_map=device, output_loading_info=True, **source
+            )
         except ModelNotSupported:
             raise
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelNotFound(
                 f"Cannot load {name!r}: {_first_line(error)} Give a hub id, a folder with config.json, or 'bundled'."
             ) from error
+        if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
+            raise ModelNotFound(f"{name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}.")
         return cls(model, tokenizer, name=name, realign=realign, max_positions=max_positions)
 
     def new_cache(self) -> SlotCache:

@@ -152,9 +152,9 @@ class Ticker:
         for slot in reversed(range(len(self.rows))):
             if self.rows[slot].cancelled:
                 self._leave(slot)
+        self.ticks += 1
         self._prefill()
         self._decode()
-        self.ticks += 1
 
     def _affords(self, row: Row) -> bool:
         slots, capacity = self.cache.size_for(len(self.rows) + 1, row.end + 1)

@@ -56,17 +56,20 @@ class KVPool:
         Returns:
             A future of one `Placed` per piece; fails if a recipe is missing or the engine does.
         """
+        lines = {piece.id: self._lineage.line(piece.id) for piece in layout}
+        shifts = {piece.id: piece.start - lines[piece.id][-1].start for piece in layout}
+        anew: set[str] = set()
+        for piece in layout if self.mode == "rebuild" else ():
+            if shifts[piece.id] or any(seen.id in anew for seen in lines[piece.id]):
+                anew.add(piece.id)
+        # The last one first: its rebuild brings back the whole run before it.
+        kvs = {piece.id: self._kv(piece.id) for piece in reversed(layout) if piece.id not in anew}
         placed: dict[str, Future[Placed]] = {}
-        moved: set[str] = set()
         for piece in layout:
-            line = self._lineage.line(piece.id)
-            shift = piece.start - line[-1].start
-            if shift or any(seen.id in moved for seen in line):
-                moved.add(piece.id)
-            if self.mode == "rebuild" and piece.id in moved:
-                placed[piece.id] = self._computed_at(piece, [placed[seen.id] for seen in line[:-1]])
+            if piece.id in anew:
+                placed[piece.id] = self._computed_at(piece, [placed[seen.id] for seen in lines[piece.id][:-1]])
             else:
-                placed[piece.id] = _then(self._kv(piece.id), _Place(piece.start, shift))
+                placed[piece.id] = _then(kvs[piece.id], _Place(piece.start, shifts[piece.id]))
         return _gather(list(placed.values()))
 
     def _kv(self, key: str) -> "Future[KV]":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -66,7 +67,10 @@ REFUSED = [
     pytest.param("llama", {"rope_parameters": {"rope_type": "dynamic", **ROPE}}, "max_positions=128", id="dynamic"),
     pytest.param(
         "phi3",
-        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16, **ROPE}},
+        {
+            "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16, **ROPE},
+            "original_max_position_embeddings": 128,
+        },
         "longrope rotary scaling .* pass max_positions=128",
         id="longrope",
     ),
@@ -290,3 +294,11 @@ def test_another_model_is_told_whose_reference_it_was_given(fresh_service: Fresh
     with pytest.raises(WrongModel, match="agent 'planner' belongs to model"):
         llama.think(messages("Hi"), [ref])
     assert llama.info()["ticks"] == 0
+
+
+def test_a_checkpoint_with_weights_missing_is_not_served_with_random_ones(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelNotFound, match=r"lacks 1 weights .* such as model\.layers\.1\.mlp\.up_proj\.weight"):
+        LatentService.load(str(copied))

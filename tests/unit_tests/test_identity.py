@@ -1,0 +1,104 @@
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_latentmas import LatentRef
+from langchain_latentmas.errors import InvalidRequest, TamperedReference
+from langchain_latentmas.service.identity import Signer, checked_ref, key_file, memory_id
+
+from ..support import FIELDS
+
+MADE_FROM: dict[str, Any] = {
+    "model": "0" * 32,
+    "alignment": "realign",
+    "parents": ["lat_" + "1" * 32],
+    "prompt_ids": [5, 6],
+    "steps": 4,
+    "spoken_ids": [7],
+}
+
+
+def ref(signer: Signer) -> LatentRef:
+    made = LatentRef(id="lat_" + "a" * 32, agent="a", model="b" * 32, parents=[], positions=9, steps=3, mac="")
+    made["mac"] = signer.sign(made)
+    return made
+
+
+def test_the_same_ingredients_give_the_same_id() -> None:
+    assert memory_id(**MADE_FROM) == memory_id(**MADE_FROM)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("model", "2" * 32),
+        ("alignment", "rescale"),
+        ("parents", []),
+        ("prompt_ids", [56]),
+        ("steps", 5),
+        ("spoken_ids", []),
+    ],
+)
+def test_every_ingredient_changes_the_id(name: str, other: Any) -> None:
+    assert memory_id(**{**MADE_FROM, name: other}) != memory_id(**MADE_FROM)
+
+
+@given(st.sampled_from([f for f in FIELDS if f != "mac"]), st.data())
+def test_no_changed_field_keeps_its_signature(field: str, data: st.DataObject) -> None:
+    signer = Signer(b"k" * 32)
+    genuine: dict[str, Any] = {**ref(signer)}
+    assert signer.matches(genuine)
+    other = data.draw(st.one_of(st.text(), st.integers(), st.lists(st.text()), st.none()))
+    assert signer.matches({**genuine, field: other}) == (other == genuine[field])
+
+
+@given(st.text(max_size=80))
+def test_no_other_mac_matches(mac: str) -> None:
+    signer = Signer(b"k" * 32)
+    genuine: dict[str, Any] = {**ref(signer)}
+    assert signer.matches({**genuine, "mac": mac}) == (mac == genuine["mac"])
+
+
+@given(
+    st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary()),
+        lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.sampled_from(FIELDS), inner)),
+    )
+)
+def test_what_is_no_reference_raises_nothing_but_tampered(value: Any) -> None:
+    with pytest.raises(TamperedReference):
+        checked_ref(value)
+
+
+def test_a_key_file_is_made_once_for_this_user_alone(tmp_path: Path) -> None:
+    path = tmp_path / "store" / "key"
+    key = key_file(path)
+    assert len(key) == 32
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert key_file(path) == key
+    assert [p.name for p in path.parent.iterdir()] == ["key"]
+
+
+def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    key_file(path)
+    path.chmod(0o644)
+    with pytest.raises(InvalidRequest, match="chmod 600"):
+        key_file(path)
+
+
+def test_a_key_file_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("not hex")
+    path.chmod(0o600)
+    with pytest.raises(InvalidRequest, match="no signing key"):
+        key_file(path)
+
+
+def test_a_short_key_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="16 bytes"):
+        Signer(b"short")

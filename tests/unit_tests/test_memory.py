@@ -1,0 +1,84 @@
+from itertools import accumulate
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_latentmas.service.memory import Layout, Lineage, Piece, Recipe, Segment, merge
+
+
+def recipe(key: str, parents: tuple[str, ...], positions: int) -> Recipe:
+    return Recipe(key, "model", "realign", parents, Segment("agent", tuple(range(positions)), torch.zeros(0, 4)))
+
+
+@st.composite
+def lineages(draw: st.DrawFn) -> tuple[Lineage, list[str]]:
+    """A random history: every memory reads some of those made before it."""
+    recipes: dict[str, Recipe] = {}
+    for i in range(draw(st.integers(1, 10))):
+        parents = draw(st.lists(st.sampled_from(sorted(recipes)), max_size=3, unique=True)) if recipes else []
+        recipes[f"m{i}"] = recipe(f"m{i}", tuple(parents), draw(st.integers(1, 5)))
+    return Lineage(recipes.__getitem__), sorted(recipes)
+
+
+def starts_are_contiguous(layout: Layout) -> bool:
+    ends = list(accumulate(piece.positions for piece in layout))
+    return [piece.start for piece in layout] == [0, *ends][: len(layout)]
+
+
+@given(lineages(), st.data())
+def test_a_merge_has_every_segment_once_after_all_that_it_saw(
+    made: tuple[Lineage, list[str]], data: st.DataObject
+) -> None:
+    lineage, keys = made
+    read = data.draw(st.lists(st.sampled_from(keys), min_size=1, max_size=4, unique=True))
+    layout = lineage.layout(read)
+    ids = [piece.id for piece in layout]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {piece.id for key in read for piece in lineage.line(key)}
+    assert starts_are_contiguous(layout)
+    for at, key in enumerate(ids):
+        assert {piece.id for piece in lineage.line(key)[:-1]} <= set(ids[:at])
+
+
+@given(lineages(), st.data())
+def test_common_ancestry_comes_first(made: tuple[Lineage, list[str]], data: st.DataObject) -> None:
+    lineage, keys = made
+    read = data.draw(st.lists(st.sampled_from(keys), min_size=1, max_size=4, unique=True))
+    common = set.intersection(*({piece.id for piece in lineage.line(key)} for key in read))
+    ids = [piece.id for piece in lineage.layout(read)]
+    assert set(ids[: len(common)]) == common
+
+
+@given(lineages(), st.data())
+def test_reading_an_ancestor_as_well_changes_no_position_of_tips(
+    made: tuple[Lineage, list[str]], data: st.DataObject
+) -> None:
+    lineage, keys = made
+    read = data.draw(st.lists(st.sampled_from(keys), min_size=1, max_size=4))
+    tips = lineage.tips(read)
+    assert tips
+    assert set(tips) <= set(read)
+    assert {p.id for p in lineage.layout(tips)} == {p.id for p in lineage.layout(read)}
+    for tip in tips:
+        assert all(tip not in {p.id for p in lineage.line(other)[:-1]} for other in tips)
+
+
+def test_branches_follow_in_the_order_of_reading() -> None:
+    recipes = {
+        "plan": recipe("plan", (), 3),
+        "a": recipe("a", ("plan",), 2),
+        "b": recipe("b", ("plan",), 4),
+    }
+    lineage = Lineage(recipes.__getitem__)
+    assert lineage.layout(["b", "a"]) == (Piece("plan", 0, 3), Piece("b", 3, 4), Piece("a", 7, 2))
+    assert lineage.layout(["a", "b"]) == (Piece("plan", 0, 3), Piece("a", 3, 2), Piece("b", 5, 4))
+
+
+def test_a_memory_may_be_thousands_of_segments_deep() -> None:
+    recipes = {f"m{i}": recipe(f"m{i}", (f"m{i - 1}",) if i else (), 1) for i in range(3000)}
+    assert Lineage(recipes.__getitem__).line("m2999")[-1] == Piece("m2999", 2999, 1)
+
+
+def test_merging_nothing_is_nothing() -> None:
+    assert merge([]) == ()
