@@ -1,0 +1,208 @@
+import dataclasses
+import operator
+import subprocess
+import sys
+from typing import Annotated, Any
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.prompts import ChatPromptTemplate
+from langgraph.graph import END, START, StateGraph
+from langgraph.types import Send
+from pydantic import BaseModel
+from typing_extensions import TypedDict
+
+from langchain_latentmas import LatentAgentNode, LatentRef, LatentService, LatentState, merge_latents
+from langchain_latentmas.errors import InvalidRequest
+from langchain_latentmas.service import shared
+
+from ..support import PARITY
+
+ASKED = {"messages": [HumanMessage("What is 1 plus 2?", id="q")], "latents": []}
+
+
+def text_of(service: LatentService, ref: LatentRef, at: int = -1) -> str:
+    """The prompt of a segment, as the model read it."""
+    return str(service.model.tokenizer.decode(list(service.memory(ref).segments[at].prompt_ids)))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "You are a planner.",
+        ChatPromptTemplate([("system", "You are a planner."), ("placeholder", "{messages}")]),
+        lambda state: [SystemMessage("You are a planner."), *state["messages"]],
+    ],
+    ids=["string", "template", "callable"],
+)
+def test_a_prompt_may_be_a_string_a_template_or_a_callable(service32: LatentService, prompt: Any) -> None:
+    node = LatentAgentNode("planner", prompt, service=service32, steps=2)
+    read = text_of(service32, node.invoke(ASKED)["latents"][0])
+    assert "You are a planner." in read
+    assert "What is 1 plus 2?" in read
+
+
+def test_a_thinker_returns_a_reference_and_a_speaker_a_message_too(service32: LatentService) -> None:
+    thought = LatentAgentNode("planner", "Plan.", service=service32, steps=3).invoke(ASKED)
+    spoke = LatentAgentNode("judger", "Judge.", service=service32, speak=True, max_tokens=4).invoke(
+        {**ASKED, **thought}
+    )
+    assert list(thought) == ["latents"]
+    assert thought["latents"][0]["steps"] == 3
+    message = spoke["messages"][0]
+    assert isinstance(message, AIMessage)
+    assert message.name == "judger"
+    assert message.usage_metadata is not None
+    assert message.usage_metadata["output_token_details"] == {"latent_steps": 3}
+    assert spoke["latents"][0]["parents"] == [thought["latents"][0]["id"]]
+
+
+async def test_ainvoke_does_what_invoke_does(service32: LatentService) -> None:
+    node = LatentAgentNode("judger", "Judge.", service=service32, speak=True, max_tokens=6)
+    assert (await node.ainvoke(ASKED))["latents"] == node.invoke(ASKED)["latents"]
+
+
+def thinkers(service: LatentService, *names: str, after: Any = ()) -> list[LatentRef]:
+    state = {**ASKED, "latents": list(after)}
+    return [
+        ref
+        for name in names
+        for ref in LatentAgentNode(name, f"You are {name}.", service=service, steps=1).invoke(state)["latents"]
+    ]
+
+
+def test_tips_are_read_by_agent_name_and_reads_says_otherwise(service32: LatentService) -> None:
+    refs = thinkers(service32, "b", "c", "a")
+    by_agent = {ref["agent"]: ref["id"] for ref in refs}
+    state = {**ASKED, "latents": refs}
+
+    def parents(reads: list[str] | None) -> list[str]:
+        node = LatentAgentNode("judger", "Judge.", service=service32, steps=1, reads=reads)
+        return node.invoke(state)["latents"][0]["parents"]
+
+    assert parents(None) == [by_agent["a"], by_agent["b"], by_agent["c"]]
+    assert parents(["c", "a"]) == [by_agent["c"], by_agent["a"]]
+    assert parents([]) == []
+
+
+def test_only_tips_are_read(service32: LatentService) -> None:
+    first = thinkers(service32, "first")
+    second = thinkers(service32, "second", after=first)
+    node = LatentAgentNode("judger", "Judge.", service=service32, steps=1)
+    state = {**ASKED, "latents": merge_latents(first, second)}
+    assert node.invoke(state)["latents"][0]["parents"] == [second[0]["id"]]
+
+
+def test_a_text_that_stands_in_a_read_memory_is_not_read_twice(service32: LatentService) -> None:
+    speaker = LatentAgentNode("speaker", "Speak.", service=service32, speak=True, max_tokens=4)
+    said = speaker.invoke(ASKED)
+    state = {"messages": [*ASKED["messages"], *said["messages"]], "latents": said["latents"]}
+    with_memory = LatentAgentNode("next", "Next.", service=service32, steps=1).invoke(state)
+    without = LatentAgentNode("next", "Next.", service=service32, steps=1, reads=[]).invoke(state)
+    marker = "<|im_start|>assistant"
+    assert text_of(service32, with_memory["latents"][0]).count(marker) == 1
+    assert text_of(service32, without["latents"][0]).count(marker) == 2
+
+
+def test_text_mode_puts_what_others_said_at_the_head_of_the_question(service32: LatentService) -> None:
+    config: Any = {"configurable": {"edges": "text"}}
+    said = AIMessage("A plan.", name="planner", id="p", response_metadata={"agent": "planner"})
+    state = {"messages": [*ASKED["messages"], said], "latents": []}
+    node = LatentAgentNode("critic", "Check.", service=service32, steps=3, max_tokens=4)
+    spoke = node.invoke(state, config)
+    assert list(spoke) == ["messages"]
+    read = text_of(service32, spoke["messages"][0].response_metadata["latent_ref"])
+    assert "planner: A plan.\n\nWhat is 1 plus 2?" in read
+    assert read.count("A plan.") == 1
+    reads = LatentAgentNode("critic", "Check.", service=service32, reads=["planner"], max_tokens=4)
+    assert reads.invoke(state, config)["messages"][0].text == spoke["messages"][0].text
+
+
+@pytest.mark.parametrize("edges", ["latent", "text"])
+def test_reads_that_names_nobody_is_refused(service32: LatentService, edges: str) -> None:
+    node = LatentAgentNode("judger", "Judge.", service=service32, speak=True, reads=["nobody"])
+    with pytest.raises(InvalidRequest, match="'nobody'"):
+        node.invoke(ASKED, {"configurable": {"edges": edges}})
+
+
+def test_unknown_edges_are_refused(service32: LatentService) -> None:
+    with pytest.raises(InvalidRequest, match=r"configurable\.edges"):
+        LatentAgentNode("a", "A.", service=service32).invoke(ASKED, {"configurable": {"edges": "other"}})
+
+
+@pytest.mark.parametrize("bad", [{"steps": -1}, {"max_tokens": 0}, {"service": "bundled"}, {"name": ""}])
+def test_a_bad_agent_is_refused_when_it_is_made(bad: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        LatentAgentNode(**{"name": "a", "prompt": "A.", **bad})
+
+
+def test_a_prompt_without_messages_is_refused(service32: LatentService) -> None:
+    with pytest.raises(InvalidRequest, match="'a'"):
+        LatentAgentNode("a", lambda state: [], service=service32).invoke(ASKED)
+
+
+def test_same_named_agents_of_a_send_are_all_read(service32: LatentService) -> None:
+    class State(LatentState):
+        topics: list[str]
+
+    builder = StateGraph(State)
+    worker = LatentAgentNode("worker", lambda task: [HumanMessage(task["topic"])], service=service32, steps=1)
+    builder.add_node("worker", worker)
+    builder.add_node("judger", LatentAgentNode("judger", "Judge.", service=service32, speak=True, max_tokens=2))
+    builder.add_conditional_edges(
+        START, lambda state: [Send("worker", {"topic": topic}) for topic in state["topics"]], ["worker"]
+    )
+    builder.add_edge("worker", "judger")
+    builder.add_edge("judger", END)
+    state = builder.compile().invoke({**ASKED, "topics": ["one", "two", "three"]})
+    assert state["latents"][-1]["parents"] == [ref["id"] for ref in state["latents"][:3]]
+    assert len({ref["id"] for ref in state["latents"]}) == 4
+
+
+class PydanticState(BaseModel):
+    messages: list[Any]
+    latents: Annotated[list[dict[str, Any]], operator.add] = []
+
+
+@dataclasses.dataclass
+class DataclassState:
+    messages: list[Any]
+    latents: Annotated[list[dict[str, Any]], operator.add] = dataclasses.field(default_factory=list)
+
+
+@pytest.mark.parametrize("schema", [PydanticState, DataclassState])
+def test_a_state_may_be_an_object(service32: LatentService, schema: Any) -> None:
+    builder = StateGraph(schema)
+    builder.add_node("planner", LatentAgentNode("planner", "Plan.", service=service32, steps=1))
+    builder.add_edge(START, "planner")
+    state = builder.compile().invoke({"messages": [HumanMessage("Hello")]})
+    assert state["latents"][0]["agent"] == "planner"
+
+
+def test_the_service_may_come_from_the_runtime_context(service32: LatentService) -> None:
+    class Context(TypedDict):
+        service: LatentService
+
+    builder = StateGraph(LatentState, context_schema=Context)
+    builder.add_node("planner", LatentAgentNode("planner", "Plan.", steps=1))
+    builder.add_edge(START, "planner")
+    state = builder.compile().invoke(ASKED, context={"service": service32})
+    assert state["latents"][0]["model"] == service32.info()["fingerprint"]
+
+
+def test_the_service_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTMAS_SERVICE", str(PARITY / "llama-untied" / "model"))
+    monkeypatch.setenv("LATENTMAS_DEVICE", "cpu")
+    monkeypatch.setattr(shared, "_services", {})
+    ref = LatentAgentNode("planner", "Plan.", steps=1).invoke(ASKED)["latents"][0]
+    assert ref["model"] == shared.shared_service().info()["fingerprint"]
+    shared.shared_service().close()
+
+
+def test_the_state_imports_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from langchain_latentmas import LatentRef, LatentState, merge_latents\n"
+        "import langchain_latentmas.state, langchain_latentmas.bundled.tasks"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
