@@ -10,14 +10,13 @@ from typing import Any, Literal, NamedTuple, overload
 from langchain_core.language_models import BaseChatModel
 from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableLambda, RunnableParallel
-from langchain_core.runnables import RunnableSequence as CoreSequence
 from langchain_core.runnables.config import ensure_config
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.pregel import Pregel
 from langgraph.types import CachePolicy
-from langgraph.utils.runnable import RunnableCallable, RunnableSeq  # type: ignore[attr-defined]
+from langgraph.utils.runnable import RunnableCallable  # type: ignore[attr-defined]
 
 from .chat_model import THINKER, ChatLatentMAS, Thinker, node_path
 from .errors import InvalidEdge, InvalidRequest
@@ -441,7 +440,7 @@ def _look(root: Any, into_subgraphs: bool = True) -> _Facts:
 
 def _held(at: Any) -> Iterator[Any]:
     """What an object that is no model may call."""
-    if isinstance(at, (CoreSequence, RunnableSeq)):
+    if isinstance(at, Runnable) and hasattr(at, "steps"):  # LangChain's sequences, and LangGraph's own
         yield from at.steps
     elif isinstance(at, RunnableParallel):
         yield from at.steps__.values()
@@ -461,8 +460,8 @@ def _held(at: Any) -> Iterator[Any]:
         yield from at.values()
     elif isinstance(at, Runnable):
         yield from getattr(at, "__dict__", {}).values()
-    elif callable(at) and not isinstance(at, type):
-        yield from (type(at).__call__, *getattr(at, "__dict__", {}).values())  # an object that is called like a node
+    elif isinstance(called := vars(type(at)).get("__call__"), FunctionType):  # an object that is called like a node
+        yield from (called, *getattr(at, "__dict__", {}).values())
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -483,8 +482,12 @@ def _outputs(subgraph: Pregel) -> set[tuple[str, ...]]:
     for end in after:
         for source in {source for source, target in graph.edges if target == end} - {START, *after}:
             (ending.add if graph.facts(source).models else after.append)(source)
-    if any(target not in after for source, target in graph.edges if source in {*ending, *after}):
-        return set()
+    passed = list(ending)
+    for source in passed:
+        for _, target in graph.leaving(source):
+            if target not in after:
+                return set()
+            passed += [target] if target not in passed else []
     paths: set[tuple[str, ...]] = set()
     for name in ending:
         inner = [path for deeper in graph.facts(name).subgraphs for path in _outputs(deeper)]

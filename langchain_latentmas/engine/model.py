@@ -129,7 +129,9 @@ class LanguageModel:
                 f"Cannot load {name!r}: {_first_line(error)} Give a hub id, a folder with config.json, or 'bundled'."
             ) from error
         if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
-            raise ModelNotFound(f"{name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}.")
+            raise ModelNotFound(
+                f"{name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}."
+            )
         return cls(model, tokenizer, name=name, realign=realign, max_positions=max_positions)
 
     def new_cache(self) -> SlotCache:

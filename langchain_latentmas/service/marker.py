@@ -13,7 +13,9 @@ _MARKER = re.compile(
     r"\[latent\s+(?P<agent>[^\[\]\s][^\[\]]{0,800}?)\s+(?P<steps>\d{1,9})\s+steps\s+"
     r"(?P<id>lat_[0-9a-f]{32})\.(?P<model>[0-9a-f]{8})\.(?P<mac>[0-9a-f]{32})\]"
 )
-_REMAINS = re.compile(r"\[latent\s[^\[\]]{1,900}?\s\d{1,9}\s+steps(?:\s+lat_|\s*$)|\blat_[0-9a-f]{8,32}\.[0-9a-f]")
+_REMAINS = re.compile(
+    r"\[latent\s[^\[\]]{1,900}?\s\d{1,9}\s+steps(?:\s+lat_|\s*l?a?t?$)|\blat_[0-9a-f]{8,32}\.[0-9a-f]"
+)
 
 
 class Marker(NamedTuple):
