@@ -45,8 +45,8 @@ class Thinker(NamedTuple):
 def node_path(config: RunnableConfig) -> tuple[str, ...]:
     """Names of the graph nodes that a run is in, the outermost first."""
     namespace = config.get("configurable", {}).get("checkpoint_ns") or ""
-    names = (part.split(":")[0] for part in namespace.split("|"))
-    return tuple(name for name in names if name and not name.isdigit())  # digits count calls of one subgraph
+    parts = (part for part in namespace.split("|") if part and not part.isdigit())  # digits count calls of a subgraph
+    return tuple(part.split(":")[0] for part in parts)
 
 
 THINKER: ContextVar[Thinker | None] = ContextVar("latentmas_thinker", default=None)
@@ -138,7 +138,7 @@ class ChatLatentMAS(BaseChatModel):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = LangSmithParams(
             ls_provider="latentmas",
-            ls_model_name=self.model or "bundled",
+            ls_model_name=kwargs.get("model") or self.model or "bundled",
             ls_model_type="chat",
             ls_temperature=kwargs.get("temperature", self.temperature),
             ls_max_tokens=kwargs.get("max_tokens", self.max_tokens),
@@ -258,10 +258,8 @@ class _Call:
         message = AIMessageChunk(content=text, name=self.named)
         if chunk.usage is not None and chunk.ref is not None:
             if self.calls:
-                rest, message.tool_call_chunks, message.invalid_tool_calls = self.calls.end()
-                message = AIMessageChunk(
-                    content=text + rest, name=self.named, tool_call_chunks=message.tool_call_chunks
-                ).model_copy(update={"invalid_tool_calls": message.invalid_tool_calls})
+                rest, calls = self.calls.end()
+                message = AIMessageChunk(content=text + rest, name=self.named, tool_call_chunks=calls)
             usage = chunk.usage
             message.usage_metadata = _usage(usage["input_tokens"], usage["output_tokens"], usage["latent_steps"])
             message.response_metadata = {

@@ -184,10 +184,11 @@ class _Graph:
         """What an edge is, once these are switched; a latent one beside a text one of the same node is text."""
         if edge not in switched:
             return EdgeReport(*edge, "text", why_text)
-        for other in self.leaving(edge[0]):
+        siblings = self.leaving(edge[0])
+        for other in siblings:
             if other not in switched:
                 return EdgeReport(*edge, "text", f"{edge[0]!r} speaks, because its edge to {other[1]!r} is text.")
-        return EdgeReport(*edge, "latent", f"{switched[edge].steps} latent steps")
+        return EdgeReport(*edge, "latent", f"{max(switched[each].steps for each in siblings)} latent steps")
 
     def refusals(
         self, wanted: list[Edge], switched: Mapping[Edge, _Setting], router_reads_text: bool, trusted: bool
@@ -239,6 +240,8 @@ class _Graph:
         services = {_service_of(model) for model in (*output.ours, *receiver.ours)}
         if len(services) > 1:
             return f"{target!r} runs another model than {source!r}; give both the same service."
+        if not trusted and (other := self._foreign_after(target)):
+            return f"what {source!r} thought may reach {other!r}, which runs another model; name the edge if not."
         for subgraph in sender.subgraphs:
             if not _outputs(subgraph):
                 return (
@@ -250,6 +253,15 @@ class _Graph:
         if name not in self._facts:
             self._facts[name] = _look(_inner(self.builder.nodes[name].runnable))
         return self._facts[name]
+
+    def _foreign_after(self, name: str) -> str | None:
+        """A node further down that runs a model which cannot read markers."""
+        queue = [name]
+        for at in queue:
+            if at != END and self.facts(at).foreign:
+                return at
+            queue += [target for _, target in self.leaving(at) if target not in queue]
+        return None
 
     def _output(self, name: str, facts: _Facts) -> _Facts:
         """What can be seen of the calls that give a node its output: in subgraphs, those of its last nodes."""
@@ -265,7 +277,7 @@ class _Graph:
     def with_edges(self, switched: dict[Edge, _Setting]) -> StateGraph:
         """A copy of the builder in which these edges are latent and all others are not."""
         new = copy.copy(self.builder)
-        vars(new).update({k: copy.copy(v) for k, v in vars(new).items() if isinstance(v, (dict, set))})
+        vars(new).update({name: copy.copy(value) for name, value in vars(new).items()})
         new.branches = type(new.branches)(dict, {k: dict(v) for k, v in new.branches.items()})
         new.compiled = False
         known = frozenset({*switched, *self._latent_inside()})
@@ -275,7 +287,7 @@ class _Graph:
             if edges and len(edges) == len(self.leaving(name)):
                 paths = {path for subgraph in self.facts(name).subgraphs for path in _outputs(subgraph)}
                 runnable = _Switched(name, runnable, edges, frozenset({(), *paths}), known)
-                cache = _cached(cache, edges)
+                cache = _cached(cache or self.builder._node_defaults.cache_policy, edges)
             new.nodes[name] = dataclasses.replace(spec, runnable=runnable, cache_policy=cache)
         setattr(new, SWITCHED, switched)
         return new
@@ -440,7 +452,7 @@ def _look(root: Any, into_subgraphs: bool = True) -> _Facts:
 
 def _held(at: Any) -> Iterator[Any]:
     """What an object that is no model may call."""
-    if isinstance(at, Runnable) and hasattr(at, "steps"):  # LangChain's sequences, and LangGraph's own
+    if isinstance(at, Runnable) and isinstance(getattr(at, "steps", None), list):  # LangChain's sequences, LangGraph's
         yield from at.steps
     elif isinstance(at, RunnableParallel):
         yield from at.steps__.values()
@@ -477,8 +489,9 @@ def _outputs(subgraph: Pregel) -> set[tuple[str, ...]]:
     if not isinstance(subgraph, CompiledStateGraph):
         return set()
     graph = _Graph(subgraph.builder)
-    ending: set[str] = set()
-    after = [END]  # nothing here calls a model
+    silent = {name for name in graph.builder.nodes if not graph.leaving(name)}  # they end without an edge that says so
+    ending: set[str] = {name for name in silent if graph.facts(name).models}
+    after = [END, *silent - ending]  # nothing here calls a model
     for end in after:
         for source in {source for source, target in graph.edges if target == end} - {START, *after}:
             (ending.add if graph.facts(source).models else after.append)(source)

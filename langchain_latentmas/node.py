@@ -11,6 +11,7 @@ from langgraph.runtime import get_runtime
 from .chat_model import ChatLatentMAS
 from .errors import InvalidRequest
 from .service import LatentService
+from .service.identity import checked_ref
 from .service.shared import shared_service
 from .state import LatentRef, ancestry, tips
 
@@ -134,6 +135,8 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         except (RuntimeError, KeyError):  # called outside of a graph
             runtime = None
         service = self.service or _field(runtime and runtime.context, "service") or shared_service()
+        if not isinstance(service, LatentService):
+            raise InvalidRequest(f"Agent {self.name!r}: service must be a LatentService, not {type(service).__name__}.")
         messages = self._prompt_messages(state, config)
 
         def report(step: int) -> None:
@@ -143,8 +146,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         if _edges(config) == "text":
             notes = self._notes(_field(state, "messages") or [])
             return _Plan(service, _with_notes(messages, notes), [], False, report)
-        latents = self._tips(_field(state, "latents") or [])
-        read = ancestry(latents, _field(state, "latents") or [])
+        known = [checked_ref(ref) for ref in _field(state, "latents") or []]  # a checkpoint may be written by others
+        latents = self._tips(known)
+        read = ancestry(latents, known)
         unread = [m for m in messages if (m.response_metadata.get("latent_ref") or {}).get("id") not in read]
         return _Plan(service, unread, latents, not self.speak, report)
 

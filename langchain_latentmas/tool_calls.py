@@ -5,8 +5,8 @@ import re
 import uuid
 from typing import Any
 
-from langchain_core.messages import InvalidToolCall, ToolCallChunk
-from langchain_core.messages.tool import invalid_tool_call, tool_call_chunk
+from langchain_core.messages import ToolCallChunk
+from langchain_core.messages.tool import tool_call_chunk
 
 _HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)  # Qwen, Hermes
 _OPENINGS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
@@ -38,12 +38,15 @@ class ToolCallText:
         visible, self._held = self._held[: len(self._held) - hold], self._held[len(self._held) - hold :]
         return visible
 
-    def end(self) -> tuple[str, list[ToolCallChunk], list[InvalidToolCall]]:
-        """What was held back: text that was no call after all, calls, and calls that cannot be read."""
+    def end(self) -> tuple[str, list[ToolCallChunk]]:
+        """What was held back: text that was no call after all, and calls.
+
+        A call that cannot be read keeps its opening tag, so that LangChain finds no JSON in it and files it under
+        `invalid_tool_calls`; adding chunks up would lose it there.
+        """
         calls: list[ToolCallChunk] = []
-        invalid: list[InvalidToolCall] = []
         if not self._calling:
-            return self._held, calls, invalid
+            return self._held, calls
         marked = any(opening in self._held for opening in _OPENINGS)
         bare = re.sub("|".join(map(re.escape, _OPENINGS)), "", self._held)
         for piece in _HERMES.findall(self._held) or [bare]:
@@ -51,11 +54,11 @@ class ToolCallText:
                 read = json.loads(piece)
                 for call in read if isinstance(read, list) else [read]:
                     calls.append(_call(call, len(calls)))
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError):
                 if not marked:  # an answer that merely begins with a brace
-                    return self._held, [], []
-                invalid.append(invalid_tool_call(name=None, args=piece, id=_call_id(), error=str(error)))
-        return "", calls, invalid
+                    return self._held, []
+                calls.append(tool_call_chunk(args=f"{_OPENINGS[0]}{piece}", id=_call_id(), index=len(calls)))
+        return "", calls
 
 
 def _call(read: Any, index: int) -> ToolCallChunk:

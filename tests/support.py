@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import json
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,6 +81,14 @@ def kv_equal(ours: Any, theirs: Any) -> bool:
 
 def parity_cases(model: str) -> list[dict[str, Any]]:
     return json.loads((PARITY / model / "reference.json").read_text())["cases"]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Returns as soon as the condition holds, for what sends no event."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 class Gate:

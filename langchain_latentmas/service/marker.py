@@ -1,20 +1,22 @@
 """Markers: references written as short signed strings, for graphs that pass text."""
 
+import hmac
 import re
-from typing import NamedTuple
-from urllib.parse import quote, unquote
+from typing import NamedTuple, Self
+from urllib.parse import quote_plus, unquote_plus
 
 from ..errors import TamperedReference
 from ..state import LatentRef
 from .identity import Signer
 
-# Whitespace may be of any kind: text gets wrapped on its way.
-_MARKER = re.compile(
-    r"\[latent\s+(?P<agent>[^\[\]\s][^\[\]]{0,800}?)\s+(?P<steps>\d{1,9})\s+steps\s+"
-    r"(?P<id>lat_[0-9a-f]{32})\.(?P<model>[0-9a-f]{8})\.(?P<mac>[0-9a-f]{32})\]"
-)
+# Whitespace in a marker says nothing: text gets wrapped on its way.
+_BRACKETS = re.compile(r"\[latent\s([^\[\]]{1,5000})\]")
+_PROOF = re.compile(r"(lat_[0-9a-f]{32})\.([0-9a-f]{8})\.([0-9a-f]{32})")
 _REMAINS = re.compile(
-    r"\[latent\s[^\[\]]{1,900}?\s\d{1,9}\s+steps(?:\s+lat_|\s*l?a?t?$)|\blat_[0-9a-f]{8,32}\.[0-9a-f]"
+    r"\[latent\s[^\[\]]{1,5000}?\s[0-9]{1,9}\s+steps\s+l\s*a\s*t\s*_"  # the head, as far as the id
+    r"|\[latent\s+\S+\s+[0-9]{1,9}(?:\s+(?:s|st|ste|step|steps(?:\s+(?:l|la|lat))?))?\s*(?:\.{3}|…)?\Z"  # less of it
+    r"|\blat_[0-9a-f]{8,32}\.[0-9a-f]|[0-9a-f]\.[0-9a-f]{8}\.[0-9a-f]{32}\]",  # the tail
+    re.IGNORECASE,
 )
 
 
@@ -37,12 +39,21 @@ class Marker(NamedTuple):
 
     def __str__(self) -> str:
         """ASCII without quotes or backslashes: JSON, f-strings and templates leave it as it is."""
-        agent = quote(self.agent, safe=" ") if self.agent.strip() == self.agent else quote(self.agent)
-        return f"[latent {agent} {self.steps} steps {self.id}.{self.model}.{self.mac}]"
+        return f"[latent {quote_plus(self.agent)} {self.steps} steps {self.id}.{self.model}.{self.mac}]"
+
+    @classmethod
+    def read(cls, text: str) -> Self | None:
+        """The marker that stands in brackets after "latent", if that is one."""
+        words = text.split()
+        at = len(words) - 1 - words[::-1].index("steps") if "steps" in words else 0
+        proof = _PROOF.fullmatch("".join(words[at + 1 :]))
+        if at < 2 or proof is None or not re.fullmatch("[0-9]{1,9}", words[at - 1]):
+            return None
+        return cls(unquote_plus("".join(words[: at - 1])), int(words[at - 1]), *proof.groups())
 
     def genuine(self, signer: Signer) -> bool:
         """Whether the signature is the signer's."""
-        return self.mac == self._signature(signer)
+        return hmac.compare_digest(self.mac, self._signature(signer))
 
     def _signature(self, signer: Signer) -> str:
         return signer.sign({"marker": self.id, "agent": self.agent, "steps": self.steps, "model": self.model})[:32]
@@ -61,13 +72,19 @@ def take_markers(text: str, left: str = "") -> tuple[str, list[Marker]]:
     Raises:
         TamperedReference: If remains of a marker are in it: a cut or edited one must not pass for text.
     """
-    markers = [
-        Marker(unquote(" ".join(m["agent"].split())), int(m["steps"]), m["id"], m["model"], m["mac"])
-        for m in _MARKER.finditer(text)
-    ]
-    rest = _MARKER.sub("\0", text)
-    if remains := _REMAINS.search(rest):
-        raise TamperedReference(
-            f"A marker was cut or edited on its way: {remains[0][:80]!r}. Pass it on whole, or switch its edge to text."
-        )
-    return rest.replace("\0", left), markers
+    markers: list[Marker] = []
+    between: list[str] = []
+    end = 0
+    for brackets in _BRACKETS.finditer(text):
+        if marker := Marker.read(brackets[1]):
+            markers.append(marker)
+            between.append(text[end : brackets.start()])
+            end = brackets.end()
+    between.append(text[end:])
+    for piece in between:
+        if remains := _REMAINS.search(piece):
+            raise TamperedReference(
+                f"A marker was cut or edited on its way: {remains[0][:80]!r}. "
+                "Pass it on whole, or switch its edge to text."
+            )
+    return left.join(between), markers

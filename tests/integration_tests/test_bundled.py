@@ -25,7 +25,6 @@ def scores(bundled: LatentService) -> dict[tuple[str, str, int], int]:
     }
 
 
-@pytest.mark.xfail(reason="first-stage weights reach about 50 %; the second stage is in training", strict=False)
 @pytest.mark.parametrize(("arrangement", "steps"), [("sequential", 24), ("sequential", 32), ("hierarchical", 24)])
 def test_a_judger_that_never_saw_the_question_answers_it(scores: Any, arrangement: str, steps: int) -> None:
     assert scores[arrangement, "latent", steps] >= 0.8 * N
@@ -54,4 +53,4 @@ def test_a_wrong_call_of_the_command_is_one_line_and_exit_code_2() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert json.loads(done.stdout)["error"]["type"] == "ModelNotFound"
+    assert json.loads(done.stdout)["error"] == "ModelNotFound"

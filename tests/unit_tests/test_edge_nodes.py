@@ -1,0 +1,295 @@
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from langchain.agents import create_agent
+from langchain.agents.middleware import AgentMiddleware
+from langchain_core.output_parsers import JsonOutputParser, StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
+from langgraph.graph import END, START, MessagesState, StateGraph
+from pydantic import BaseModel
+
+from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, LatentState, switch_edges
+from langchain_latentmas.errors import InvalidEdge, InvalidRequest
+
+from ..graphs import (
+    ASKED,
+    CRITIC,
+    PLANNER,
+    TEXT,
+    Chain,
+    chain,
+    critic_of,
+    is_latent,
+    judger_of,
+    latent,
+    modes,
+    planner_of,
+)
+
+
+@pytest.fixture
+def llm(service32: LatentService) -> ChatLatentMAS:
+    return ChatLatentMAS(service=service32, max_tokens=6)
+
+
+class Critic:
+    """A node that is an object."""
+
+    def __init__(self, llm: ChatLatentMAS) -> None:
+        self.llm = llm
+
+    def __call__(self, state: Chain) -> Chain:
+        return self.check(state)
+
+    def check(self, state: Chain) -> Chain:
+        return {"critique": self.llm.invoke(f"Check {state['plan']} please").content}
+
+
+def as_function(llm: ChatLatentMAS) -> Any:
+    return critic_of(llm)
+
+
+def as_lcel(llm: ChatLatentMAS) -> Any:
+    prompt = ChatPromptTemplate.from_template("Check {plan} please")
+    return prompt | llm | StrOutputParser() | (lambda text: {"critique": text})
+
+
+def as_parallel(llm: ChatLatentMAS) -> Any:
+    prompt = ChatPromptTemplate.from_template("Check {plan} please")
+    return RunnableParallel(critique=prompt | llm | StrOutputParser())
+
+
+def as_assign(llm: ChatLatentMAS) -> Any:
+    prompt = ChatPromptTemplate.from_template("Check {plan} please")
+    return RunnablePassthrough.assign(critique=prompt | llm.with_retry() | StrOutputParser())
+
+
+def as_lambda(llm: ChatLatentMAS) -> Any:
+    return RunnableLambda(critic_of(llm))
+
+
+def as_object(llm: ChatLatentMAS) -> Any:
+    return Critic(llm)
+
+
+def as_method(llm: ChatLatentMAS) -> Any:
+    return Critic(llm).check
+
+
+def as_partial(llm: ChatLatentMAS) -> Any:
+    def critic(llm: ChatLatentMAS, state: Chain) -> Chain:
+        return {"critique": llm.invoke(f"Check {state['plan']} please").content}
+
+    return partial(critic, llm)
+
+
+def as_bound(llm: ChatLatentMAS) -> Any:
+    return critic_of(llm.bind(temperature=0.0).with_config(tags=["critic"]))
+
+
+def as_subgraph(llm: ChatLatentMAS) -> Any:
+    return StateGraph(Chain).add_sequence([("critic", critic_of(llm))]).add_edge(START, "critic").compile()
+
+
+def as_two_step_subgraph(llm: ChatLatentMAS) -> Any:
+    def finder(state: Chain) -> Chain:
+        return {"critique": llm.invoke(f"Find {state['plan']} faults").content}
+
+    def checker(state: Chain) -> Chain:
+        assert "[latent" not in state["critique"], "text inside of a subgraph stays text"
+        return {"critique": llm.invoke(f"Check {state['plan']} please").content}
+
+    return StateGraph(Chain).add_sequence([finder, checker]).add_edge(START, "finder").compile()
+
+
+def as_caller_of_a_subgraph(llm: ChatLatentMAS) -> Any:
+    subgraph = as_subgraph(llm)
+    return lambda state: {"critique": subgraph.invoke(state)["critique"]}
+
+
+KINDS = [
+    as_function,
+    as_lcel,
+    as_parallel,
+    as_assign,
+    as_lambda,
+    as_object,
+    as_method,
+    as_partial,
+    as_bound,
+    as_subgraph,
+    as_two_step_subgraph,
+    as_caller_of_a_subgraph,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_nodes_of_every_kind_think_and_flip(llm: ChatLatentMAS, kind: Callable[[ChatLatentMAS], Any]) -> None:
+    builder = chain(llm, critic=kind(llm))
+    assert latent(builder) == {PLANNER, CRITIC}
+    graph = switch_edges(builder, "*", steps=3).compile()
+    out = graph.invoke(ASKED)
+    assert is_latent(out["critique"], "critic")
+    assert out["latent_steps"] == 6
+    assert await graph.ainvoke(ASKED) == out
+    assert graph.invoke(ASKED, TEXT) == builder.compile().invoke(ASKED)
+
+
+GLOBAL_LLM: Any = None
+
+
+def critic_on_a_global(state: Chain) -> Chain:
+    return {"critique": GLOBAL_LLM.invoke(f"Check {state['plan']} please").content}
+
+
+def test_a_model_in_a_global_is_seen(llm: ChatLatentMAS, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert latent(chain(llm, critic=critic_on_a_global)) == set()
+    monkeypatch.setitem(globals(), "GLOBAL_LLM", llm)
+    assert latent(chain(llm, critic=critic_on_a_global)) == {PLANNER, CRITIC}
+
+
+def test_a_model_that_cannot_be_seen_needs_named_edges(llm: ChatLatentMAS) -> None:
+    hidden = {"models": [lambda: llm]}.__getitem__
+    builder = chain(llm, critic=lambda state: critic_of(hidden("models")[0]())(state))
+    reports = modes(builder)
+    assert reports[CRITIC][0] == "text"
+    assert "no ChatLatentMAS can be seen in 'critic'; name the edge" in reports[CRITIC][1]
+    out = switch_edges(builder, [PLANNER, CRITIC], steps=3).compile().invoke(ASKED)
+    assert is_latent(out["critique"], "critic")
+
+
+def test_a_node_with_a_number_for_a_name_thinks(llm: ChatLatentMAS) -> None:
+    builder = StateGraph(Chain)
+    builder.add_node("1", as_subgraph(llm))
+    builder.add_node("2", judger_of(llm))
+    builder.add_edge(START, "1")
+    builder.add_edge("1", "2")
+    out = switch_edges(builder, "*", steps=3).compile().invoke({**ASKED, "plan": "add"})
+    assert is_latent(out["critique"], "1")
+
+
+def test_edges_inside_of_a_subgraph_switch_by_themselves(llm: ChatLatentMAS) -> None:
+    inner = switch_edges(chain(llm), "*", steps=3).compile()
+    outer = StateGraph(Chain).add_node("team", inner).add_node("last", judger_of(llm))
+    outer.add_edge(START, "team").add_edge("team", "last").add_edge("last", END)
+    assert latent(outer) == {("team", "last")}
+    graph = outer.compile()
+    assert is_latent(graph.invoke(ASKED)["plan"], "planner")
+    assert is_latent(graph.invoke(ASKED, {"configurable": {"edges": {"critic->judger": "text"}}})["plan"], "planner")
+    assert "[latent" not in graph.invoke(ASKED, TEXT)["plan"]
+    both = switch_edges(outer, "*", steps=4).compile()
+    out = both.invoke(ASKED)
+    assert is_latent(out["answer"], "team", 4) or is_latent(out["plan"], "planner")
+    mixed = both.invoke(ASKED, {"configurable": {"edges": {"planner->critic": "text", "team->last": "latent"}}})
+    assert "[latent" not in mixed["plan"]
+    assert is_latent(mixed["critique"], "critic")
+    with pytest.raises(InvalidRequest, match="critic->judger, planner->critic, team->last"):
+        both.invoke(ASKED, {"configurable": {"edges": {"planner->judger": "text"}}})
+
+
+def test_a_switched_graph_draws_its_subgraphs(llm: ChatLatentMAS) -> None:
+    builder = chain(llm, critic=as_two_step_subgraph(llm))
+    plain = builder.compile().get_graph(xray=True).draw_mermaid()
+    assert "finder" in plain
+    assert switch_edges(builder, "*").compile().get_graph(xray=True).draw_mermaid() == plain
+
+
+def team(planner: Any, judger: Any) -> StateGraph:
+    builder = StateGraph(MessagesState)
+    builder.add_node("planner", planner)
+    builder.add_node("judger", judger)
+    builder.add_edge(START, "planner")
+    builder.add_edge("planner", "judger")
+    builder.add_edge("judger", END)
+    return builder
+
+
+class Noisy(AgentMiddleware):
+    """Has a node before and one after the model."""
+
+    def before_model(self, state: Any, runtime: Any) -> dict[str, Any] | None:
+        return None
+
+    def after_model(self, state: Any, runtime: Any) -> dict[str, Any] | None:
+        return None
+
+
+@pytest.mark.parametrize("middleware", [[], [Noisy()]])
+async def test_agents_hand_over_memories(llm: ChatLatentMAS, middleware: list[AgentMiddleware]) -> None:
+    builder = team(create_agent(llm, system_prompt="Plan.", middleware=middleware), create_agent(llm))
+    assert latent(builder) == {("planner", "judger")}
+    graph = switch_edges(builder, "*", steps=3).compile()
+    _, plan, answer = graph.invoke({"messages": [("human", "2+3?")]})["messages"]
+    assert is_latent(plan.content, "planner")
+    assert answer.usage_metadata["output_token_details"]["latent_steps"] == 3
+    again = await graph.ainvoke({"messages": [("human", "2+3?")]})
+    assert [message.content for message in again["messages"][1:]] == [plan.content, answer.content]
+    _, plan, answer = graph.invoke({"messages": [("human", "2+3?")]}, TEXT)["messages"]
+    assert "[latent" not in plan.content
+    assert answer.usage_metadata["output_token_details"]["latent_steps"] == 0
+
+
+def add(a: int, b: int) -> int:
+    """Adds."""
+    return a + b
+
+
+def test_an_agent_with_tools_stays_text(llm: ChatLatentMAS) -> None:
+    builder = team(create_agent(llm, tools=[add]), create_agent(llm))
+    assert latent(builder) == set()
+    with pytest.raises(InvalidEdge, match=r"'planner' -> 'judger' cannot be latent: 'planner' binds tools"):
+        switch_edges(builder, [("planner", "judger")])
+    assert latent(team(create_agent(llm), create_agent(llm, tools=[add]))) == {("planner", "judger")}
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_thinking_node_that_binds_tools_is_refused(llm: ChatLatentMAS, hidden: bool) -> None:
+    bound = llm.bind_tools([add])
+    builder = chain(llm, planner=planner_of(bound))
+    if not hidden:
+        with pytest.raises(InvalidEdge, match=r"'planner' -> 'critic' cannot be latent: 'planner' binds tools"):
+            switch_edges(builder, [PLANNER])
+        assert "binds tools" in modes(builder)[PLANNER][1]
+        return
+    graph = switch_edges(chain(llm, planner=lambda state: planner_of(llm.bind_tools([add]))(state)), "*").compile()
+    with pytest.raises(InvalidRequest, match=r"Node 'planner' has tools .*planner->critic.*switch these to text"):
+        graph.invoke(ASKED)
+
+
+class Plan(BaseModel):
+    """A plan."""
+
+    text: str
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_structured_output_of_a_sender_stays_text(llm: ChatLatentMAS, raw: bool) -> None:
+    structured = llm.with_structured_output(Plan, include_raw=raw)
+    assert "structured output" in modes(chain(llm, planner=planner_of(structured)))[PLANNER][1]
+
+
+def test_a_parser_of_a_sender_keeps_its_edge_text(llm: ChatLatentMAS) -> None:
+    planner = ChatPromptTemplate.from_template("Plan {question}") | llm | JsonOutputParser()
+    builder = chain(llm, planner=planner)
+    assert latent(builder) == {CRITIC}
+    with pytest.raises(InvalidEdge, match=r"'planner' -> 'critic' cannot be .* parses its own text \(JsonOutputPars"):
+        switch_edges(builder, [PLANNER])
+    receives = ChatPromptTemplate.from_template("Check {plan}") | llm | JsonOutputParser()
+    assert latent(chain(llm, critic=receives)) == {PLANNER}
+
+
+def test_a_latent_agent_node_keeps_its_own_references(llm: ChatLatentMAS, service32: LatentService) -> None:
+    class State(LatentState):
+        plan: str
+
+    builder = StateGraph(State)
+    builder.add_node("planner", lambda state: {"plan": llm.invoke("Plan").content})
+    builder.add_node("judger", LatentAgentNode("judger", "Judge.", service=service32))
+    builder.add_edge(START, "planner")
+    builder.add_edge("planner", "judger")
+    assert latent(builder) == set()
+    with pytest.raises(InvalidEdge, match="'judger' is a LatentAgentNode"):
+        switch_edges(builder, [("planner", "judger")])

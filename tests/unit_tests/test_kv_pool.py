@@ -1,0 +1,245 @@
+"""Rules 7 and 8: merged and rebuilt memories, against plain transformers and against what never was lost."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from langchain_latentmas import LatentRef
+from langchain_latentmas.engine.kv import KV
+from langchain_latentmas.errors import StoreCorrupted
+from langchain_latentmas.service.budget import Budget
+from langchain_latentmas.service.local import LocalService
+from langchain_latentmas.service.memory import Memory, Recipe
+
+from ..conftest import Fresh
+from ..support import at_once, kv_copy, kv_difference, messages, say
+
+EXACT = 1e-8  # relative, in float64
+TURNED = 1e-3  # the same, where transformers' float32 angles come in
+QUESTION = messages("What is 12 plus 30 minus 5?", "You are a judger.")
+
+
+def experts(service: LocalService, n: int, on: list[LatentRef] | None = None) -> list[LatentRef]:
+    """Thinkers that are blind to each other, with prompts and steps of different lengths."""
+    return [
+        service.think(
+            messages(f"What is {'1 plus ' * i}2?", f"You are expert {i}."), on or [], steps=3 + i, agent=f"e{i}"
+        )
+        for i in range(n)
+    ]
+
+
+def inputs_of(service: LocalService, memory: Memory) -> list[Tensor]:
+    """What each segment of a memory was fed, [positions, hidden]."""
+    embed = service.model.model.get_input_embeddings()
+    return [
+        torch.cat([embed(torch.tensor(s.prompt_ids)), s.thoughts, embed(torch.tensor(s.spoken_ids, dtype=torch.long))])
+        for s in memory.segments
+    ]
+
+
+def plain_kv(service: LocalService, memory: Memory, sees: list[set[int]]) -> KV:
+    """One pass of plain transformers over a whole memory, with a 4-d mask: segment i sees itself and `sees[i]`."""
+    segments = inputs_of(service, memory)
+    owner = torch.cat([torch.full((len(part),), i) for i, part in enumerate(segments)])
+    allowed = torch.tensor([[j == i or j in sees[i] for j in range(len(sees))] for i in range(len(sees))])
+    mask = allowed[owner][:, owner] & torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
+    cache = DynamicCache()
+    with torch.inference_mode():
+        service.model.model(
+            inputs_embeds=torch.cat(segments)[None],
+            attention_mask=mask[None, None],
+            position_ids=torch.arange(len(owner))[None],
+            past_key_values=cache,
+        )
+    return KV([layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers])
+
+
+@pytest.mark.parametrize("model", ["qwen3-tied", "llama-untied"])
+@pytest.mark.parametrize("merge", ["rotate", "rebuild"])
+def test_merged_experts_equal_block_diagonal_attention_from_scratch(
+    fresh_service: Fresh, model: str, merge: str
+) -> None:
+    service = fresh_service(model, merge=merge)
+    judged = service.think(QUESTION, experts(service, 3), steps=4, agent="judger")
+    memory = service.memory(judged)
+    theirs = plain_kv(service, memory, [set(), set(), set(), {0, 1, 2}])
+    assert [segment.agent for segment in memory.segments] == ["e0", "e1", "e2", "judger"]
+    assert memory.merge == {"rotate": "rotated", "rebuild": "rebuilt"}[merge]
+    assert kv_difference(memory, theirs) < TURNED
+
+
+def test_branches_are_rebuilt_on_their_common_ancestry_and_blind_to_each_other(fresh_service: Fresh) -> None:
+    service = fresh_service(merge="rebuild")
+    plan = service.think(messages("Plan."), steps=4, agent="planner")
+    judged = service.think(QUESTION, experts(service, 3, on=[plan]), steps=2, agent="judger")
+    memory = service.memory(judged)
+    assert [segment.agent for segment in memory.segments] == ["planner", "e0", "e1", "e2", "judger"]
+    theirs = plain_kv(service, memory, [set(), {0}, {0}, {0}, {0, 1, 2, 3}])
+    assert kv_difference(memory, theirs) < EXACT
+
+
+@pytest.mark.parametrize("merge", ["rotate", "rebuild"])
+def test_merges_of_merges_keep_who_saw_whom(fresh_service: Fresh, merge: str) -> None:
+    service = fresh_service(merge=merge)
+    a, b, c = experts(service, 3)
+    both = service.think(messages("Compare."), [a, b], steps=2, agent="both")
+    last = service.think(QUESTION, [c, both], steps=2, agent="last")
+    memory = service.memory(last)
+    assert [segment.agent for segment in memory.segments] == ["e2", "e0", "e1", "both", "last"]
+    theirs = plain_kv(service, memory, [set(), set(), set(), {1, 2}, {0, 1, 2, 3}])
+    assert kv_difference(memory, theirs) < TURNED
+
+
+def test_a_chain_is_not_a_merge_and_moves_nothing(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    first = service.think(messages("Plan."), steps=3)
+    second = service.think(messages("Check."), [first], steps=3)
+    memory = service.memory(second)
+    assert memory.merge == "none"
+    assert kv_difference(memory, plain_kv(service, memory, [set(), {0}])) < EXACT
+    assert say(service, QUESTION, [first, second]).usage["merge"] == "none"
+
+
+def test_rotated_and_rebuilt_merges_speak_alike_and_usage_names_them(fresh_service: Fresh) -> None:
+    said = []
+    for merge in ("rotate", "rebuild"):
+        service = fresh_service(merge=merge)
+        said.append(say(service, QUESTION, experts(service, 3)))
+    assert said[0].token_ids == said[1].token_ids
+    assert [each.usage["merge"] for each in said] == ["rotated", "rebuilt"]
+    assert said[0].ref["id"] == said[1].ref["id"]
+
+
+def test_the_order_of_reading_is_the_order_of_the_merge(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    one, two = experts(service, 2)
+    forwards, backwards = (service.think(QUESTION, refs, steps=1) for refs in ([one, two], [two, one]))
+    assert forwards["id"] != backwards["id"]
+    assert [s.agent for s in service.memory(backwards).segments[:2]] == ["e1", "e0"]
+
+
+def test_reading_somebody_twice_or_with_his_ancestor_is_reading_him_once(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    first = service.think(messages("Plan."), steps=2)
+    second = service.think(messages("Check."), [first], steps=2)
+    ids = {
+        service.think(QUESTION, refs, steps=1)["id"] for refs in ([second], [first, second], [second, second, first])
+    }
+    assert len(ids) == 1
+
+
+@pytest.mark.parametrize("merge", ["rotate", "rebuild"])
+def test_a_merged_memory_that_was_evicted_comes_back(fresh_service: Fresh, merge: str) -> None:
+    service = fresh_service(merge=merge)
+    judged = service.think(QUESTION, experts(service, 3), steps=4)
+    before, words = kv_copy(service.memory(judged)), say(service, messages("So?"), [judged])
+    service._pool.kept.clear()
+    again = say(service, messages("So?"), [judged])
+    assert again.token_ids == words.token_ids
+    service._pool.kept.clear()
+    assert kv_difference(service.memory(judged), before) < EXACT
+
+
+def test_what_was_spoken_is_rebuilt_as_well(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    said = say(service, QUESTION, [service.think(messages("Plan."), steps=3)])
+    before = kv_copy(service.memory(said.ref))
+    service._pool.kept.clear()
+    assert kv_difference(service.memory(said.ref), before) < EXACT
+    assert service.info()["rebuilds"] == 1
+
+
+def test_a_chain_is_rebuilt_from_where_it_is_still_there(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    refs: list[LatentRef] = []
+    for i in range(6):
+        refs.append(service.think(messages(f"Step {i}."), refs[-1:], steps=2))
+    before = kv_copy(service.memory(refs[-1]))
+    kept, prefilled = service._pool.kept.get(refs[2]["id"]), service.info()["prefilled"]
+    assert kept is not None
+    service._pool.kept.clear()
+    service._pool.kept.put(refs[2]["id"], kept)
+    assert kv_difference(service.memory(refs[-1]), before) < EXACT
+    assert service.info()["rebuilds"] == 2  # what lies below is needed too, and is a run of its own
+    lost = refs[-1]["positions"] - kept.positions
+    assert service.info()["prefilled"] - prefilled == lost
+
+
+def test_readers_that_come_at_once_share_one_rebuild(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    ref = service.think(messages("Plan."), steps=4)
+    alone = say(service, QUESTION, [ref])
+    service._pool.kept.clear()
+    said = at_once([lambda: say(service, QUESTION, [ref])] * 6)
+    assert [each.token_ids for each in said] == [alone.token_ids] * 6
+    assert service.info()["rebuilds"] == 1
+
+
+def test_shared_segments_are_kept_once(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    plan = service.think(messages("Plan " * 40), steps=1)
+    before = service.info()["kv_bytes"]
+    branch = service.think(messages("Go."), [plan], steps=1)
+    own = branch["positions"] - plan["positions"]
+    assert service.info()["kv_bytes"] - before == own * service.info()["kv_bytes_per_position"]
+
+
+def test_a_lost_recipe_fails_every_reader_and_hangs_none(fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone after the layout was computed: the second reader must not wait for what the first one began."""
+    service = fresh_service()
+    judged = service.think(QUESTION, experts(service, 2), steps=1)
+    lost = {judged["parents"][0]}
+    service._pool.kept.clear()
+    found = service._pool._recipe
+
+    def recipe(key: str) -> Recipe:
+        if key in lost:
+            raise StoreCorrupted("gone")
+        return found(key)
+
+    monkeypatch.setattr(service._pool, "_recipe", recipe)
+    for _ in range(2):
+        with pytest.raises(StoreCorrupted, match="gone"):
+            service.memory(judged)
+    lost.clear()
+    assert service.memory(judged).positions == judged["positions"]
+
+
+def test_a_recipe_lost_while_a_merge_is_rebuilt_fails_its_reader(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = fresh_service(merge="rebuild")
+    refs = experts(service, 2)
+
+    def recipe(key: str) -> Recipe:
+        raise StoreCorrupted("gone")
+
+    monkeypatch.setattr(service._pool, "_recipe", recipe)
+    with pytest.raises(StoreCorrupted, match="gone"):
+        say(service, QUESTION, refs)
+
+
+@pytest.mark.parametrize("budget", [0, 1, 60_000])
+def test_the_budget_holds_and_nothing_is_answered_otherwise(fresh_service: Fresh, budget: int) -> None:
+    def run(service: LocalService) -> list[Any]:
+        refs = experts(service, 3)
+        said = [say(service, QUESTION, [ref]).token_ids for ref in refs]
+        return [*said, say(service, QUESTION, refs).token_ids]
+
+    small = fresh_service(kv_budget=budget)
+    assert run(small) == run(fresh_service())
+    assert small.info()["kv_bytes"] <= budget
+    assert small.info()["evictions"] > 0
+
+
+def test_recipes_that_left_the_cache_are_read_from_the_store_again(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    ref = service.think(messages("Plan."), steps=3)
+    before = kv_copy(service.memory(ref))
+    service._recipes = Budget(0, lambda recipe: 1)
+    service._pool.kept.clear()
+    assert kv_difference(service.memory(ref), before) < EXACT
