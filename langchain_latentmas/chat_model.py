@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
 from langchain_core.language_models.chat_models import agenerate_from_stream, generate_from_stream
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, UsageMetadata
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage, UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config
@@ -106,7 +106,7 @@ class ChatLatentMAS(BaseChatModel):
         self,
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
         *,
-        tool_choice: str | bool | None = None,
+        tool_choice: dict[str, Any] | str | bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """Presents tools to the model through its own chat template, and reads its calls in that template's format.
@@ -116,16 +116,24 @@ class ChatLatentMAS(BaseChatModel):
             tool_choice: "any" (or True) or a tool's name begins the text with the call, where the template's format is
                 known (`<tool_call>`); None and "auto" leave the choice to the model.
             **kwargs: Bound as well.
+
+        Raises:
+            InvalidRequest: If `tool_choice` names no tool.
         """
         described = [convert_to_openai_tool(tool) for tool in tools]
+        if isinstance(tool_choice, dict):
+            tool_choice = str(tool_choice.get("function", {}).get("name"))
         choice = "any" if tool_choice is True else tool_choice or None
+        named = [tool["function"]["name"] for tool in described]
+        if choice not in (None, "auto", "none", "any", "required", *named):
+            raise InvalidRequest(
+                f"tool_choice={choice!r} is none of the tools: {', '.join(named) or 'there are none'}."
+            )
         return self.bind(tools=described, tool_choice=choice, **kwargs)
 
     @property
     def _service(self) -> LatentService:
-        if self.service is None:
-            self.service = shared_service(self.model)
-        return self.service
+        return shared_service(self.model) if self.service is None else self.service
 
     @property
     def _llm_type(self) -> str:
@@ -134,6 +142,12 @@ class ChatLatentMAS(BaseChatModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("model", *SAMPLING)}
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """Key of LangChain's model cache: a call that thinks and one that speaks are not the same."""
+        thinker = THINKER.get()
+        steps = None if thinker is None or thinker.speaks_here() else thinker.steps
+        return f"{super()._get_llm_string(stop, **kwargs)}---{self._service.name}---{steps}"
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = LangSmithParams(
@@ -317,6 +331,7 @@ def _without_markers(
         if found:
             refs += found
             message = message.model_copy(update={"content": text.strip() if isinstance(text, str) else text})
-        empty = found and not message.text.strip() and not getattr(message, "tool_calls", None)
+        answers = isinstance(message, ToolMessage) or getattr(message, "tool_calls", None)  # and belong together
+        empty = found and not message.text.strip() and not answers
         (emptied if empty else kept).append(message)
     return kept or emptied[-1:], refs

@@ -452,8 +452,8 @@ def _look(root: Any, into_subgraphs: bool = True) -> _Facts:
 
 def _held(at: Any) -> Iterator[Any]:
     """What an object that is no model may call."""
-    if isinstance(at, Runnable) and isinstance(getattr(at, "steps", None), list):  # LangChain's sequences, LangGraph's
-        yield from at.steps
+    if isinstance(at, Runnable) and isinstance(steps := getattr(at, "steps", None), list):  # a sequence
+        yield from steps
     elif isinstance(at, RunnableParallel):
         yield from at.steps__.values()
     elif isinstance(at, (RunnableCallable, RunnableLambda)):

@@ -3,6 +3,7 @@
 import json
 import re
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from langchain_core.messages import ToolCallChunk
@@ -10,13 +11,16 @@ from langchain_core.messages.tool import tool_call_chunk
 
 _HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)  # Qwen, Hermes
 _OPENINGS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+_BARE = re.compile(r"\s*(?:\[\s*)?\{")
+_UNDECIDED = re.compile(r"\s*(?:\[\s*)?")
 
 
 class ToolCallText:
     """Passes on what is said, and keeps what is a tool call for the end.
 
-    Reads `<tool_call>{...}</tool_call>` (Qwen, Hermes), `[TOOL_CALLS][{...}]` (Mistral), and a bare JSON object with
-    `name` and `arguments` or `parameters` (Llama), with or without `<|python_tag|>`.
+    Reads `<tool_call>{...}</tool_call>` (Qwen, Hermes), `[TOOL_CALLS][{...}]` (Mistral), `<|python_tag|>{...}; {...}`
+    (Llama), and the latter two without their tags, which tokenizers leave out of a text as special tokens. A call is a
+    JSON object with `name` and `arguments` or `parameters`.
     """
 
     def __init__(self, prefix: str = "") -> None:
@@ -29,7 +33,9 @@ class ToolCallText:
         self._said += text
         self._held += text
         opened = any(opening in self._held for opening in _OPENINGS)
-        if self._calling or opened or self._said.lstrip()[:1] == "{":
+        if _UNDECIDED.fullmatch(self._said):
+            return ""
+        if self._calling or opened or _BARE.match(self._said):
             self._calling = True
             at = min((i for i in map(self._held.find, _OPENINGS) if i >= 0), default=0)
             visible, self._held = self._held[:at], self._held[at:]
@@ -49,16 +55,26 @@ class ToolCallText:
             return self._held, calls
         marked = any(opening in self._held for opening in _OPENINGS)
         bare = re.sub("|".join(map(re.escape, _OPENINGS)), "", self._held)
-        for piece in _HERMES.findall(self._held) or [bare]:
+        pieces = _HERMES.findall(self._held)
+        rest = _HERMES.sub("", self._held).strip() if pieces else ""
+        for piece in pieces or [bare]:
             try:
-                read = json.loads(piece)
-                for call in read if isinstance(read, list) else [read]:
-                    calls.append(_call(call, len(calls)))
+                calls += [_call(read, index) for index, read in enumerate(_objects(piece), len(calls))]
             except (ValueError, TypeError, KeyError):
                 if not marked:  # an answer that merely begins with a brace
                     return self._held, []
                 calls.append(tool_call_chunk(args=f"{_OPENINGS[0]}{piece}", id=_call_id(), index=len(calls)))
-        return "", calls
+        return rest, calls
+
+
+def _objects(text: str) -> Iterator[Any]:
+    """The JSON objects in a text, one after the other or in lists; at least one."""
+    while True:
+        read, end = json.JSONDecoder().raw_decode(text := text.strip("; \r\n\t"))
+        yield from read if isinstance(read, list) else [read]
+        if not text[end:].strip():
+            return
+        text = text[end:]
 
 
 def _call(read: Any, index: int) -> ToolCallChunk:

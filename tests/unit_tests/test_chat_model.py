@@ -1,13 +1,25 @@
+import json
 from typing import Any
 
 import pytest
+from langchain_core.caches import InMemoryCache
 from langchain_core.load import dumps, loads
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+    message_to_dict,
+    messages_from_dict,
+)
 from langchain_core.messages.ai import add_ai_message_chunks
 from langchain_tests.unit_tests import ChatModelUnitTests
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import BaseModel, Field
 
-from langchain_latentmas import ChatLatentMAS, LatentService
+from langchain_latentmas import ChatLatentMAS, LatentService, switch_edges
 from langchain_latentmas.engine import tick
 from langchain_latentmas.errors import InvalidRequest
 
@@ -167,3 +179,52 @@ def test_a_broken_call_is_an_invalid_one(scripted: Any) -> None:
 def test_a_template_that_presents_no_tools_is_told_so(llm: ChatLatentMAS) -> None:
     with pytest.raises(InvalidRequest, match="presents no tools"):
         llm.bind_tools([Add]).invoke("Add 3.")
+
+
+@pytest.mark.parametrize("choice", ["Sub", {"type": "function", "function": {"name": "Sub"}}, {}])
+def test_a_choice_that_names_no_tool_is_refused(llm: ChatLatentMAS, choice: Any) -> None:
+    with pytest.raises(InvalidRequest, match="is none of the tools: Add"):
+        llm.bind_tools([Add], tool_choice=choice)
+
+
+def test_a_choice_may_be_a_description_of_the_function(scripted: Any) -> None:
+    choice = {"type": "function", "function": {"name": "Add"}}
+    message = scripted('{"a": 3}}\n</tool_call>').bind_tools([Add], tool_choice=choice).invoke("Add 3.")
+    assert [(call["name"], call["args"]) for call in message.tool_calls] == [("Add", {"a": 3})]
+
+
+def test_a_tool_message_that_is_a_marker_stays_beside_its_call(scripted: Any) -> None:
+    llm = scripted("Done.")
+    ref = llm.service.think("Look it up.", steps=2)
+    call = AIMessage("", tool_calls=[{"name": "Add", "args": {"a": 3}, "id": "1"}])
+    asked = [HumanMessage("Add 3."), call]
+    with_marker = llm.invoke([*asked, ToolMessage(llm.service.marker(ref), tool_call_id="1")])
+    assert with_marker.usage_metadata["output_token_details"]["latent_steps"] == 2
+    without = llm.invoke([*asked, ToolMessage("", tool_call_id="1")])
+    assert with_marker.usage_metadata["input_tokens"] == without.usage_metadata["input_tokens"]
+
+
+def test_what_was_thought_is_not_taken_from_a_cache_of_what_was_said(service32: LatentService) -> None:
+    llm = ChatLatentMAS(service=service32, max_tokens=4, cache=InMemoryCache())
+    said = llm.invoke("Hello").text
+    builder = StateGraph(MessagesState)
+    builder.add_node("one", lambda state: {"messages": [llm.invoke("Hello")]})
+    builder.add_node("two", lambda state: {"messages": [llm.invoke("Hello")]})
+    builder.add_edge(START, "one").add_edge("one", "two")
+    for steps in (2, 3):
+        graph = switch_edges(builder, "*", steps=steps).compile()
+        one, two = graph.invoke({"messages": []})["messages"]
+        assert one.text.startswith(f"[latent one {steps} steps")
+        assert two.text == said
+
+
+def test_memories_are_counted_and_json_wherever_messages_go(llm: ChatLatentMAS, service32: LatentService) -> None:
+    said = llm.invoke("Hello", latents=[service32.think("Plan.", steps=3)])
+    for again in (
+        AIMessage.model_validate_json(said.model_dump_json()),
+        messages_from_dict(json.loads(json.dumps([message_to_dict(said)])))[0],
+        JsonPlusSerializer().loads_typed(JsonPlusSerializer().dumps_typed(said)),
+    ):
+        assert again == said
+        assert again.usage_metadata["output_token_details"] == {"latent_steps": 3}
+        service32.memory(again.response_metadata["latent_ref"])

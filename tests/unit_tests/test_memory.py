@@ -82,3 +82,14 @@ def test_a_memory_may_be_thousands_of_segments_deep() -> None:
 
 def test_merging_nothing_is_nothing() -> None:
     assert merge([]) == ()
+
+
+def test_common_ancestry_comes_before_a_branch_that_was_read_earlier() -> None:
+    recipes = {
+        "x": recipe("x", (), 2),
+        "plan": recipe("plan", (), 3),
+        "both": recipe("both", ("x", "plan"), 1),
+        "other": recipe("other", ("plan",), 4),
+    }
+    ids = [piece.id for piece in Lineage(recipes.__getitem__).layout(["both", "other"])]
+    assert ids == ["plan", "x", "both", "other"]

@@ -36,8 +36,9 @@ def test_text_without_calls_passes_whatever_the_chunks(text: str, cuts: list[int
         f"[TOOL_CALLS][{json.dumps(CALL)}]",
         f"<|python_tag|>{json.dumps({'name': 'add', 'parameters': CALL['arguments']})}",
         json.dumps({"name": "add", "parameters": CALL["arguments"]}),
+        f" [{json.dumps(CALL)}]",
     ],
-    ids=["qwen", "mistral", "llama", "bare"],
+    ids=["qwen", "mistral", "llama", "llama without its tag", "mistral without its tag"],
 )
 @given(cuts=cuts)
 def test_every_format_is_read_whatever_the_chunks(text: str, cuts: list[int]) -> None:
@@ -49,6 +50,25 @@ def test_parallel_calls_follow_what_was_said() -> None:
     said, calls = read(f"Let me see. {text}", [])
     assert said == "Let me see. "
     assert [name for name, _ in calls] == ["add", "sub"]
+
+
+@pytest.mark.parametrize("between", ["; ", "\n"])
+def test_llamas_calls_follow_one_another(between: str) -> None:
+    text = between.join(json.dumps({**CALL, "name": name}) for name in ("add", "sub"))
+    assert read(text, []) == ("", [("add", CALL["arguments"]), ("sub", CALL["arguments"])])
+
+
+@given(cuts=cuts)
+def test_what_is_said_after_a_call_is_not_lost(cuts: list[int]) -> None:
+    text = f"First: <tool_call>{json.dumps(CALL)}</tool_call>\nThat is all."
+    assert read(text, cuts) == ("First: That is all.", [("add", CALL["arguments"])])
+
+
+def test_a_list_that_begins_an_answer_streams_as_text() -> None:
+    stream = ToolCallText()
+    assert stream.push(" [") == ""
+    assert stream.push("1] See") == " [1] See"
+    assert read('[{"a": 1}, {"a": 2}]', [3]) == ('[{"a": 1}, {"a": 2}]', [])
 
 
 @pytest.mark.parametrize("broken", ['{"name": "add", "arguments": {', '{"name": 1, "arguments": {}}', '["add"]', "{}"])
