@@ -49,19 +49,19 @@ class Batched:
     def _run(self, prompts: Sequence[Sequence[int]], product: Callable[[Result], Any], **work: Any) -> Work:
         ticker = Ticker(self.model, max_rows=len(prompts), live_bytes=LIVE_BYTES)
         produced: dict[int, Any] = {}
-        ticks = []
+        ticks: dict[int, list[float]] = {}  # of ticks that prefill nothing, by rows
         with torch.inference_mode():
             begun = _now(self.model)
             for i, prompt in enumerate(prompts):
                 done = lambda result, i=i: produced.__setitem__(i, product(result))  # noqa: E731
                 ticker.join(Row(past=(), start=0, inputs=[prompt], on_done=done, on_error=_raise, **work))
             while ticker.rows:
-                decodes_alone = ticker.decoding == len(ticker.rows) == len(prompts)
+                decoding = len(ticker.rows) if ticker.decoding == len(ticker.rows) else 0
                 at = time.perf_counter()
                 ticker.step()
-                if decodes_alone:
-                    ticks.append(time.perf_counter() - at)
-            return Work([produced[i] for i in range(len(prompts))], _now(self.model) - begun, ticks)
+                ticks.setdefault(decoding, []).append(time.perf_counter() - at)
+            # Short texts may end before the last prompt is prefilled: the fullest tick there was stands for all rows.
+            return Work([produced[i] for i in range(len(prompts))], _now(self.model) - begun, ticks[max(ticks)])
 
 
 class Plain:

@@ -22,6 +22,7 @@ from .service.shared import shared_service
 from .state import LatentRef
 from .tool_calls import ToolCallText, forcing_prefix
 
+CALL_BLOCKS = ("tool_call", "tool_use", "invalid_tool_call")  # content blocks that repeat a message's tool calls
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 
 
@@ -59,10 +60,12 @@ class ChatLatentMAS(BaseChatModel):
         ```python
         llm = ChatLatentMAS(service=service, max_tokens=256)
         llm.invoke("What is the answer?", latents=[ref])
+        llm.invoke("Plan the answer.", agent="planner", steps=20)
         ```
 
-    Markers in its messages are taken out, verified, and read as the memories they stand for. In a node that
-    `switch_edges` made think, it takes latent steps and returns a marker as its text.
+    A call with `steps` thinks, and returns a marker as its text; in a graph that runs with
+    `{"configurable": {"edges": "text"}}` it speaks. In a node that `switch_edges` made think, every call thinks.
+    Markers in its messages are taken out, verified, and read as the memories they stand for.
 
     The message it returns has `usage_metadata` with `output_token_details["latent_steps"]`: the thoughts that spoken
     text was read from, or the steps that a marker stands for. `response_metadata` has the model's name, the finish
@@ -235,9 +238,12 @@ class _Call:
         tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
         given.pop("ls_structured_output_format", None)  # for tracing only
         latents: Sequence[LatentRef] = given.pop("latents", ())
+        steps: int | None = given.pop("steps", None)
         thinker = THINKER.get()
-        self.thinker = None if thinker is None or thinker.speaks_here() else thinker
         self.agent = self.named or (thinker and thinker.name) or (node_path(ensure_config()) or ("agent",))[-1]
+        self.thinker = None if thinker is None or thinker.speaks_here() else thinker
+        if steps is not None and ensure_config().get("configurable", {}).get("edges") != "text":
+            self.thinker = Thinker(self.agent, steps, f"steps={steps}", frozenset(), 0)
         if self.thinker and tools:
             raise InvalidRequest(
                 f"Node {self.agent!r} has tools or structured output bound, which need text, but its edges are latent "
@@ -321,16 +327,16 @@ def _without_markers(
         if isinstance(text, str):
             text, found = service.take_markers(text, left)
         else:
-            text = list(text)
+            text = [block for block in text if isinstance(block, str) or block.get("type") not in CALL_BLOCKS]
             for i, block in enumerate(text):
                 written = block if isinstance(block, str) else block.get("text")
                 if isinstance(written, str):
                     written, marked = service.take_markers(written, left)
                     text[i] = written if isinstance(block, str) else {**block, "text": written}
                     found += marked
-        if found:
-            refs += found
-            message = message.model_copy(update={"content": text.strip() if isinstance(text, str) else text})
+        refs += found
+        if text != message.content:
+            message = message.model_copy(update={"content": text.strip() if isinstance(text, str) else text or ""})
         answers = isinstance(message, ToolMessage) or getattr(message, "tool_calls", None)  # and belong together
         empty = found and not message.text.strip() and not answers
         (emptied if empty else kept).append(message)

@@ -263,10 +263,10 @@ class Ticker:
     def _finish(self, row: Row) -> None:
         slot = self.rows.index(row)
         kv = self.cache.read(slot, row.start, row.position)
-        self._leave(slot)
         thoughts = torch.stack(row.thoughts) if row.thoughts else row.hidden.new_zeros(0, row.hidden.shape[-1])
         text = row.text.end() if row.sampling is not None else ""
         hidden = torch.cat(row.prefilled) if row.keep_hidden else None
+        self._leave(slot)  # last, so that whatever raises before finds the row still there to be told
         row.on_done(Result(kv, thoughts, row.tokens, text, row.finish, hidden))
 
     def _leave(self, slot: int) -> None:

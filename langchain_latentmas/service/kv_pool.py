@@ -9,6 +9,7 @@ from typing import TypeVar
 from ..engine.kv import KV, Placed
 from ..engine.scheduler import Scheduler
 from ..engine.tick import Result, Row
+from ..errors import EngineFailed
 from .budget import Budget
 from .memory import Layout, Lineage, MergeMode, Piece, Recipe
 
@@ -94,7 +95,11 @@ class KVPool:
         logger.info("rebuilding %d segments that end in %s", len(run), key)
 
         def deliver(result: Result) -> None:
-            parts = result.kv.split([recipe.segment.positions for recipe in run]) if len(run) > 1 else [result.kv]
+            try:
+                parts = result.kv.split([recipe.segment.positions for recipe in run]) if len(run) > 1 else [result.kv]
+            except RuntimeError as error:  # no memory for the copies; the row is gone, so nobody else would tell
+                fail(EngineFailed(f"A memory could not be rebuilt ({error}); the same call may succeed later."))
+                return
             with self._lock:
                 for recipe, kv in zip(run, parts, strict=True):
                     self.kept.put(recipe.id, kv)

@@ -14,6 +14,7 @@ from langchain_core.messages import (
     messages_from_dict,
 )
 from langchain_core.messages.ai import add_ai_message_chunks
+from langchain_core.runnables import RunnableLambda
 from langchain_tests.unit_tests import ChatModelUnitTests
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import START, MessagesState, StateGraph
@@ -228,3 +229,18 @@ def test_memories_are_counted_and_json_wherever_messages_go(llm: ChatLatentMAS, 
         assert again == said
         assert again.usage_metadata["output_token_details"] == {"latent_steps": 3}
         service32.memory(again.response_metadata["latent_ref"])
+
+
+async def test_a_call_with_steps_thinks_unless_it_runs_as_text(llm: ChatLatentMAS) -> None:
+    thought = llm.invoke("Plan.", agent="planner", steps=3)
+    assert thought.text.startswith("[latent planner 3 steps")
+    assert thought.response_metadata["latent_ref"]["steps"] == 3
+    assert (await llm.ainvoke("Plan.", agent="planner", steps=3)).text == thought.text
+    assert llm.invoke([thought, HumanMessage("Go on.")]).usage_metadata["output_token_details"] == {"latent_steps": 3}
+    node = RunnableLambda(lambda _: llm.invoke("Plan.", agent="planner", steps=3))
+    said = node.invoke(None, {"configurable": {"edges": "text"}})
+    assert said.text == llm.invoke("Plan.").text
+    with pytest.raises(InvalidRequest, match=r"tools or structured output bound.*steps=3"):
+        llm.bind_tools([Add]).invoke("Plan.", steps=3)
+    with pytest.raises(InvalidRequest, match="whole number from 0"):
+        llm.invoke("Plan.", steps=-1)

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from langchain_latentmas import LatentRef
 from langchain_latentmas.engine.kv import KV
-from langchain_latentmas.errors import StoreCorrupted
+from langchain_latentmas.errors import EngineFailed, StoreCorrupted
 from langchain_latentmas.service.budget import Budget
 from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.memory import Memory, Recipe
@@ -243,3 +243,21 @@ def test_recipes_that_left_the_cache_are_read_from_the_store_again(fresh_service
     service._recipes = Budget(0, lambda recipe: 1)
     service._pool.kept.clear()
     assert kv_difference(service.memory(ref), before) < EXACT
+
+
+def test_a_rebuild_that_runs_out_of_memory_fails_its_readers_and_may_be_tried_again(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = fresh_service()
+    first = service.think(messages("Plan."), steps=2)
+    second = service.think(messages("Check."), [first], steps=2)
+    service._pool.kept.clear()
+
+    def split(kv: KV, lengths: list[int]) -> list[KV]:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as full:
+        full.setattr(KV, "split", split)
+        with pytest.raises(EngineFailed, match="out of memory"):
+            service.memory(second)
+    assert service.memory(second).positions == second["positions"]

@@ -17,6 +17,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.stores import InMemoryByteStore
 
 from langchain_latentmas import LatentRef, LatentService
+from langchain_latentmas.engine.text import TextStream
 from langchain_latentmas.errors import (
     EngineFailed,
     InvalidReference,
@@ -215,6 +216,19 @@ def test_a_failing_engine_fails_the_rows_at_work_and_serves_those_that_wait(
     assert sum(outcome == 60 for outcome in outcomes) == 1
     assert sum("out of memory" in str(outcome) for outcome in outcomes) == 2
     assert service.info()["rows"] == 0
+
+
+def test_a_row_that_cannot_be_finished_is_told(fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = fresh_service()
+
+    def end(text: TextStream) -> str:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as full:
+        full.setattr(TextStream, "end", end)
+        with pytest.raises(EngineFailed, match="out of memory"):
+            say(service, PROMPT)
+    assert say(service, PROMPT).finish in ("stop", "length")
 
 
 def test_closing_wakes_all_who_wait(fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
