@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 TORCH := $(shell grep '^torch==' constraints.txt)
 NOTEBOOKS := $(wildcard cookbook/*.ipynb)
+INTEGRATIONS := $(patsubst %/pyproject.toml,-e ./%,$(wildcard integrations/*/pyproject.toml))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-unit test-integration lint format bench notebooks clean FORCE
@@ -88,7 +89,7 @@ $(VENV)/.installed-demo: $(VENV)/.torch pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml constraints.txt
 	@$(drop_half_installed)
 	@echo "Installing langchain-latentmas and what its tests need"
-	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(PIP) install -c constraints.txt -e '.[dev]' $(INTEGRATIONS)
 	@touch $(VENV)/.installed-demo $@
 
 $(VENV)/.installed-notebooks: $(VENV)/.installed-dev

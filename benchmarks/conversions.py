@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 from langchain_core.callbacks import UsageMetadataCallbackHandler
+from langgraph.errors import GraphRecursionError
 from langgraph.graph.state import CompiledStateGraph
 from rich.console import Console
 from rich.progress import Progress
@@ -80,9 +81,13 @@ def run(graph: CompiledStateGraph[Any, Any, Any, Any], problems: list[Problem], 
         {"messages": [("human", p.question)]} if messages else {"question": p.question} for p in problems
     ]
     begun = time.perf_counter()
-    states = asyncio.run(graph.abatch(inputs, config))
+    states = asyncio.run(graph.abatch(inputs, config, return_exceptions=True))
     seconds = time.perf_counter() - begun
-    answers = [state["messages"][-1].text if messages else state["answer"] for state in states]
+    if other := [s for s in states if isinstance(s, Exception) and not isinstance(s, GraphRecursionError)]:
+        raise other[0]
+    # A supervisor that routes in circles has not answered.
+    ended = [{} if isinstance(state, Exception) else state for state in states]
+    answers = [state["messages"][-1].text if messages else state.get("answer", "") for state in ended]
     right = sum(grade(answer, p.answer) for answer, p in zip(answers, problems, strict=True))
     tokens = sum(spent["output_tokens"] for spent in usage.usage_metadata.values())
     return Run(right, tokens / len(problems), seconds)

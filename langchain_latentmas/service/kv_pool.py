@@ -59,10 +59,10 @@ class KVPool:
         """
         lines = {piece.id: self._lineage.line(piece.id) for piece in layout}
         shifts = {piece.id: piece.start - lines[piece.id][-1].start for piece in layout}
+        starts = {piece.id: piece.start for piece in layout}
         anew: set[str] = set()
-        for piece in layout if self.mode == "rebuild" else ():
-            if shifts[piece.id] or any(seen.id in anew for seen in lines[piece.id]):
-                anew.add(piece.id)
+        if self.mode == "rebuild":  # whatever stands elsewhere than when it was made, or sees something that does
+            anew = {key for key, line in lines.items() if any(seen.start != starts[seen.id] for seen in line)}
         # The last one first: its rebuild brings back the whole run before it.
         kvs = {piece.id: self._kv(piece.id) for piece in reversed(layout) if piece.id not in anew}
         placed: dict[str, Future[Placed]] = {}
@@ -150,8 +150,9 @@ class KVPool:
             except Exception as error:  # a future swallows what its callbacks raise
                 future.set_exception(error)
                 return
-            ends = [0, *(at.start + at.kv.positions for at in past.result())]
-            starts = [*(at.start for at in past.result()), piece.start]
+            there = sorted(past.result(), key=lambda at: at.start)  # a merge may have changed their order
+            ends = [0, *(at.start + at.kv.positions for at in there)]
+            starts = [*(at.start for at in there), piece.start]
             row = Row(
                 past=(),
                 start=piece.start,

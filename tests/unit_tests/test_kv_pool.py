@@ -1,9 +1,12 @@
 """Rules 7 and 8: merged and rebuilt memories, against plain transformers and against what never was lost."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -14,12 +17,18 @@ from langchain_latentmas.service.budget import Budget
 from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.memory import Memory, Recipe
 
-from ..conftest import Fresh
+from ..conftest import Fresh, load_parts
 from ..support import at_once, kv_copy, kv_difference, messages, say
 
 EXACT = 1e-8  # relative, in float64
 TURNED = 1e-3  # the same, where transformers' float32 angles come in
 QUESTION = messages("What is 12 plus 30 minus 5?", "You are a judger.")
+
+
+@pytest.fixture(scope="module")
+def rebuilding() -> Iterator[LocalService]:
+    with LocalService.from_model(*load_parts("qwen3-tied", "float64"), merge="rebuild") as service:
+        yield service
 
 
 def experts(service: LocalService, n: int, on: list[LatentRef] | None = None) -> list[LatentRef]:
@@ -92,6 +101,48 @@ def test_merges_of_merges_keep_who_saw_whom(fresh_service: Fresh, merge: str) ->
     assert [segment.agent for segment in memory.segments] == ["e2", "e0", "e1", "both", "last"]
     theirs = plain_kv(service, memory, [set(), set(), set(), {1, 2}, {0, 1, 2, 3}])
     assert kv_difference(memory, theirs) < TURNED
+
+
+def test_a_segment_that_stays_where_it_was_is_rebuilt_when_what_it_saw_has_moved(fresh_service: Fresh) -> None:
+    service = fresh_service(merge="rebuild")
+    a, b = experts(service, 2)
+    both = service.think(messages("Compare."), [a, b], steps=2, agent="both")
+    after_b = service.think(messages("Go on."), [b], steps=2, agent="after")
+    memory = service.memory(service.think(QUESTION, [both, after_b], steps=2, agent="last"))
+    assert [segment.agent for segment in memory.segments] == ["e1", "e0", "both", "after", "last"]
+    theirs = plain_kv(service, memory, [set(), set(), {0, 1}, {0}, {0, 1, 2, 3}])
+    assert kv_difference(memory, theirs) < EXACT
+
+
+@settings(max_examples=40)
+@given(st.lists(st.lists(st.integers(0, 20), max_size=3), min_size=2, max_size=7), st.booleans())
+def test_any_history_is_rebuilt_as_if_all_had_been_computed_in_place(
+    rebuilding: LocalService, history: list[list[int]], evicted: bool
+) -> None:
+    refs: list[LatentRef] = []
+    for i, reads in enumerate(history):
+        read = [refs[n % len(refs)] for n in reads] if refs else []
+        refs.append(rebuilding.think("x" * (i % 3), read, steps=i % 2, agent=str(i)))
+    if evicted:
+        rebuilding._pool.kept.clear()
+    last = rebuilding.think("Together.", refs, steps=1, agent="last")
+    memory, layout = rebuilding.memory(last), rebuilding._lineage.layout([last["id"]])
+    order = [piece.id for piece in layout]
+    sees = [{order.index(piece.id) for piece in rebuilding._lineage.line(key)} for key in order]
+    assert kv_difference(memory, plain_kv(rebuilding, memory, sees)) < EXACT
+
+
+def test_a_segment_made_on_a_moved_one_is_made_anew_when_that_one_moves_back(rebuilding: LocalService) -> None:
+    """Its own place may stay the same, and so may the place where the other one was first made."""
+    a, b = experts(rebuilding, 2)
+    swapped = rebuilding.think("Compare.", [b, a], steps=1, agent="swapped")
+    straight = rebuilding.think("Compare too.", [a, b], steps=1, agent="straight")
+    for reads in ([straight, swapped], [swapped, straight]):
+        memory = rebuilding.memory(rebuilding.think(QUESTION, reads, steps=1, agent="last"))
+        first, second = memory.segments[2:4]
+        assert {first.agent, second.agent} == {"swapped", "straight"}
+        sees = [set(), set(), {0, 1}, {0, 1}, {0, 1, 2, 3}]
+        assert kv_difference(memory, plain_kv(rebuilding, memory, sees)) < EXACT
 
 
 def test_a_chain_is_not_a_merge_and_moves_nothing(fresh_service: Fresh) -> None:
@@ -261,3 +312,12 @@ def test_a_rebuild_that_runs_out_of_memory_fails_its_readers_and_may_be_tried_ag
         with pytest.raises(EngineFailed, match="out of memory"):
             service.memory(second)
     assert service.memory(second).positions == second["positions"]
+
+
+def test_what_was_made_on_a_rebuilt_merge_stays_where_it_was_made(fresh_service: Fresh) -> None:
+    service = fresh_service(merge="rebuild")
+    refs = experts(service, 3)
+    judged = service.think(QUESTION, refs, steps=2)
+    prefilled = service.info()["prefilled"]
+    service.memory(judged)
+    assert service.info()["prefilled"] - prefilled == refs[1]["positions"] + refs[2]["positions"]
