@@ -177,8 +177,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             theirs = [ref for ref in latents if ref["agent"] == agent]
             if not theirs:
                 raise self._nobody(agent, sorted({ref["agent"] for ref in latents}))
-            older = {parent for ref in theirs for parent in ancestry([ref], latents) - {ref["id"]}}
-            chosen += [ref for ref in theirs if ref["id"] not in older]
+            chosen += theirs  # older ones among them count once: the service reads tips only
         return chosen
 
     def _notes(self, messages: Sequence[BaseMessage]) -> list[AIMessage]:
