@@ -1,0 +1,126 @@
+"""A command at work: the model it loads, the errors it reports, the progress it shows."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from ..errors import LatentMASError
+from .terminal import printable
+
+if TYPE_CHECKING:
+    # torch and transformers take seconds to import, and `latentmas --help` needs neither.
+    from ..service import LatentService
+
+
+@contextmanager
+def reported(as_json: bool) -> Iterator[None]:
+    """Turns errors that a user can meet into one line and exit code 2."""
+    try:
+        yield
+    except LatentMASError as error:
+        if as_json:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}, ensure_ascii=False))
+        else:
+            Console(stderr=True, highlight=False).print(
+                f"[bold red]{type(error).__name__}:[/] [red]{escape(printable(str(error)))}[/]", soft_wrap=True
+            )
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def loading(show: bool) -> Iterator[None]:
+    """A sign of life on stderr, since importing torch and transformers takes seconds by itself."""
+    if not show:
+        yield
+        return
+    with Console(stderr=True).status("loading the model"):
+        yield
+
+
+def load(model: str) -> "LatentService":
+    """A service on a model; warnings of this package become single lines on stderr."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from ..service import LatentService
+    from ..service.shared import SharedSettings
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    own = logging.getLogger("langchain_latentmas")
+    if not any(isinstance(handler, _OneLine) for handler in own.handlers):
+        own.addHandler(_OneLine())
+    if model == "bundled":
+        torch.set_num_threads(1)  # its matrices are so small that sharing them out costs more than it brings
+    # A durable store would answer with thoughts of earlier runs, in no time at all.
+    settings = SharedSettings()
+    return LatentService.load(model, device=settings.device, dtype=settings.dtype)
+
+
+def describe(service: "LatentService", model: str) -> dict[str, Any]:
+    """What ran, for headlines and JSON."""
+    info = service.info()
+    kept = ("architecture", "parameters", "device", "dtype", "fingerprint")
+    return {"name": "bundled" if model == "bundled" else info["model"], **{k: info[k] for k in kept if k in info}}
+
+
+@contextmanager
+def progress_bars(service: "LatentService", show: bool) -> "Iterator[Callable[[str, int], Callable[[], None]]]":
+    """Progress on stderr; what it yields opens the next bar and returns what moves it."""
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(28),
+        MofNCompleteColumn(),
+        TextColumn("agents", style="dim"),
+        TimeElapsedColumn(),
+        _Work(service),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as progress:
+
+        def bar(name: str, total: int) -> Callable[[], None]:
+            at = service.info()
+            task = progress.add_task(name, total=total, thoughts=at.get("thoughts", 0), tokens=at.get("tokens", 0))
+            return lambda: progress.advance(task)
+
+        yield bar
+
+
+def print_json(**document: Any) -> None:
+    """Prints one JSON document on stdout."""
+    print(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+class _Work(ProgressColumn):
+    """Thoughts and tokens since a bar was opened."""
+
+    def __init__(self, service: "LatentService") -> None:
+        super().__init__()
+        self.service = service
+
+    def render(self, task: Task) -> Text:
+        if task.finished:  # the counters go on with the next bar
+            return Text(task.fields.get("seen", ""), style="dim")
+        now = self.service.info()
+        parts = [
+            f"{now[name] - task.fields[name]:,} {what}"
+            for name, what in (("thoughts", "latent steps"), ("tokens", "tokens"))
+            if now.get(name, 0) > task.fields[name]
+        ]
+        task.fields["seen"] = ", ".join(parts)
+        return Text(task.fields["seen"], style="dim")
+
+
+class _OneLine(logging.Handler):
+    """Warnings as single lines; what belongs to an error is in the error's message."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING:
+            Console(stderr=True).print(Text(printable(record.getMessage()), style="yellow"), soft_wrap=True)
