@@ -9,14 +9,16 @@ from langchain_core.language_models import BaseChatModel, LangSmithParams, Langu
 from langchain_core.language_models.chat_models import agenerate_from_stream, generate_from_stream
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage, UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import Runnable
 from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
+from langchain_core.utils import from_env
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.runtime import get_runtime
 from pydantic import ConfigDict, Field
 
-from .errors import InvalidRequest
+from .errors import InvalidReference, InvalidRequest
+from .modes import node_path, runs_as_text
 from .service import Chunk, LatentService
 from .service.shared import shared_service
 from .state import LatentRef
@@ -43,13 +45,6 @@ class Thinker(NamedTuple):
         return node_path(ensure_config())[self.depth :] not in self.outputs
 
 
-def node_path(config: RunnableConfig) -> tuple[str, ...]:
-    """Names of the graph nodes that a run is in, the outermost first."""
-    namespace = config.get("configurable", {}).get("checkpoint_ns") or ""
-    parts = (part for part in namespace.split("|") if part and not part.isdigit())  # digits count calls of a subgraph
-    return tuple(part.split(":")[0] for part in parts)
-
-
 THINKER: ContextVar[Thinker | None] = ContextVar("latentmas_thinker", default=None)
 
 
@@ -73,7 +68,7 @@ class ChatLatentMAS(BaseChatModel):
 
     Attributes:
         service: The model service; None takes the shared one of `model`.
-        model: What `LatentService.load` takes, where `service` is None; None takes `LATENTMAS_SERVICE`, else "bundled".
+        model: What `LatentService.load` takes, where `service` is None; by default `LATENTMAS_SERVICE`, else "bundled".
         max_tokens: Most tokens to decode.
         temperature: 0 means greedy.
         top_p: Nucleus sampling.
@@ -86,7 +81,7 @@ class ChatLatentMAS(BaseChatModel):
     model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True)
 
     service: LatentService | None = Field(default=None, exclude=True, repr=False)
-    model: str | None = Field(default=None, alias="model_name")
+    model: str | None = Field(default_factory=from_env("LATENTMAS_SERVICE", default=None), alias="model_name")
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
@@ -155,7 +150,7 @@ class ChatLatentMAS(BaseChatModel):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = LangSmithParams(
             ls_provider="latentmas",
-            ls_model_name=kwargs.get("model") or self.model or "bundled",
+            ls_model_name=kwargs.get("model") or (self.service.name if self.service else self.model or "bundled"),
             ls_model_type="chat",
             ls_temperature=kwargs.get("temperature", self.temperature),
             ls_max_tokens=kwargs.get("max_tokens", self.max_tokens),
@@ -242,14 +237,17 @@ class _Call:
         thinker = THINKER.get()
         self.agent = self.named or (thinker and thinker.name) or (node_path(ensure_config()) or ("agent",))[-1]
         self.thinker = None if thinker is None or thinker.speaks_here() else thinker
-        if steps is not None and ensure_config().get("configurable", {}).get("edges") != "text":
+        if steps is not None and not runs_as_text(ensure_config(), self.agent, *node_path(ensure_config())[-1:]):
             self.thinker = Thinker(self.agent, steps, f"steps={steps}", frozenset(), 0)
         if self.thinker and tools:
             raise InvalidRequest(
                 f"Node {self.agent!r} has tools or structured output bound, which need text, but its edges are latent "
                 f"({self.thinker.edges}); switch these to text, or bind the tools in another node."
             )
-        self.messages, marked = _without_markers(messages, self.service, llm.marker_text)
+        try:
+            self.messages, marked = _without_markers(messages, self.service, llm.marker_text)
+        except InvalidReference as error:
+            raise type(error)(f"{self.agent!r} cannot read what it was handed. {error}") from error
         self.latents = [*latents, *marked]
         prefix = forcing_prefix(self.service.chat_template, choice, tools) if tools else ""
         self.calls = ToolCallText(prefix) if tools else None
@@ -321,23 +319,44 @@ def _without_markers(
     kept: list[BaseMessage] = []
     emptied: list[BaseMessage] = []
     refs: list[LatentRef] = []
+
+    def take(text: str) -> str:
+        text, found = service.take_markers(text, left)
+        refs.extend(found)
+        return text
+
     for message in messages:
-        text: Any = message.content
-        found: list[LatentRef] = []
-        if isinstance(text, str):
-            text, found = service.take_markers(text, left)
+        before = len(refs)
+        content: Any = message.content
+        if isinstance(content, str):
+            content = take(content)
         else:
-            text = [block for block in text if isinstance(block, str) or block.get("type") not in CALL_BLOCKS]
-            for i, block in enumerate(text):
-                written = block if isinstance(block, str) else block.get("text")
-                if isinstance(written, str):
-                    written, marked = service.take_markers(written, left)
-                    text[i] = written if isinstance(block, str) else {**block, "text": written}
-                    found += marked
-        refs += found
-        if text != message.content:
-            message = message.model_copy(update={"content": text.strip() if isinstance(text, str) else text or ""})
-        answers = isinstance(message, ToolMessage) or getattr(message, "tool_calls", None)  # and belong together
-        empty = found and not message.text.strip() and not answers
+            content = [block for block in content if isinstance(block, str) or block.get("type") not in CALL_BLOCKS]
+            content = [
+                take(block)
+                if isinstance(block, str)
+                else {**block, "text": take(block["text"])}
+                if isinstance(block.get("text"), str)
+                else block
+                for block in content
+            ]
+        if content != message.content:
+            message = message.model_copy(
+                update={"content": content.strip() if isinstance(content, str) else content or ""}
+            )
+        calls = getattr(message, "tool_calls", None)
+        if calls and (changed := [{**call, "args": _each_string(call["args"], take)} for call in calls]) != calls:
+            message = message.model_copy(update={"tool_calls": changed})
+        answers = isinstance(message, ToolMessage) or calls  # and belong together
+        empty = len(refs) > before and not message.text.strip() and not answers
         (emptied if empty else kept).append(message)
     return kept or emptied[-1:], refs
+
+
+def _each_string(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with its strings changed; keys stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _each_string(part, change) for key, part in value.items()}
+    return [_each_string(part, change) for part in value] if isinstance(value, list) else value

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, overload
 from langchain_core.language_models import BaseChatModel
 from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableLambda, RunnableParallel
-from langchain_core.runnables.config import ensure_config
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode
@@ -18,13 +17,12 @@ from langgraph.pregel import Pregel
 from langgraph.types import CachePolicy
 from langgraph.utils.runnable import RunnableCallable  # type: ignore[attr-defined]
 
-from .chat_model import THINKER, ChatLatentMAS, Thinker, node_path
+from .chat_model import THINKER, ChatLatentMAS, Thinker
 from .errors import InvalidEdge, InvalidRequest
+from .modes import Edge, Mode, edge_modes, node_path
 from .node import LatentAgentNode
 from .service.shared import SharedSettings
 
-Mode = Literal["latent", "text"]
-Edge = tuple[str, str]
 LIBRARIES = {"langchain", "langchain_core", "langgraph", "langsmith"}  # their globals hold none of the user's models
 SWITCHED = "_latentmas_edges"  # attribute of a builder that holds its latent edges
 
@@ -280,7 +278,7 @@ class _Graph:
         vars(new).update({name: copy.copy(value) for name, value in vars(new).items()})
         new.branches = type(new.branches)(dict, {k: dict(v) for k, v in new.branches.items()})
         new.compiled = False
-        known = frozenset({*switched, *self._latent_inside()})
+        known = frozenset({*switched, *self._latent_inside(), *self._latent_by_themselves()})
         for name, spec in self.builder.nodes.items():
             runnable, cache = _inner(spec.runnable), _uncached(spec.cache_policy)
             edges = {edge: switched[edge] for edge in self.leaving(name) if edge in switched}
@@ -291,6 +289,12 @@ class _Graph:
             new.nodes[name] = dataclasses.replace(spec, runnable=runnable, cache_policy=cache)
         setattr(new, SWITCHED, switched)
         return new
+
+    def _latent_by_themselves(self) -> Iterator[Edge]:
+        """Edges of nodes that hand over references without being switched."""
+        for source, target in self.edges:
+            if source != START and isinstance(_inner(self.builder.nodes[source].runnable), LatentAgentNode):
+                yield source, target
 
     def _latent_inside(self) -> Iterator[Edge]:
         """Latent edges of all subgraphs that can be seen."""
@@ -337,34 +341,6 @@ class _Switched(RunnableCallable):
 
         super().__init__(call, acall, name=inner.get_name(), trace=False, recurse=False)
         self.inner = inner
-
-
-def edge_modes(config: RunnableConfig, edges: Iterable[Edge], known: Iterable[Edge] | None = None) -> dict[Edge, Mode]:
-    """What `configurable.edges` makes of latent edges.
-
-    Args:
-        config: "latent" (the default), "text", or a mapping from "source->target" to one of them.
-        edges: Edges that are latent by themselves.
-        known: All that a mapping may name; None lets it name others.
-
-    Raises:
-        InvalidRequest: If it is none of these, or names another edge.
-    """
-    asked = ensure_config(config).get("configurable", {}).get("edges", "latent")
-    named = asked if isinstance(asked, Mapping) else dict.fromkeys(("->".join(edge) for edge in edges), asked)
-    names = None if known is None else ["->".join(edge) for edge in known]
-    for key, mode in named.items():
-        if mode not in ("latent", "text"):
-            raise InvalidRequest(
-                f"configurable.edges must be 'latent', 'text', or a mapping of 'source->target' to these, not {asked!r}"
-                f" (at {key!r})."
-            )
-        if names is not None and key not in names:
-            raise InvalidRequest(
-                f"configurable.edges names {key!r}, which is no latent edge of this graph (there are: "
-                f"{', '.join(sorted(names))}); correct it, or switch that edge with switch_edges first."
-            )
-    return {edge: named.get("->".join(edge), "latent") for edge in edges}
 
 
 def _named(edges: Iterable[Edge], graph: _Graph) -> list[Edge]:

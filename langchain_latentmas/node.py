@@ -10,13 +10,13 @@ from langgraph.runtime import get_runtime
 
 from .chat_model import ChatLatentMAS
 from .errors import InvalidRequest
+from .modes import node_path, runs_as_text
 from .service import LatentService
 from .service.identity import checked_ref
 from .service.shared import shared_service
 from .state import LatentRef, ancestry, tips
 
 Prompt = str | Runnable[Any, Any] | Callable[[Any], Any]
-EDGES = ("latent", "text")
 
 
 class _Plan(NamedTuple):
@@ -38,7 +38,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
     `{"agent", "step", "steps"}`; the tokens of speaking arrive on `stream_mode="messages"`.
 
     Run with `{"configurable": {"edges": "text"}}`, the same node speaks where it would think, and finds what others
-    said since the last human message at the head of that message, as `name: text`.
+    said since the last human message at the head of that message, as `name: text`. A mapping such as
+    `{"planner->critic": "text"}` does that to single nodes: the planner speaks and leaves no reference, and whoever
+    reads it reads its text, beside the memories of others.
 
     Example:
         ```python
@@ -143,14 +145,13 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             if runtime is not None:
                 runtime.stream_writer({"agent": self.name, "step": step, "steps": self.steps})
 
-        if _edges(config) == "text":
-            notes = self._notes(_field(state, "messages") or [])
-            return _Plan(service, _with_notes(messages, notes), [], False, report)
-        known = [checked_ref(ref) for ref in _field(state, "latents") or []]  # a checkpoint may be written by others
-        latents = self._tips(known)
+        # A checkpoint may be written by others.
+        known = [] if runs_as_text(config) else [checked_ref(ref) for ref in _field(state, "latents") or []]
+        latents, notes = self._read(known, _field(state, "messages") or [])
         read = ancestry(latents, known)
-        unread = [m for m in messages if (m.response_metadata.get("latent_ref") or {}).get("id") not in read]
-        return _Plan(service, unread, latents, not self.speak, report)
+        unread = [m for m in messages if _memory_of(m) not in read]
+        thinks = not self.speak and not self._leaves_text(config)
+        return _Plan(service, _with_notes(unread, notes), latents, thinks, report)
 
     def _prompt_messages(self, state: Any, config: RunnableConfig) -> list[BaseMessage]:
         made: Any
@@ -168,28 +169,27 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             raise InvalidRequest(f"The prompt of agent {self.name!r} gives no messages; it must give at least one.")
         return messages
 
-    def _tips(self, latents: Sequence[LatentRef]) -> list[LatentRef]:
-        """The references to read, in the order in which they are merged."""
-        if self.reads is None:
-            return sorted(tips(latents), key=lambda ref: ref["agent"])
-        chosen = []
-        for agent in self.reads:
-            theirs = [ref for ref in latents if ref["agent"] == agent]
-            if not theirs:
-                raise self._nobody(agent, sorted({ref["agent"] for ref in latents}))
-            chosen += theirs  # older ones among them count once: the service reads tips only
-        return chosen
-
-    def _notes(self, messages: Sequence[BaseMessage]) -> list[AIMessage]:
-        """What agents said since the last human message, as far as this one reads them."""
+    def _read(
+        self, known: Sequence[LatentRef], messages: Sequence[BaseMessage]
+    ) -> tuple[list[LatentRef], list[AIMessage]]:
+        """What it reads of others: references in the order in which they are merged, and what has none, as text."""
         asked = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=-1)
-        said = [m for m in messages[asked + 1 :] if isinstance(m, AIMessage) and m.response_metadata.get("agent")]
+        ids = {ref["id"] for ref in known}
+        agents = [m for m in messages[asked + 1 :] if isinstance(m, AIMessage) and m.response_metadata.get("agent")]
+        said = [message for message in agents if _memory_of(message) not in ids]
         if self.reads is None:
-            return said
-        for agent in self.reads:
-            if all(message.name != agent for message in said):
-                raise self._nobody(agent, sorted({str(message.name) for message in said}))
-        return [message for agent in self.reads for message in said if message.name == agent]
+            return sorted(tips(known), key=lambda ref: ref["agent"]), said
+        there = {ref["agent"] for ref in known} | {str(message.name) for message in said}
+        if unknown := next((agent for agent in self.reads if agent not in there), None):
+            raise self._nobody(unknown, sorted(there))
+        # Older ones of a loop among the references count once: the service reads tips only.
+        return (
+            [ref for agent in self.reads for ref in known if ref["agent"] == agent],
+            [message for agent in self.reads for message in said if message.name == agent],
+        )
+
+    def _leaves_text(self, config: RunnableConfig) -> bool:
+        return runs_as_text(config, str(self.name), *node_path(config)[-1:])
 
     def _nobody(self, agent: str, known: list[str]) -> InvalidRequest:
         there = ", ".join(known) or "nobody yet"
@@ -202,7 +202,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         return ChatLatentMAS(service=plan.service, max_tokens=self.max_tokens, **self.sampling)
 
     def _said(self, message: AIMessage, config: RunnableConfig) -> dict[str, Any]:
-        if _edges(config) == "text":
+        if self._leaves_text(config):
             return {"messages": [message]}
         return {"messages": [message], "latents": [message.response_metadata["latent_ref"]]}
 
@@ -212,11 +212,10 @@ def _field(state: Any, name: str) -> Any:
     return state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
 
 
-def _edges(config: RunnableConfig) -> str:
-    edges = config.get("configurable", {}).get("edges", "latent")
-    if edges not in EDGES:
-        raise InvalidRequest(f"configurable.edges must be one of {', '.join(EDGES)}, not {edges!r}.")
-    return str(edges)
+def _memory_of(message: BaseMessage) -> str | None:
+    """Id of the memory in which the text of a message stands."""
+    ref: Mapping[str, Any] = message.response_metadata.get("latent_ref") or {}
+    return ref.get("id")
 
 
 def _with_notes(messages: list[BaseMessage], notes: Sequence[AIMessage]) -> list[BaseMessage]:

@@ -154,9 +154,9 @@ class LocalService(LatentService):
             if name in settings
         }
         checked = _checked_settings(settings)
-        if model == "bundled":
-            model = str(bundled.MODEL)
-        loaded = LanguageModel.load(model, realign=checked.realign, max_positions=checked.max_positions, **loading)
+        source = str(bundled.MODEL) if model == "bundled" else model
+        loaded = LanguageModel.load(source, realign=checked.realign, max_positions=checked.max_positions, **loading)
+        loaded.name = model
         return cls(loaded, checked)
 
     @classmethod

@@ -10,6 +10,7 @@ from langgraph.types import Command
 
 from langchain_latentmas import ChatLatentMAS, LatentRef, merge_latents
 from langchain_latentmas.errors import InvalidRequest
+from langchain_latentmas.modes import runs_as_text
 from langchain_latentmas.state import ancestry, tips
 
 
@@ -24,7 +25,8 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
 
     The agent's `ChatLatentMAS` reads the memories that other agents left in the state's `latents`, and every message
     it makes leaves its own there. What stands in a memory that is read is not read a second time from the messages.
-    Run with `{"configurable": {"edges": "text"}}`, the agent reads messages alone, speaks, and leaves nothing.
+    Run with `{"configurable": {"edges": "text"}}`, the agent reads messages alone, speaks, and leaves nothing; with
+    `{"planner->judger": "text"}` there, the agent called planner speaks and leaves nothing.
 
     Example:
         ```python
@@ -56,13 +58,13 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
         Raises:
             InvalidRequest: If the agent's model is no `ChatLatentMAS`, or `reads` names somebody who left nothing.
         """
-        return _recorded(handler(self._reading(request)))
+        return self._recorded(handler(self._reading(request)))
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ExtendedModelResponse[Any]:
         """Like `wrap_model_call`, for async runs."""
-        return _recorded(await handler(self._reading(request)))
+        return self._recorded(await handler(self._reading(request)))
 
     def _reading(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         if not isinstance(request.model, ChatLatentMAS):
@@ -71,7 +73,7 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
                 "give it a ChatLatentMAS, or take its LatentMiddleware out."
             )
         settings = {**request.model_settings, "agent": self.agent, "steps": self.steps}
-        if _runs_as_text():
+        if runs_as_text(ensure_config()):
             return request.override(model_settings=settings)
         known: list[LatentRef] = list(request.state.get("latents") or [])  # type: ignore[call-overload]
         latents = self._chosen([ref for ref in known if ref["agent"] != self.agent])
@@ -94,9 +96,14 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
             chosen += theirs
         return chosen
 
-
-def _runs_as_text() -> bool:
-    return ensure_config().get("configurable", {}).get("edges") == "text"
+    def _recorded(self, response: ModelResponse[Any]) -> ExtendedModelResponse[Any]:
+        made = [message for message in response.result if isinstance(message, AIMessage)]
+        refs = [
+            message.response_metadata["latent_ref"] for message in made if "latent_ref" in message.response_metadata
+        ]
+        if not refs or runs_as_text(ensure_config(), self.agent):
+            return ExtendedModelResponse(response)
+        return ExtendedModelResponse(response, Command(update={"latents": refs}))
 
 
 def _left_out(message: AnyMessage, read: set[str], known: list[LatentRef]) -> bool:
@@ -107,11 +114,3 @@ def _left_out(message: AnyMessage, read: set[str], known: list[LatentRef]) -> bo
     made = (message.response_metadata.get("latent_ref") or {}).get("id")
     thought = message.text.startswith("[latent ") and any(ref["id"] == made for ref in known)
     return (made in read or thought) and not getattr(message, "tool_calls", None)
-
-
-def _recorded(response: ModelResponse[Any]) -> ExtendedModelResponse[Any]:
-    made = [message for message in response.result if isinstance(message, AIMessage)]
-    refs = [message.response_metadata["latent_ref"] for message in made if "latent_ref" in message.response_metadata]
-    if not refs or _runs_as_text():
-        return ExtendedModelResponse(response)
-    return ExtendedModelResponse(response, Command(update={"latents": refs}))

@@ -1,0 +1,69 @@
+"""`configurable.edges`: which edges of a run are latent, and which are text. All readers of the setting are here."""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import ensure_config
+
+from .errors import InvalidRequest
+
+Mode = Literal["latent", "text"]
+Edge = tuple[str, str]
+
+
+def edge_modes(config: RunnableConfig, edges: Iterable[Edge], known: Iterable[Edge] | None = None) -> dict[Edge, Mode]:
+    """What `configurable.edges` makes of latent edges.
+
+    Args:
+        config: "latent" (the default), "text", or a mapping from "source->target" to one of them.
+        edges: Edges that are latent by themselves.
+        known: All that a mapping may name; None lets it name others.
+
+    Raises:
+        InvalidRequest: If it is none of these, or names another edge.
+    """
+    asked = _asked(config)
+    named = asked if isinstance(asked, Mapping) else dict.fromkeys(("->".join(edge) for edge in edges), asked)
+    names = None if known is None else ["->".join(edge) for edge in known]
+    for key in named:
+        if names is not None and key not in names:
+            raise InvalidRequest(
+                f"configurable.edges names {key!r}, which is no latent edge of this graph (there are: "
+                f"{', '.join(sorted(names))}); correct it, or switch that edge with switch_edges first."
+            )
+    return {edge: named.get("->".join(edge), "latent") for edge in edges}
+
+
+def runs_as_text(config: RunnableConfig, *sources: str) -> bool:
+    """Whether all edges run as text, or one that leaves a node of these names.
+
+    Args:
+        config: See `edge_modes`.
+        *sources: What the node is called: its own name and its agent's, where they differ.
+
+    Raises:
+        InvalidRequest: As for `edge_modes`.
+    """
+    asked = _asked(config)
+    if not isinstance(asked, Mapping):
+        return asked == "text"
+    return any(mode == "text" and str(key).split("->")[0] in sources for key, mode in asked.items())
+
+
+def node_path(config: RunnableConfig) -> tuple[str, ...]:
+    """Names of the graph nodes that a run is in, the outermost first."""
+    namespace = config.get("configurable", {}).get("checkpoint_ns") or ""
+    parts = (part for part in namespace.split("|") if part and not part.isdigit())  # digits count calls of a subgraph
+    return tuple(part.split(":")[0] for part in parts)
+
+
+def _asked(config: RunnableConfig) -> Mode | Mapping[str, Mode]:
+    asked = ensure_config(config).get("configurable", {}).get("edges", "latent")
+    for key, mode in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
+        if mode not in ("latent", "text"):
+            raise InvalidRequest(
+                f"configurable.edges must be 'latent', 'text', or a mapping of 'source->target' to these, not {asked!r}"
+                + (f" (at {key!r})." if key else ".")
+            )
+    return asked
