@@ -9,11 +9,12 @@ from langgraph.graph import END, START, StateGraph
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.report import Spread, machine, prepare, ratios, show, wilson
+from benchmarks.report import Spread, machine, prepare, ratios, show
 from langchain_latentmas import LatentAgentNode, LatentState
 from langchain_latentmas.bundled.tasks import ROLES, Problem
 from langchain_latentmas.demo import ARRANGEMENTS, BOXED, MODES, Score, answer_all, held_out, run
 from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.evaluation.statistics import wilson
 from langchain_latentmas.service import LatentService
 from langchain_latentmas.service.local import LocalService, LocalSettings
 
@@ -87,7 +88,7 @@ def main(
                 {
                     **asdict(scores[0]),
                     "right": [score.right for score in scores],
-                    "right_interval": wilson(scores[0].right, n),
+                    "right_interval": [100 * end for end in wilson(scores[0].right, n)],
                     "output_tokens": Spread.of(s.output_tokens for s in scores),
                     "seconds": Spread.of(s.seconds for s in scores),
                 }
@@ -120,7 +121,7 @@ def table(measured: list[tuple[Score, ...]], against: dict[str, dict[str, Spread
             low, high = wilson(first.right, first.questions)
             shown.add_row(
                 f"  {NAMES[first.mode]}",
-                f"{right.show(0, ' %')} [dim]{low:.0f} to {high:.0f}[/]",
+                f"{right.show(0, ' %')} [dim]{100 * low:.0f} to {100 * high:.0f}[/]",
                 Spread.of(score.output_tokens for score in scores).show(1),
                 f"{first.latent_steps:.0f}" + (" [dim](none read)[/]" if first.mode == "cut" else ""),
                 Spread.of(score.seconds for score in scores).show(),

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import statistics
@@ -39,14 +38,6 @@ class Spread(NamedTuple):
 def ratios(ones: Sequence[float], others: Sequence[float]) -> Spread:
     """How many times more the ones are, measurement by measurement: what was measured side by side is compared."""
     return Spread.of(one / other for one, other in zip(ones, others, strict=True))
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share, in %."""
-    share, factor = right / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / factor
-    half = z / factor * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
 def prepare(model: str, threads: int | None) -> None:

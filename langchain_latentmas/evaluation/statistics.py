@@ -1,0 +1,104 @@
+"""How sure a figure is: intervals and tests for answers that are right or wrong. Imports no torch."""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+def wilson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The interval of a share (Wilson 1927, score interval).
+
+    Args:
+        right: How many were right.
+        n: Of how many.
+        level: Confidence.
+
+    Returns:
+        Its two ends as fractions of 1; (0, 1) where `n` is 0.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, factor = right / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / factor
+    half = z / factor * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # An end that is 0 or 1 by algebra must not miss it by rounding.
+    return (0.0 if right == 0 else middle - half), (1.0 if right == n else middle + half)
+
+
+def paired_bootstrap(
+    ones: Sequence[float], others: Sequence[float], *, seed: int = 0, level: float = 0.95, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """The interval of a mean difference between two scores of the same questions (Efron 1979, percentiles).
+
+    Questions are drawn with replacement, each with both of its scores, so what makes a question hard for both cancels.
+    Where all differences are equal the interval is that one point, which `unseen` puts into proportion.
+
+    Args:
+        ones: A score per question, say 1.0 for right.
+        others: The scores of the same questions, in the same order, under the other condition.
+        seed: Of the draws.
+        level: Confidence.
+        resamples: Number of draws.
+
+    Returns:
+        The two ends, in the unit of the scores.
+    """
+    differences = np.subtract(ones, others, dtype=float)
+    # Only how often each difference is drawn matters, and there are few different ones.
+    values, counts = np.unique(differences, return_counts=True)
+    n = len(differences)
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, resamples)
+    low, high = np.quantile(drawn @ values / n, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def mcnemar(ones: Sequence[bool], others: Sequence[bool]) -> float:
+    """Exact two-sided p of McNemar's test: are questions lost and questions won equally likely?
+
+    Args:
+        ones: Per question, whether it was answered right.
+        others: The same under the other condition, in the same order.
+
+    Returns:
+        The probability, if the two conditions were equally good, of wins and losses at least as uneven as these; 1
+        where no question was answered differently.
+    """
+    won = sum(one and not other for one, other in zip(ones, others, strict=True))
+    lost = sum(other and not one for one, other in zip(ones, others, strict=True))
+    rarer, n = min(won, lost), won + lost
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(rarer + 1)) / 2**n)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Adjusts the p-values of several tests so that all of them together err as rarely as one (Holm 1979).
+
+    Args:
+        ps: One p-value per test.
+
+    Returns:
+        The adjusted ones, in the same order; compare them with the level of a single test.
+    """
+    adjusted = [0.0] * len(ps)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def unseen(n: int, level: float = 0.95) -> float:
+    """The largest share of questions that may behave otherwise when none of `n` did (exact "rule of three").
+
+    Args:
+        n: Number of questions.
+        level: Confidence.
+
+    Returns:
+        A fraction of 1.
+    """
+    return float(1 - (1 - level) ** (1 / n))
