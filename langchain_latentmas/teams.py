@@ -1,4 +1,4 @@
-"""The two arrangements of the paper as ready graphs: experts one after the other, and in parallel before a judger."""
+"""The arrangements of the paper as ready graphs: experts one after the other, in parallel before a judger, or alone."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +21,7 @@ HIERARCHICAL: Mapping[str, str] = {
     "reading": "You are a reading expert. Solve the question.",
 }
 JUDGER = "You are a judger. Give the final answer."
+SOLVER = "You are a helpful assistant. Solve the question step by step."
 
 
 def sequential(service: LatentService | None = None, **options: Any) -> "StateGraph[LatentState]":
@@ -29,7 +30,8 @@ def sequential(service: LatentService | None = None, **options: Any) -> "StateGr
     Args:
         service: The model service; None as for `LatentAgentNode`.
         **options: `agents` (prompt by name), `judger` (its prompt), `relay` (whether the judger is kept from the
-            question, so that it can know it from the others alone), `steps`, `max_tokens`.
+            question, so that it can know it from the others alone), `reads` (whom the judger reads; [] reads nobody),
+            `state` (a schema that extends `LatentState`), and what `LatentAgentNode` takes: `steps`, `max_tokens`, ...
 
     Returns:
         A builder; compile it, with a checkpointer if you like.
@@ -59,11 +61,28 @@ def hierarchical(service: LatentService | None = None, **options: Any) -> "State
     return builder
 
 
+def single(service: LatentService | None = None, **options: Any) -> "StateGraph[LatentState]":
+    """One agent that speaks alone: what a team is compared with.
+
+    Args:
+        service: The model service; None as for `LatentAgentNode`.
+        **options: `solver` (its prompt), `state`, and what `LatentAgentNode` takes.
+
+    Returns:
+        A builder.
+    """
+    prompt, builder = options.pop("solver", SOLVER), StateGraph(options.pop("state", LatentState))
+    builder.add_node("solver", LatentAgentNode("solver", prompt, service=service, speak=True, **options))
+    builder.add_edge(START, "solver")
+    builder.add_edge("solver", END)
+    return builder
+
+
 def _team(service: LatentService | None, options: dict[str, Any]) -> "tuple[list[str], StateGraph[LatentState]]":
-    agents: Mapping[str, str] = options.pop("agents")
+    agents: Mapping[str, Prompt] = options.pop("agents")
     prompt, reads = options.pop("judger", JUDGER), options.pop("reads", None)
     judger: Prompt = (lambda state: [SystemMessage(prompt)]) if options.pop("relay", False) else prompt
-    builder = StateGraph(LatentState)
+    builder = StateGraph(options.pop("state", LatentState))
     for name, role in agents.items():
         builder.add_node(name, LatentAgentNode(name, role, service=service, **options))
     options.pop("steps", None)

@@ -1,5 +1,8 @@
-"""The bundled model: small enough to ship, trained to think; `MODEL` is the folder to load it from."""
+"""The bundled model: small enough to ship, trained to think."""
 
 from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
+"""The folder to load it from."""
+STEPS = 24
+"""Latent steps that its thinkers need."""

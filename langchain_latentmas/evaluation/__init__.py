@@ -1,1 +1,1 @@
-"""What a graph gets right, what it costs, and how sure that is."""
+"""What a graph's answers are worth: tasks, graders, a sandbox for code, and runs that can be resumed."""
