@@ -5,8 +5,6 @@
 
 import asyncio
 import difflib
-import random
-import statistics
 import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -15,17 +13,19 @@ import typer
 from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langgraph.errors import GraphRecursionError
 from langgraph.graph.state import CompiledStateGraph
-from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.syntax import Syntax
 from rich.table import Table
 
-from langchain_latentmas import ChatLatentMAS, LatentService
-from langchain_latentmas.bundled.tasks import Problem, grade, problem
+from benchmarks.report import Spread, machine, prepare, ratios, show
+from langchain_latentmas import ChatLatentMAS
+from langchain_latentmas.bundled.tasks import Problem, grade
+from langchain_latentmas.demo import held_out
 from langchain_latentmas.service.local import LocalService
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 IMPORT = "from langchain_latentmas import switch_edges\n"
+MODES = ("text", "latent")
 STEPS = 24
 EDGES = {
     "chain_of_strings": '[("planner", "critic"), ("critic", "judger")]',
@@ -47,26 +47,26 @@ class Run(NamedTuple):
     seconds: float
 
 
-def sources(name: str) -> tuple[str, str]:
+def sources(name: str, steps: int = STEPS) -> tuple[str, str]:
     """The source of an example as it stands, and converted."""
     text = (EXAMPLES / f"{name}.py").read_text()
     first_import = text.index("from langchain_core")
     latent = text[:first_import] + text[first_import:].replace(
-        "    return builder.compile()", f"    return switch_edges(builder, {EDGES[name]}, steps={STEPS}).compile()"
+        "    return builder.compile()", f"    return switch_edges(builder, {EDGES[name]}, steps={steps}).compile()"
     )
     at = latent.index("from langgraph.graph import")
     return text, latent[:at] + IMPORT + latent[at:]
 
 
-def changes(name: str) -> list[str]:
+def changes(name: str, steps: int = STEPS) -> list[str]:
     """The lines that a conversion removes and adds, as a unified diff without its header."""
-    text, latent = (source.splitlines() for source in sources(name))
+    text, latent = (source.splitlines() for source in sources(name, steps))
     return [line for line in list(difflib.unified_diff(text, latent, lineterm="", n=0))[2:] if line[0] in "+-"]
 
 
-def build(name: str, latent: bool, llm: ChatLatentMAS) -> CompiledStateGraph[Any, Any, Any, Any]:
+def build(name: str, latent: bool, llm: ChatLatentMAS, steps: int = STEPS) -> CompiledStateGraph[Any, Any, Any, Any]:
     """An example's graph, as it stands or converted."""
-    source = sources(name)[latent]
+    source = sources(name, steps)[latent]
     namespace: dict[str, Any] = {"__name__": f"examples.{name}"}
     exec(compile(source, str(EXAMPLES / f"{name}.py"), "exec"), namespace)
     return namespace["make"](llm)
@@ -94,72 +94,78 @@ def run(graph: CompiledStateGraph[Any, Any, Any, Any], problems: list[Problem], 
 
 
 def main(
-    n: Annotated[int, typer.Option(help="Held-out questions per graph.")] = 40,
+    n: Annotated[int, typer.Option("--n", help="Held-out questions per graph.")] = 40,
     repeats: Annotated[int, typer.Option(help="Runs of each, in turns.")] = 3,
-    model: str = "bundled",
+    model: Annotated[str, typer.Option(help="'bundled', a hub id, or a folder.")] = "bundled",
+    steps: Annotated[int, typer.Option(help="Latent steps of each thinking node.")] = STEPS,
     seed: int = 0,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Of torch; the bundled model gets one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Runs each example as text and converted, in turns."""
-    rng = random.Random(seed)
-    problems = [problem(rng, split="test") for _ in range(n)]
-    loaded: Any = LatentService.load(model)
-    console, rows = Console(width=100), []
-    with Progress(console=Console(stderr=True), disable=json) as progress:
-        bar = progress.add_task("graphs", total=len(EDGES) * repeats * 2)
-        for name in EDGES:
-            runs: dict[bool, list[Run]] = {False: [], True: []}
-            for _ in range(repeats):
-                for latent in (False, True):
-                    # A service of its own for each run: what was thought once would be known the next time.
-                    fresh = LocalService.from_model(loaded.model.model, loaded.model.tokenizer)
-                    runs[latent].append(
-                        run(build(name, latent, ChatLatentMAS(service=fresh, max_tokens=128)), problems)
-                    )
-                    fresh.close()
-                    progress.advance(bar)
-            rows.append({"graph": name, "changed": changes(name), **_summary(runs)})
-    if json:
-        console.print_json(data={"n": n, "repeats": repeats, "model": loaded.info()["fingerprint"], "rows": rows})
-        return
-    for row in rows:
-        console.print(f"[bold]{row['graph']}[/]")
-        console.print(Syntax("\n".join(row["changed"]), "diff", background_color="default", word_wrap=True))
-    table = Table(
-        title=f"{n} held-out questions, {repeats} runs each in turns, {STEPS} latent steps, median (min..max) seconds"
-    )
-    for column in (
-        "graph",
-        "right text",
-        "right latent",
-        "tokens text",
-        "tokens latent",
-        "s text",
-        "s latent",
-        "ratio",
-    ):
-        table.add_column(column, justify="left" if column == "graph" else "right")
-    for row in rows:
-        table.add_row(
-            row["graph"],
-            *(f"{row['right'][mode]}/{n}" for mode in ("text", "latent")),
-            *(f"{row['output_tokens'][mode]:.0f}" for mode in ("text", "latent")),
-            *("{:.1f} ({:.1f}..{:.1f})".format(*row["seconds"][mode]) for mode in ("text", "latent")),
-            f"{row['ratio']:.1f}",
+    prepare(model, threads)
+    problems = held_out(n, seed)
+    with LocalService.load(model) as service:
+        loaded, settings = service.model, service.settings
+    about = machine(loaded.device)
+
+    def measure(name: str, latent: bool) -> Run:
+        # A service of its own for each run: one that has thought a thought before returns it without work.
+        with LocalService(loaded, settings) as fresh:
+            return run(build(name, latent, ChatLatentMAS(service=fresh, max_tokens=128), steps), problems)
+
+    rows = []
+    for name in track(EDGES, "measuring", transient=True, disable=as_json):
+        pairs = [(measure(name, False), measure(name, True)) for _ in range(repeats)]
+        text, latent = (list(runs) for runs in zip(*pairs, strict=True))
+        rows.append(
+            {
+                "graph": name,
+                "changed": changes(name, steps),
+                "right": {"text": text[0].right, "latent": latent[0].right},
+                "output_tokens": {"text": text[0].output_tokens, "latent": latent[0].output_tokens},
+                "seconds": {"text": Spread.of(r.seconds for r in text), "latent": Spread.of(r.seconds for r in latent)},
+                "text_over_latent": {
+                    "output_tokens": text[0].output_tokens / latent[0].output_tokens,
+                    "seconds": ratios([run.seconds for run in text], [run.seconds for run in latent]),
+                },
+            }
         )
-    console.print(table)
+    show(
+        {
+            "machine": about,
+            "model": f"{model} ({loaded.fingerprint}), {loaded.dtype}",
+            "questions": f"{n} held-out word problems, seed {seed}, all at once; greedy",
+            "agents": f"{steps} latent steps a thinking node, at most 128 tokens a speaking one",
+            "repeats": repeats,
+        },
+        *(part for row in rows for part in (f"[bold]{row['graph']}[/]", Syntax("\n".join(row["changed"]), "diff"))),
+        table(rows),
+        "[dim]Seconds: wall clock for all questions together, median (min..max) of the repeats.[/]",
+        as_json=as_json,
+        results={"rows": rows},
+    )
 
 
-def _summary(runs: dict[bool, list[Run]]) -> dict[str, Any]:
-    modes = {"text": runs[False], "latent": runs[True]}
-    seconds = {mode: [run.seconds for run in some] for mode, some in modes.items()}
-    middle = {mode: statistics.median(some) for mode, some in seconds.items()}
-    return {
-        "right": {mode: some[0].right for mode, some in modes.items()},
-        "output_tokens": {mode: some[0].output_tokens for mode, some in modes.items()},
-        "seconds": {mode: (middle[mode], min(some), max(some)) for mode, some in seconds.items()},
-        "ratio": middle["text"] / middle["latent"],
-    }
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table(box=None, padding=(0, 2), header_style="dim")
+    shown.add_column()
+    for column in ("lines\nchanged", "right\ntext", "\nlatent", "output tokens\ntext", "\nlatent", "text /\nlatent"):
+        shown.add_column(column, justify="right")
+    for column in ("seconds\ntext", "\nlatent", "text /\nlatent"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        more = row["text_over_latent"]
+        shown.add_row(
+            f"[bold]{row['graph']}[/]",
+            str(sum(line.startswith("+") for line in row["changed"])),
+            *(str(row["right"][mode]) for mode in MODES),
+            *(f"{row['output_tokens'][mode]:.0f}" for mode in MODES),
+            f"[green]{more['output_tokens']:.1f}×[/]",
+            *(row["seconds"][mode].show(1) for mode in MODES),
+            f"[green]{more['seconds'].median:.1f}×[/]",
+        )
+    return shown
 
 
 if __name__ == "__main__":

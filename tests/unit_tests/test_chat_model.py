@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 from langchain_core.caches import InMemoryCache
-from langchain_core.load import dumps, loads
+from langchain_core.load import dumps, load, loads
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
@@ -15,15 +15,16 @@ from langchain_core.messages import (
 )
 from langchain_core.messages.ai import add_ai_message_chunks
 from langchain_core.runnables import RunnableLambda
-from langchain_tests.unit_tests import ChatModelUnitTests
+from langchain_tests.unit_tests import ChatModelUnitTests, chat_models
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import BaseModel, Field
 
 from langchain_latentmas import ChatLatentMAS, LatentService, switch_edges
 from langchain_latentmas.engine import tick
-from langchain_latentmas.errors import InvalidRequest
+from langchain_latentmas.errors import InvalidReference, InvalidRequest, TamperedReference
 
+OURS = [ChatLatentMAS]
 QWEN_LIKE = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %} <tool_call><|im_end|>\n"
     "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
@@ -41,9 +42,16 @@ class TestStandard(ChatModelUnitTests):
     def chat_model_params(self) -> dict[str, Any]:
         return {"model": "bundled"}
 
-    @pytest.mark.xfail(reason="loads LangChain's own packages only; see test_the_model_is_serialised below")
-    def test_serdes(self, model: Any, snapshot: Any) -> None:
-        super().test_serdes(model, snapshot)
+    @property
+    def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+        return {"LATENTMAS_SERVICE": "some-model"}, {}, {"model": "some-model"}
+
+    @pytest.fixture(autouse=True)
+    def _allowed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`allowed_objects="all"` means the packages on LangChain's own list; any other has to be named."""
+        monkeypatch.setattr(
+            chat_models, "load", lambda *args, **given: load(*args, **given | {"allowed_objects": OURS})
+        )
 
 
 @pytest.fixture
@@ -205,6 +213,40 @@ def test_a_tool_message_that_is_a_marker_stays_beside_its_call(scripted: Any) ->
     assert with_marker.usage_metadata["input_tokens"] == without.usage_metadata["input_tokens"]
 
 
+def test_markers_in_the_arguments_of_a_tool_call_are_read_too(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = scripted("Done.")
+    ref = llm.service.think("Look it up.", steps=2)
+    nested = {"a": 3, "note": {"plans": ["First.", f"Plan: {llm.service.marker(ref)}"]}}
+    call = AIMessage("", tool_calls=[{"name": "Add", "args": nested, "id": "1"}])
+    read: list[Any] = []
+    speak = llm.service.speak
+    monkeypatch.setattr(
+        llm.service, "speak", lambda messages, *rest, **given: read.append(messages) or speak(messages, *rest, **given)
+    )
+    said = llm.invoke([HumanMessage("Add 3."), call, ToolMessage("3", tool_call_id="1")])
+    assert said.usage_metadata["output_token_details"]["latent_steps"] == 2
+    assert read[0][1].tool_calls[0]["args"] == {"a": 3, "note": {"plans": ["First.", "Plan: "]}}
+    assert call.tool_calls[0]["args"] == nested
+    nested["note"]["plans"][1] = nested["note"]["plans"][1][:-9]
+    with pytest.raises(TamperedReference, match="cut or edited"):
+        llm.invoke([HumanMessage("Add 3."), call, ToolMessage("3", tool_call_id="1")])
+
+
+def test_a_marker_that_cannot_be_read_names_both_ends_of_its_edge(llm: ChatLatentMAS, service32: LatentService) -> None:
+    marker = service32.marker(service32.think("Plan.", steps=3, agent="planner"))
+    builder = StateGraph(MessagesState)
+    builder.add_node("critic", lambda state: {"messages": [llm.invoke(marker.replace(" 3 steps", " 4 steps"))]})
+    builder.add_edge(START, "critic")
+    with pytest.raises(InvalidReference, match=r"^'critic' cannot read what it was handed\. .* agent 'planner'"):
+        builder.compile().invoke({"messages": []})
+
+
+def test_traces_name_the_model_that_runs(llm: ChatLatentMAS, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert llm._get_ls_params()["ls_model_name"] == llm.service.name  # type: ignore[union-attr]
+    monkeypatch.setenv("LATENTMAS_SERVICE", "some-model")
+    assert ChatLatentMAS()._get_ls_params()["ls_model_name"] == "some-model"
+
+
 def test_what_was_thought_is_not_taken_from_a_cache_of_what_was_said(service32: LatentService) -> None:
     llm = ChatLatentMAS(service=service32, max_tokens=4, cache=InMemoryCache())
     said = llm.invoke("Hello").text
@@ -240,6 +282,10 @@ async def test_a_call_with_steps_thinks_unless_it_runs_as_text(llm: ChatLatentMA
     node = RunnableLambda(lambda _: llm.invoke("Plan.", agent="planner", steps=3))
     said = node.invoke(None, {"configurable": {"edges": "text"}})
     assert said.text == llm.invoke("Plan.").text
+    single = node.invoke(None, {"configurable": {"edges": {"planner->judger": "text"}}})
+    assert single.text == said.text
+    other = node.invoke(None, {"configurable": {"edges": {"critic->judger": "text"}}})
+    assert other.text == thought.text
     with pytest.raises(InvalidRequest, match=r"tools or structured output bound.*steps=3"):
         llm.bind_tools([Add]).invoke("Plan.", steps=3)
     with pytest.raises(InvalidRequest, match="whole number from 0"):

@@ -293,3 +293,23 @@ def test_a_latent_agent_node_keeps_its_own_references(llm: ChatLatentMAS, servic
     assert latent(builder) == set()
     with pytest.raises(InvalidEdge, match="'judger' is a LatentAgentNode"):
         switch_edges(builder, [("planner", "judger")])
+
+
+def test_a_mapping_may_name_edges_of_latent_agent_nodes_too(llm: ChatLatentMAS, service32: LatentService) -> None:
+    class State(LatentState, total=False):
+        plan: str
+        check: str
+
+    builder = StateGraph(State)
+    builder.add_node("planner", lambda state: {"plan": llm.invoke("Plan").content})
+    builder.add_node("critic", lambda state: {"check": llm.invoke(f"Check {state['plan']}").content})
+    builder.add_node("refiner", LatentAgentNode("refiner", "Refine.", service=service32, steps=2, max_tokens=4))
+    builder.add_node("judger", LatentAgentNode("judger", "Judge.", service=service32, speak=True, max_tokens=4))
+    for edge in [(START, "planner"), ("planner", "critic"), ("critic", "refiner"), ("refiner", "judger")]:
+        builder.add_edge(*edge)
+    graph = switch_edges(builder, "*", steps=2).compile()
+    out = graph.invoke({"messages": [("human", "Hello")]}, {"configurable": {"edges": {"refiner->judger": "text"}}})
+    assert is_latent(out["plan"], "planner", 2)
+    assert [ref["agent"] for ref in out["latents"]] == ["judger"]
+    with pytest.raises(InvalidRequest, match="no latent edge of this graph"):
+        graph.invoke({"messages": []}, {"configurable": {"edges": {"refiner->nobody": "text"}}})

@@ -125,6 +125,34 @@ def test_reads_that_names_nobody_is_refused(service32: LatentService, edges: str
         node.invoke(ASKED, {"configurable": {"edges": edges}})
 
 
+def test_a_mapping_runs_single_agents_as_text(service32: LatentService) -> None:
+    def team(reads: list[str] | None = None) -> Any:
+        builder = StateGraph(LatentState)
+        for name in ("planner", "critic"):
+            builder.add_node(name, LatentAgentNode(name, f"You are {name}.", service=service32, steps=2, max_tokens=4))
+        builder.add_node(
+            "judger", LatentAgentNode("judger", "Judge.", service=service32, speak=True, max_tokens=4, reads=reads)
+        )
+        for edge in [(START, "planner"), ("planner", "critic"), ("critic", "judger"), ("judger", END)]:
+            builder.add_edge(*edge)
+        return builder.compile()
+
+    latent = team().invoke(ASKED)
+    for edges in ({}, {"planner->critic": "latent"}, {"somebody->else": "text"}):
+        assert team().invoke(ASKED, {"configurable": {"edges": edges}})["latents"] == latent["latents"]
+    for reads in (None, ["planner", "critic"]):
+        mixed = team(reads).invoke(ASKED, {"configurable": {"edges": {"planner->critic": "text"}}})
+        assert [message.name for message in mixed["messages"][1:]] == ["planner", "judger"]
+        assert [ref["agent"] for ref in mixed["latents"]] == ["critic", "judger"]
+        planned = f"planner: {mixed['messages'][1].text}"
+        assert planned in text_of(service32, mixed["latents"][0])
+        assert planned in text_of(service32, mixed["latents"][1])
+        usage = mixed["messages"][-1].usage_metadata
+        assert usage["output_token_details"]["latent_steps"] == 2
+    text = team().invoke(ASKED, {"configurable": {"edges": {"planner->critic": "text", "critic->judger": "text"}}})
+    assert [ref["agent"] for ref in text["latents"]] == ["judger"]
+
+
 def test_unknown_edges_are_refused(service32: LatentService) -> None:
     with pytest.raises(InvalidRequest, match=r"configurable\.edges"):
         LatentAgentNode("a", "A.", service=service32).invoke(ASKED, {"configurable": {"edges": "other"}})
