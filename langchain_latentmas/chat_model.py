@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field
 from .errors import InvalidReference, InvalidRequest
 from .modes import node_path, runs_as_text
 from .service import Chunk, LatentService
+from .service.base import READING
 from .service.shared import shared_service
 from .state import LatentRef
 from .tool_calls import ToolCallText, forcing_prefix
@@ -145,7 +146,9 @@ class ChatLatentMAS(BaseChatModel):
         """Key of LangChain's model cache: a call that thinks and one that speaks are not the same."""
         thinker = THINKER.get()
         steps = None if thinker is None or thinker.speaks_here() else thinker.steps
-        return f"{super()._get_llm_string(stop, **kwargs)}---{self._service.name}---{steps}"
+        reading = READING.get()
+        read = f"---{reading.name}" if reading else ""
+        return f"{super()._get_llm_string(stop, **kwargs)}---{self._service.name}---{steps}{read}"
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = LangSmithParams(

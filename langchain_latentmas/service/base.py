@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from langchain_core.language_models import LanguageModelInput
 from typing_extensions import TypedDict
 
-from ..errors import ModelNotFound
+from ..errors import InvalidRequest, ModelNotFound
 from ..state import LatentRef
 from .memory import Memory
 
@@ -55,6 +56,32 @@ class LensRow(NamedTuple):
     """From 1."""
     tokens: list[tuple[str, float]]
     """The most likely tokens and their probabilities, the likeliest first."""
+
+
+class Reading(Protocol):
+    """Decides, for the runs in whose context it is set, what agents read; the audit's way in.
+
+    Attributes:
+        name: Unlike that of any other, so that no model cache takes an answer of one run for that of another.
+    """
+
+    name: str
+
+    def __call__(
+        self, service: "LatentService", agent: str, refs: Sequence[LatentRef], steps: int
+    ) -> Sequence[LatentRef]:
+        """What is read instead.
+
+        Args:
+            service: Who was called.
+            agent: The reader.
+            refs: What it would read: tips only (an ancestor of another one is not among them), in their order.
+            steps: Latent steps that it will take; 0 for one that speaks.
+        """
+
+
+READING: ContextVar[Reading | None] = ContextVar("latentmas_reading", default=None)
+"""Every service asks it, once it has verified the references of a `think` or `speak` and knows the tips."""
 
 
 class LatentService(ABC):
@@ -244,6 +271,22 @@ class LatentService(ABC):
         Raises:
             InvalidReference: If one was edited or cut, names an unknown memory, or belongs to another model.
         """
+
+    def altered(self, ref: LatentRef, how: Literal["zeroed", "random"], seed: int = 0) -> LatentRef:
+        """The same memory with other values: positions and keys to attend to, and no content behind them.
+
+        What it stands for is a memory of its own, with an id of its own; `ref` stays what it is.
+
+        Args:
+            ref: Any reference.
+            how: "zeroed", or "random": noise of the same norm per layer, head and position.
+            seed: Of the noise.
+
+        Raises:
+            InvalidReference: If it is tampered with, unknown, or of another model.
+            InvalidRequest: If this service cannot alter memories, or not that way.
+        """
+        raise InvalidRequest(f"{type(self).__name__} alters no memories; take a model service in this process.")
 
     @abstractmethod
     def info(self) -> dict[str, Any]:

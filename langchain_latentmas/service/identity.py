@@ -19,7 +19,9 @@ KEY_BYTES = 32
 MAX_AGENT = 200
 MAX_PARENTS = 1024
 
-_Id = Annotated[str, Field(pattern=r"^lat_[0-9a-f]{32}$")]
+# Behind a dot stands how a memory was altered; see `alteration`.
+ID = r"lat_[0-9a-f]{32}(?:\.(?:zeroed|random[0-9]{1,9})){0,9}"
+_Id = Annotated[str, Field(pattern=f"^{ID}$")]
 _Count = Annotated[int, Field(ge=0, lt=2**40)]
 
 

@@ -2,14 +2,16 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 from ..engine.kv import KV, Placed
 from ..engine.scheduler import Scheduler
 from ..engine.tick import Result, Row
 from ..errors import EngineFailed
+from .alteration import alter, unaltered
 from .budget import Budget
 from .memory import Layout, Lineage, MergeMode, Piece, Recipe
 
@@ -67,7 +69,9 @@ class KVPool:
         kvs = {piece.id: self._kv(piece.id) for piece in reversed(layout) if piece.id not in anew}
         placed: dict[str, Future[Placed]] = {}
         for piece in layout:
-            if piece.id in anew:
+            if piece.id in anew and unaltered(piece.id):
+                placed[piece.id] = _then(self._unaltered_at(lines[piece.id], starts), _Alter(piece.id))
+            elif piece.id in anew:
                 placed[piece.id] = self._computed_at(piece, [placed[seen.id] for seen in lines[piece.id][:-1]])
             else:
                 placed[piece.id] = _then(kvs[piece.id], _Place(piece.start, shifts[piece.id]))
@@ -75,6 +79,8 @@ class KVPool:
 
     def _kv(self, key: str) -> "Future[KV]":
         """A segment's KV where it was computed."""
+        if whole := unaltered(key):
+            return _then(self._kv(whole), partial(alter, key=key))
         with self._lock:
             if key in self._rebuilding:
                 return self._rebuilding[key]
@@ -85,7 +91,7 @@ class KVPool:
             # One prefill brings back a whole run of segments, each made on the one before it.
             run = [self._recipe(key)]
             while len(run[0].parents) == 1 and not {*run[0].parents} & self._rebuilding.keys():
-                if run[0].parents[0] in self.kept:
+                if run[0].parents[0] in self.kept or unaltered(run[0].parents[0]):
                     break
                 run.insert(0, self._recipe(run[0].parents[0]))
             seen = self._lineage.layout(run[0].parents)
@@ -121,6 +127,11 @@ class KVPool:
         except Exception as error:  # a recipe that is gone: whoever else waits for this segment must hear of it
             fail(error)
         return futures[key]
+
+    def _unaltered_at(self, line: Layout, starts: Mapping[str, int]) -> "Future[Placed]":
+        """The last segment of an altered memory as it was before, computed anew where a merge puts it."""
+        whole = tuple(Piece(unaltered(piece.id), starts[piece.id], piece.positions) for piece in line)
+        return _then(self.place(whole), lambda placed: placed[-1])
 
     def submit(self, row: Row, past: "Future[list[Placed]]") -> None:
         """Queues a row as soon as the memory it reads is there; errors go to the row."""
@@ -167,6 +178,16 @@ class KVPool:
         return future
 
 
+class _Alter:
+    """Alters a KV that has its place already."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self, placed: Placed) -> Placed:
+        return placed._replace(kv=alter(placed.kv, self.key))
+
+
 class _Place:
     """Puts a KV where a layout wants it."""
 
@@ -181,10 +202,12 @@ def _then(future: "Future[A]", function: Callable[[A], B]) -> "Future[B]":
     following: Future[B] = Future()
 
     def follow(done: "Future[A]") -> None:
-        if (error := done.exception()) is not None:
+        try:
+            result = function(done.result())
+        except Exception as error:  # a future swallows what its callbacks raise
             following.set_exception(error)
         else:
-            following.set_result(function(done.result()))
+            following.set_result(result)
 
     future.add_done_callback(follow)
     return following

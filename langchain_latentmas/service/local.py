@@ -40,7 +40,8 @@ from ..errors import (
     WrongModel,
 )
 from ..state import LatentRef
-from .base import Chunk, LatentService, LensRow, Usage
+from .alteration import original
+from .base import READING, Chunk, LatentService, LensRow, Usage
 from .budget import Budget
 from .identity import KEY_BYTES, MAX_AGENT, MAX_PARENTS, Signer, checked_ref, key_file, memory_id
 from .kv_pool import KVPool
@@ -304,6 +305,16 @@ class LocalService(LatentService):
         text, markers = take_markers(text, left)
         return text, [self._marked(marker) for marker in markers]
 
+    def altered(self, ref: LatentRef, how: Literal["zeroed", "random"], seed: int = 0) -> LatentRef:
+        """See `LatentService.altered`."""
+        if how not in ("zeroed", "random"):
+            raise InvalidRequest(f"A memory can be 'zeroed' or 'random', not {how!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 10**9:
+            raise InvalidRequest(f"seed must be a whole number from 0 to 999,999,999, not {seed!r}.")
+        key = self.verify([ref])[0]
+        suffix = ".zeroed" if how == "zeroed" else f".random{seed}"
+        return self.signed_ref(key + suffix, ref["agent"], [parent + suffix for parent in ref["parents"]], ref["steps"])
+
     def info(self) -> dict[str, Any]:
         """See `LatentService.info`."""
         model, ticker, kept = self.model, self._ticker, self._pool.kept
@@ -345,8 +356,7 @@ class LocalService(LatentService):
             UnknownReference: If the recipe of one is not in the store.
         """
         self.model.refresh_if_changed()
-        several = isinstance(latents, Iterable) and not isinstance(latents, Mapping)
-        refs: list[Any] = list(latents) if several else [] if latents is None else [latents]  # type: ignore[arg-type]
+        refs = _listed(latents)
         if len(refs) > MAX_PARENTS:
             raise InvalidRequest(f"One request reads at most {MAX_PARENTS} memories, not {len(refs)}.")
         for ref in map(checked_ref, refs):
@@ -421,10 +431,12 @@ class LocalService(LatentService):
                 f"The signature of the marker of agent {marker.agent!r} does not match: it was edited, or another "
                 "service made it with another key (key=..., or the key file of store=...)."
             )
-        recipe = self._recipe(marker.id)
-        return self.signed_ref(marker.id, marker.agent, recipe.parents, marker.steps)
+        how = marker.id.removeprefix(original(marker.id))
+        parents = [parent + how for parent in self._recipe(marker.id).parents]
+        return self.signed_ref(marker.id, marker.agent, parents, marker.steps)
 
     def _recipe(self, key: str) -> Recipe:
+        key = original(key)
         if (recipe := self._recipes.get(key)) is None:
             recipe = self._store.get(key)
             if recipe.model != self.model.fingerprint:
@@ -460,7 +472,12 @@ class _Request:
         if not _can_name(agent):
             raise InvalidRequest(f"An agent needs a name of 1 to {MAX_AGENT} characters, not {agent!r}.")
         self.service, self.agent, self.steps, self.sampling = service, agent, steps, sampling
-        self.parents = service._lineage.tips(service.verify(latents))
+        listed = _listed(latents)
+        self.parents = service._lineage.tips(service.verify(listed))
+        if (reading := READING.get()) is not None:
+            refs = {ref["id"]: ref for ref in reversed(listed)}
+            read = reading(service, agent, [refs[key] for key in self.parents], steps)
+            self.parents = service._lineage.tips(service.verify(read))
         tag = service.think_tag if sampling is None else service.settings.speak_tag + prefix
         self.prompt_ids = service.encode(messages, tag, tools)
         self.layout = service._lineage.layout(self.parents)
@@ -572,6 +589,11 @@ class _Request:
 
     def _ref(self, key: str) -> LatentRef:
         return self.service.signed_ref(key, self.agent, self.parents, self.steps)
+
+
+def _listed(latents: Any) -> list[Any]:
+    several = isinstance(latents, Iterable) and not isinstance(latents, Mapping)
+    return list(latents) if several else [] if latents is None else [latents]
 
 
 def _checked_settings(settings: dict[str, Any]) -> LocalSettings:

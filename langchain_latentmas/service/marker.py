@@ -7,11 +7,11 @@ from urllib.parse import quote_plus, unquote_plus
 
 from ..errors import TamperedReference
 from ..state import LatentRef
-from .identity import Signer
+from .identity import ID, Signer
 
 # Whitespace in a marker says nothing: text gets wrapped on its way.
 _BRACKETS = re.compile(r"\[latent\s([^\[\]]{1,5000})\]")
-_PROOF = re.compile(r"(lat_[0-9a-f]{32})\.([0-9a-f]{8})\.([0-9a-f]{32})")
+_PROOF = re.compile(rf"({ID})\.([0-9a-f]{{8}})\.([0-9a-f]{{32}})")
 _REMAINS = re.compile(
     r"\[latent\s[^\[\]]{1,5000}?\s[0-9]{1,9}\s+steps\s+l\s*a\s*t\s*_"  # the head, as far as the id
     r"|\[latent\s+\S+\s+[0-9]{1,9}(?:\s+(?:s|st|ste|step|steps(?:\s+(?:l|la|lat))?))?\s*(?:\.{3}|…)?\Z"  # less of it

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from ..engine.tick import Embeddable
+from .alteration import unaltered
 
 MergeMode = Literal["rotate", "rebuild"]
 LINES_KEPT = 65536
@@ -116,6 +117,14 @@ class Lineage:
             self._lines = {}  # a new one: others may be reading the old
         lines, stack = self._lines, [key]
         while stack:  # a loop, since a memory may be thousands of segments deep
+            if (whole := unaltered(stack[-1])) and whole not in lines:
+                stack.append(whole)
+                continue
+            if whole:
+                how = stack[-1].removeprefix(whole)
+                lines[stack[-1]] = tuple(piece._replace(id=piece.id + how) for piece in lines[whole])
+                stack.pop()
+                continue
             recipe = self._recipe(stack[-1])
             unknown = [parent for parent in recipe.parents if parent not in lines]
             if unknown:
