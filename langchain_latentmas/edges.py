@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from functools import partial
+from html import escape
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, Literal, NamedTuple, overload
 
@@ -36,6 +37,25 @@ class EdgeReport(NamedTuple):
     why: str
 
 
+class EdgeReports(list[EdgeReport]):
+    """Reports on all edges of a graph; prints as a table, and is shown as one in a notebook."""
+
+    def __str__(self) -> str:
+        arrows = [f"{report.source} -> {report.target}" for report in self]
+        width = max(map(len, arrows), default=0)
+        return "\n".join(
+            f"{arrow:{width}}  {report.mode:6}  {report.why}" for arrow, report in zip(arrows, self, strict=True)
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{escape(source)} &rarr; {escape(target)}</td><td>{f'<b>{mode}</b>' if mode == 'latent' else mode}"
+            f"</td><td style='text-align: left'>{escape(why)}</td></tr>"
+            for source, target, mode, why in self
+        )
+        return f"<table><tr><th>edge</th><th>mode</th><th style='text-align: left'>why</th></tr>{rows}</table>"
+
+
 class _Setting(NamedTuple):
     """A latent edge."""
 
@@ -63,7 +83,7 @@ def switch_edges(
     steps: int = ...,
     router_reads_text: bool = ...,
     explain: Literal[True],
-) -> list[EdgeReport]: ...
+) -> EdgeReports: ...
 
 
 def switch_edges(
@@ -74,7 +94,7 @@ def switch_edges(
     steps: int = 20,
     router_reads_text: bool = True,
     explain: bool = False,
-) -> StateGraph | list[EdgeReport]:
+) -> StateGraph | EdgeReports:
     """Turns edges of a graph latent, or back to text.
 
     The nodes are ordinary ones that call a `ChatLatentMAS`. One whose outgoing edges are all latent thinks when it
@@ -102,7 +122,7 @@ def switch_edges(
         explain: Return what would become of each edge instead.
 
     Returns:
-        A new builder; with `explain`, a report on every edge.
+        A new builder; with `explain`, a report on every edge, which prints as a table.
 
     Raises:
         InvalidEdge: If a node or edge does not exist, or a named edge cannot be latent; says why, and the way out.
@@ -132,7 +152,7 @@ def switch_edges(
             raise InvalidEdge(f"The edge {source!r} -> {target!r} cannot be latent: {why}")
         switched |= {edge: _Setting(steps) for edge in wanted if edge not in refused}
     if explain:
-        return [graph.report(edge, switched, refused.get(edge, "not switched")) for edge in graph.edges]
+        return EdgeReports(graph.report(edge, switched, refused.get(edge, "not switched")) for edge in graph.edges)
     return graph.with_edges(switched)
 
 
@@ -160,19 +180,18 @@ class _Graph:
     def __init__(self, builder: StateGraph) -> None:
         self.builder = builder
         self.switched: dict[Edge, _Setting] = getattr(builder, SWITCHED, {})
-        self.edges: dict[Edge, str] = {}  # how each edge is made
-        for source, target in sorted(builder.edges):
-            self.edges[source, target] = "edge"
-        for sources, target in sorted(builder.waiting_edges):
-            for source in sources:
-                self.edges[source, target] = "edge"
+        made: dict[Edge, str] = dict.fromkeys(builder.edges, "edge")
+        made |= {(source, target): "edge" for sources, target in builder.waiting_edges for source in sources}
         for source, branches in builder.branches.items():
             for branch in branches.values():
                 for target in (branch.ends or {name: name for name in (*builder.nodes, END)}).values():
-                    self.edges[source, target] = "conditional" if branch.ends else "conditional, to anywhere"
+                    made[source, target] = "conditional" if branch.ends else "conditional, to anywhere"
         for source, spec in builder.nodes.items():
             for target in spec.ends or ():
-                self.edges.setdefault((source, target), "command")
+                made.setdefault((source, target), "command")
+        order = {name: at for at, name in enumerate((START, *builder.nodes, END))}
+        # How each edge is made, in the order in which the nodes were added.
+        self.edges = {edge: made[edge] for edge in sorted(made, key=lambda edge: [order.get(name, 0) for name in edge])}
         self._facts: dict[str, _Facts] = {}
 
     def leaving(self, source: str) -> list[Edge]:

@@ -454,6 +454,13 @@ def test_explaining_changes_nothing_and_names_every_edge(llm: ChatLatentMAS) -> 
         EdgeReport("judger", END, "text", "not switched"),
     }
     assert shape(builder) == before
+    assert str(reports).splitlines() == [
+        "__start__ -> planner  text    not switched",
+        "planner -> critic     latent  3 latent steps",
+        "critic -> judger      text    not switched",
+        "judger -> __end__     text    not switched",
+    ]
+    assert reports._repr_html_().count("<tr>") == 5
 
 
 # Refusals
