@@ -232,8 +232,9 @@ class _Graph:
 
     def _refusal(self, edge: Edge, router_reads_text: bool, trusted: bool) -> str | None:
         source, target = edge
+        advice = " Leave it out, and name the edges between your nodes." if trusted else ""
         if source == START:
-            return "what enters the graph is text."
+            return "what enters the graph is text." + advice
         made = self.edges[edge]
         if target == END:
             hint = " If its router never goes there, tell add_conditional_edges with path_map=[...]."
