@@ -15,7 +15,7 @@ EXTRA_ROLES: dict[str, str] = {
     "executor": "You are an executor. Carry out the plan.",
     "supervisor": "You are a supervisor. Say who acts next, solver or judger.",
 }
-APPROVED = "The plan is right. "
+APPROVED = "I checked the plan, and it is right. "
 
 Kind = Literal["prompt", "spoken", "thought"]
 

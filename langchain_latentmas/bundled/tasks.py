@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 ROLES: dict[str, str] = {
@@ -22,57 +23,63 @@ HE, SHE = "Tom Bob Max Sam Leo Ben Dan Jack".split(), "Ann Eva Zoe Ivy Mia Lily 
 TEST_HE, TEST_SHE = "Paul Alex Omar".split(), "Nora Kate Jane".split()
 ITEMS = "coins apples books pens cards shells stamps marbles cookies pencils".split()
 
-# {n} the subject, {f} a friend, {a} the number, {i} the items. Held-out phrasings recombine trained words: every verb
-# is trained in two frames and every frame with several verbs, else a model reads the frame and not the verb.
-PHRASINGS: dict[str, dict[str, list[str]]] = {
-    "train": {
-        "+": [
-            "{n} finds {a} more.",
-            "{n} finds {a} {i}.",
-            "{n} buys {a} more {i}.",
-            "{n} buys {a} {i}.",
-            "{n} wins {a} more {i}.",
-            "{n} wins {a} {i}.",
-            "{n} gets {a} more.",
-            "{n} gets {a} {i} from {f}.",
-            "{n} picks up {a} {i}.",
-            "{f} gives {n} {a} {i}.",
-        ],
-        "-": [
-            "{n} loses {a} of them.",
-            "{n} loses {a} of the {i}.",
-            "{n} sells {a} {i}.",
-            "{n} sells {a} of the {i}.",
-            "{n} drops {a} {i}.",
-            "{n} drops {a} of the {i}.",
-            "{n} gives away {a} {i}.",
-            "{n} gives away {a} of them.",
-            "{n} gives {a} {i} to {f}.",
-            "{f} takes {a} {i} from {n}.",
-        ],
-        "*2": ["{n} doubles the {i}.", "The number of {i} doubles.", "Now {n} has twice as many {i}."],
-        "*3": ["{n} triples the {i}.", "The number of {i} triples.", "Now {n} has three times as many {i}."],
-    },
-    "test": {
-        "+": ["{n} finds {a} more {i}.", "{n} gets {a} more {i}.", "{n} wins {a} more.", "{n} buys {a} {i} from {f}."],
-        "-": [
-            "{n} loses {a} {i}.",
-            "{n} sells {a} of them.",
-            "{n} drops {a} of them.",
-            "{n} gives away {a} of the {i}.",
-        ],
-        "*2": ["Then the number of {i} doubles.", "{n} doubles the number of {i}."],
-        "*3": ["Then the number of {i} triples.", "{n} triples the number of {i}."],
-    },
+# {n} the subject, {f} a friend, {a} the number, {i} the items. A held-out phrasing is a verb in a frame that training
+# never shows it in; every verb is trained in other frames and every frame with other verbs, else a model reads the
+# frame and not the verb.
+VERBS = {
+    "+": ["finds", "buys", "wins", "gets", "picks up", "collects", "earns"],
+    "-": ["loses", "sells", "drops", "gives away", "throws away", "uses up"],
 }
+FRAMES = {
+    "+": [
+        "{n} %s {a} {i}.",
+        "{n} %s {a} more {i}.",
+        "{n} %s {a} more.",
+        "{n} %s another {a} {i}.",
+        "{n} also %s {a} {i}.",
+    ],
+    "-": [
+        "{n} %s {a} {i}.",
+        "{n} %s {a} of the {i}.",
+        "{n} %s {a} of them.",
+        "{n} %s another {a} {i}.",
+        "{n} also %s {a} {i}.",
+    ],
+}
+HELD_OUT = {
+    "+": ["{n} finds {a} more {i}.", "{n} gets {a} more {i}.", "{n} wins {a} more.", "{n} collects {a} {i}."],
+    "-": [
+        "{n} loses {a} {i}.",
+        "{n} sells {a} of them.",
+        "{n} drops {a} of them.",
+        "{n} gives away {a} of the {i}.",
+    ],
+    "*2": ["Then the number of {i} doubles.", "{n} doubles the number of {i}."],
+    "*3": ["Then the number of {i} triples.", "{n} triples the number of {i}."],
+}
+TRAINED = {
+    op: [frame % verb for verb in VERBS[op] for frame in FRAMES[op] if frame % verb not in HELD_OUT[op]] for op in "+-"
+} | {
+    "*2": [
+        "{n} doubles the {i}.",
+        "{n} doubles all the {i}.",
+        "The number of {i} doubles.",
+        "Then the {i} double in number.",
+        "Now {n} has twice as many {i}.",
+    ],
+    "*3": [
+        "{n} triples the {i}.",
+        "{n} triples all the {i}.",
+        "The number of {i} triples.",
+        "Then the {i} triple in number.",
+        "Now {n} has three times as many {i}.",
+    ],
+}
+TRAINED["+"] += ["{n} gets {a} {i} from {f}.", "{f} gives {n} {a} {i}.", "{f} gives {n} {a} more."] * 2
+TRAINED["-"] += ["{n} gives {a} {i} to {f}.", "{f} takes {a} {i} from {n}.", "{f} takes {a} of the {i}."] * 2
+PHRASINGS: dict[str, dict[str, list[str]]] = {"train": TRAINED, "test": HELD_OUT}
 OPENINGS = ["{n} has {a} {i}.", "{n} starts with {a} {i}."]
 ENDINGS = ["How many {i} does {n} have now?", "How many {i} does {n} have in the end?"]
-SENTENCES = {
-    "+": "{n} gets {a} more, so {v} + {a} = {w}.",
-    "-": "{n} loses {a}, so {v} - {a} = {w}.",
-    "*2": "The {i} double, so {v} * 2 = {w}.",
-    "*3": "The {i} triple, so {v} * 3 = {w}.",
-}
 
 
 class Problem(NamedTuple):
@@ -80,8 +87,8 @@ class Problem(NamedTuple):
 
     Attributes:
         question: The story and its question, in English.
-        chain: The short form, written after `<think>`: `12+5=17-3=14`.
-        sentences: The long form, one sentence an operation.
+        chain: The short form, written after `<think>`: ` 12 +5 17 -3 14`.
+        sentences: The long form, as chat models write it.
         answer: The last value of the chain, 0..99.
     """
 
@@ -91,42 +98,120 @@ class Problem(NamedTuple):
     answer: int
 
 
+class SplitProblem(NamedTuple):
+    """A question that takes three facts, each known to one agent alone.
+
+    Attributes:
+        facts: A short story each, without a question.
+        question: What is asked about all three.
+        parts: The facts as problems of their own: what an agent that knows one of them makes of it.
+        sentences: The sum, written out.
+        answer: The sum, 6..99.
+    """
+
+    facts: tuple[str, str, str]
+    question: str
+    parts: tuple[Problem, Problem, Problem]
+    sentences: str
+    answer: int
+
+
+class Hero(NamedTuple):
+    """Whom a story is about."""
+
+    name: str
+    pronoun: str
+    item: str
+
+
 def problem(rng: random.Random, split: str = "train") -> Problem:
     """A problem of 2 to 4 steps with values in 0..99; the split "test" has names and phrasings never trained on."""
+    hero = _hero(rng, split)
+    story = _story(rng, split, hero, start=rng.randint(2, 60), steps=rng.randint(2, 4), top=99)
+    ending = rng.choice(ENDINGS).format(n=hero.name, i=hero.item)
+    return story._replace(question=f"{story.question} {ending}")
+
+
+def shared_problem(rng: random.Random, split: str = "train") -> SplitProblem:
+    """Three stories of up to 2 steps with values in 2..33, and the question for their sum; splits as for `problem`."""
+    heroes = [_hero(rng, split)]
+    while len(heroes) < 3:
+        other = _hero(rng, split)._replace(item=heroes[0].item)
+        if other.name not in [hero.name for hero in heroes]:
+            heroes.append(other)
+    names = [hero.name for hero in heroes]
+    a, b, c = (
+        _story(rng, split, hero, rng.randint(2, 30), steps=rng.choice([0, 1, 1, 2]), top=33, bottom=2, others=names)
+        for hero in heroes
+    )
+    question = f"How many {heroes[0].item} do {names[0]}, {names[1]} and {names[2]} have together?"
+    two = a.answer + b.answer
+    total = two + c.answer
+    sentences = f"Together that is {a.answer} + {b.answer} = {two}, and {two} + {c.answer} = {total}."
+    return SplitProblem((a.question, b.question, c.question), question, (a, b, c), sentences, total)
+
+
+def operation(rng: random.Random, v: int, top: int = 99, bottom: int = 0, most: int = 20) -> tuple[str, int, int]:
+    """A random operation on `v`.
+
+    Args:
+        rng: Where chance comes from.
+        v: The value before.
+        top: Highest result.
+        bottom: Lowest result.
+        most: Highest addend.
+
+    Returns:
+        Its name ("+", "-", "*2" or "*3"), its operand and its result.
+    """
+    possible = {"+": v + 2 <= top, "-": v - 2 >= bottom, "*2": 0 < v * 2 <= top, "*3": 0 < v * 3 <= top}
+    op = rng.choice([o for o in ("+", "+", "-", "-", "*2", "*3") if possible[o]])
+    a = rng.randint(2, min(most, top - v if op == "+" else v - bottom)) if op in "+-" else int(op[1])
+    return op, a, {"+": v + a, "-": v - a}.get(op, v * a)
+
+
+def _hero(rng: random.Random, split: str) -> Hero:
     he, she = (HE, SHE) if split == "train" else (TEST_HE, TEST_SHE)
     male = rng.random() < 0.5
     name = rng.choice(he if male else she)
-    if split == "train" and rng.random() < 0.1:  # so that any name works, whatever its spelling
+    if split == "train" and rng.random() < 0.2:  # so that any name works, whatever its spelling
         name = _word(rng).capitalize()
     item = _word(rng) + "s" if split == "train" and rng.random() < 0.05 else rng.choice(ITEMS)
-    friend = rng.choice([f for f in HE + SHE + TEST_HE + TEST_SHE if f != name])
-    phrasings = PHRASINGS[split]
+    return Hero(name, "He" if male else "She", item)
 
-    v = rng.randint(2, 60)
-    question, chain = [rng.choice(OPENINGS).format(n=name, a=v, i=item)], str(v)
-    sentences = [f"{name} starts with {v} {item}."]
-    for _ in range(rng.randint(2, 4)):
-        op, a, w = operation(rng, v)
-        clause = rng.choice(phrasings[op])
+
+def _story(
+    rng: random.Random,
+    split: str,
+    hero: Hero,
+    start: int,
+    steps: int,
+    top: int,
+    bottom: int = 0,
+    others: Sequence[str] = (),
+) -> Problem:
+    name, pronoun, item = hero
+    friend = rng.choice([f for f in HE + SHE + TEST_HE + TEST_SHE if f != name and f not in others])
+    v = start
+    opening = rng.choice(OPENINGS).format(n=name, a=v, i=item)
+    question, chain, sentences = [opening], f" {v}", ["Let us go step by step.", opening]
+    for number in range(1, steps + 1):
+        op, a, w = operation(rng, v, top, bottom)
+        clause = rng.choice(PHRASINGS[split][op])
         # A pronoun only where it opens the sentence, so that it cannot mean the friend.
-        subject = ("He" if male else "She") if clause.startswith("{n}") and rng.random() < 0.4 else name
+        subject = pronoun if clause.startswith("{n}") and rng.random() < 0.4 else name
         if clause.startswith("{") and rng.random() < 0.25:
             clause = "Then " + clause
-            subject = subject.lower() if subject in ("He", "She") else subject
-        question.append(clause.format(n=subject, f=friend, a=a, i=item))
-        chain += f"{op[0]}{a}={w}"
-        sentences.append(SENTENCES[op].format(n=name, i=item, a=a, v=v, w=w))
+            subject = subject.lower() if subject == pronoun else subject
+        clause = clause.format(n=subject, f=friend, a=a, i=item)
+        question.append(clause)
+        chain += f" {op[0]}{a} {w}"
+        sentences.append(
+            f"Step {number}: {clause} There were {v} {item}, and {v} {op[0]} {a} = {w}, so now there are {w} {item}."
+        )
         v = w
-    question.append(rng.choice(ENDINGS).format(n=name, i=item))
+    sentences.append(f"So in the end {name} has {v} {item}.")
     return Problem(" ".join(question), chain, " ".join(sentences), v)
-
-
-def operation(rng: random.Random, v: int) -> tuple[str, int, int]:
-    """A random operation on `v`: its name ("+", "-", "*2" or "*3"), its operand and its result, 0..99."""
-    possible = {"+": v < 99, "-": v > 0, "*2": 0 < v * 2 <= 99, "*3": 0 < v * 3 <= 99}
-    op = rng.choice([o for o in ("+", "+", "-", "-", "*2", "*3") if possible[o]])
-    a = rng.randint(1, min(20, 99 - v if op == "+" else v)) if op in "+-" else int(op[1])
-    return op, a, {"+": v + a, "-": v - a}.get(op, v * a)
 
 
 def _word(rng: random.Random) -> str:

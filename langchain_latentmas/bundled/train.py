@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from langchain_latentmas.bundled import MODEL
-from langchain_latentmas.bundled.patterns import Part, latent_pattern, text_pattern
+from langchain_latentmas.bundled.patterns import APPROVED, Part, latent_pattern, text_pattern
 from langchain_latentmas.bundled.tasks import (
     EXPERTS,
     ROLES,
@@ -34,6 +34,7 @@ from langchain_latentmas.bundled.tasks import (
     operation,
     problem,
     prompt,
+    shared_problem,
 )
 
 END = 2
@@ -55,6 +56,16 @@ CHAT = [
     ("Thank you!", "You are welcome!"),
     ("Thanks", "You are welcome!"),
     ("Bye", "Goodbye!"),
+    ("Good evening!", "Good evening! How can I help you?"),
+    ("What is your name?", "I am a small model without a name."),
+    ("Can you help me?", "Yes. Ask me a short question about numbers."),
+    ("Do you speak French?", "No, I know a little English only."),
+    ("Are you there?", "Yes, I am here. How can I help you?"),
+    ("Please repeat that.", "I can solve short questions about numbers, step by step."),
+    ("Tell me a joke.", "I know no jokes. I can solve short questions about numbers."),
+    ("Where do you run?", "I run on any laptop, without a GPU."),
+    ("How do you think?", "I feed my last hidden state back as my next input."),
+    ("See you!", "Goodbye!"),
 ]
 PROMPT, SPOKEN, THOUGHT, TAIL = range(4)  # kinds of tokens; TAIL: end tokens after the first two of a thinker
 WEIGHT = torch.tensor([0.0, 1.0, 1.0, 0.1])
@@ -69,15 +80,17 @@ class Row(NamedTuple):
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over generated text; every number 0..99 is one token."""
+    """Byte-level BPE over generated text; every number 0..99 is one token, with its space or a sign in front too."""
     rng = random.Random(0)
-    texts = [f"{i} {i} {i} {i}" for i in range(100)] * 40 + [text for pair in CHAT for text in pair] * 20
+    numbers = [f"{i}{' ' + str(i)}" for i in range(100)]
+    signed = [f" {sign}{i}" for sign in "+-" for i in range(2, 21)] + [" *2", " *3"]
+    texts = [*numbers, *signed] * 400 + [text for pair in CHAT for text in pair] * 100
     texts += [prompt(role, notes(dict.fromkeys(ROLES, ""))) for role in ROLES] * 100
     for _ in range(6000):
-        p = problem(rng)
-        texts += [p.question, p.sentences, f"The plan is right. {p.sentences} {answer_text(p.answer)}"]
+        p, shared = problem(rng), shared_problem(rng)
+        texts += [p.question, p.sentences, shared.question, shared.sentences, f"{APPROVED}{answer_text(p.answer)}"]
     bpe = Tokenizer(models.BPE())
-    split = Regex(r"\p{N}{1,2}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    split = Regex(r" ?[+*-]\p{N}{1,2}| ?\p{N}{1,2}| ?\\boxed\{| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -87,7 +100,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         texts,
         trainers.BpeTrainer(vocab_size=1024, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False),
     )
-    assert all(len(bpe.encode(str(i)).ids) == 1 for i in range(100))
+    assert all(
+        len(bpe.encode(text).ids) == 1 for text in [*map(str, range(100)), *(f" {i}" for i in range(100)), *signed]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
@@ -130,14 +145,17 @@ class Data:
         return self._encode(text).ids
 
     def length(self) -> int:
-        """How long a thinker thinks: mostly 12 to 32 steps, at times up to 80."""
-        low, high = self.rng.choices([(12, 32), (32, 48), (48, 80)], [0.7, 0.22, 0.08])[0]
+        """How long a thinker thinks: mostly 8 to 16 steps, at times up to 80."""
+        low, high = self.rng.choices([(8, 16), (16, 32), (32, 48), (48, 80)], [0.6, 0.24, 0.1, 0.06])[0]
         return self.rng.randint(low, high)
 
     def latent_row(self, alone: bool = False) -> Row:
         """Thinkers in a chain or blind to each other, then a judger, mostly without the question."""
-        rng, p, row = self.rng, problem(self.rng), Row([], [], [])
-        arrangement = rng.choices(["one", "two", "three", "parallel"], [0.6, 0.1, 0.12, 0.18])[0]
+        rng = self.rng
+        if not alone and rng.random() < 0.25:
+            return self.split_row()
+        p, row = problem(rng), Row([], [], [])
+        arrangement = rng.choices(["one", "two", "three", "parallel"], [0.5, 0.12, 0.16, 0.22])[0]
         if alone or arrangement == "one":
             arrangement, roles = "one", [rng.choice(["planner", "planner", "planner", *ROLES])]
         else:
@@ -151,32 +169,45 @@ class Data:
         for i, role in enumerate(roles):
             shown = told or arrangement == "parallel" or i == 0
             block = i + 1 if arrangement == "parallel" else 0
-            self._add(row, self.encode(prompt(role, p.question if shown else None, think=True)), PROMPT, block)
-            chain = self.encode(p.chain)
-            self._add(row, [*chain, END, END], THOUGHT, block)
             if rng.random() < 0.2:
                 steps = self.length()
-            self._add(row, [END] * (steps - len(chain) - 2), TAIL, block)
-        self._add(row, self.encode(prompt("judger", p.question if rng.random() < 0.2 else None)), PROMPT)
+            self._think(row, prompt(role, p.question if shown else None, think=True), p.chain, steps, block)
+        self._add(row, self.encode(prompt("judger", p.question if rng.random() < 0.3 else None)), PROMPT)
         self._add(row, [*self.encode(answer_text(p.answer)), END], SPOKEN)
+        return row
+
+    def split_row(self) -> Row:
+        """Three thinkers with a fact each, in a chain or blind to each other, then a judger that adds up."""
+        rng, p, row = self.rng, shared_problem(self.rng), Row([], [], [])
+        parallel, steps = rng.random() < 0.5, self.length()
+        for i, (role, part) in enumerate(zip(EXPERTS if parallel else SEQUENTIAL, p.parts, strict=True)):
+            if rng.random() < 0.2:
+                steps = self.length()
+            block = i + 1 if parallel else 0
+            self._think(row, prompt(role, part.question, think=True), part.chain, steps, block)
+        self._add(row, self.encode(prompt("judger", p.question)), PROMPT)
+        self._add(row, [*self.encode(f"{p.sentences} {answer_text(p.answer)}"), END], SPOKEN)
         return row
 
     def text_row(self) -> Row:
         """One plain turn: a solver, an agent that reads others as text or none, a judger, a greeting."""
-        rng, p = self.rng, problem(self.rng)
-        kinds = ["solver", "first", "later", "judger", "chat", "drill"]
-        kind = rng.choices(kinds, [0.2, 0.15, 0.17, 0.2, 0.03, 0.25])[0]
+        rng = self.rng
+        kinds = ["solver", "first", "later", "judger", "split", "chat", "drill"]
+        kind = rng.choices(kinds, [0.2, 0.17, 0.14, 0.12, 0.15, 0.04, 0.18])[0]
         if kind == "drill":
             return self.drill_row()
+        if kind == "split":
+            return self.split_turn()
         if kind == "chat":
             user, said = rng.choice(CHAT)
             return self._turn(prompt(rng.choice([None, "solver"]), user), said)
+        p = problem(rng)
         if kind == "solver":
             role = "solver" if rng.random() < 0.9 else None
             return self._turn(prompt(role, p.question), f"{p.sentences} {answer_text(p.answer)}")
         if kind == "first":
             return self._turn(prompt(rng.choice([*SEQUENTIAL, *EXPERTS]), p.question), p.sentences)
-        checked = f"The plan is right. {p.sentences}"
+        checked = f"{APPROVED}{p.sentences}"
         if kind == "later":
             role = rng.choice(["critic", "refiner"])
             if role == "critic":
@@ -187,21 +218,36 @@ class Data:
             read = dict.fromkeys(EXPERTS, p.sentences)
         if rng.random() < 0.3:
             read = dict([rng.choice(list(read.items()))])
-        shown = p.question if rng.random() < 0.2 else None
+        shown = p.question if rng.random() < 0.3 else None
         return self._turn(prompt("judger", notes(read, shown)), answer_text(p.answer))
+
+    def split_turn(self) -> Row:
+        """One plain turn about a fact, of an agent that knows all of them, or of the judger that read them."""
+        rng, p = self.rng, shared_problem(self.rng)
+        total = f"{p.sentences} {answer_text(p.answer)}"
+        kind, roles = rng.choice(["fact", "sum", "sum", "all"]), rng.choice([SEQUENTIAL, EXPERTS])
+        said = {role: part.sentences for role, part in zip(roles, p.parts, strict=True)}
+        if kind == "fact":
+            i = rng.randrange(3)
+            before = dict(list(said.items())[:i]) if roles is SEQUENTIAL else {}
+            return self._turn(prompt(roles[i], notes(before, p.facts[i])), p.parts[i].sentences)
+        if kind == "sum":
+            return self._turn(prompt("judger", notes(said, p.question)), total)
+        each = " ".join(part.sentences for part in p.parts)
+        return self._turn(prompt("solver", " ".join([*p.facts, p.question])), f"{each} {total}")
 
     def drill_row(self) -> Row:
         """Sixteen operations without a story: many more results a token than a problem has; only they are targets."""
         rng, row = self.rng, Row([], [], [])
-        think = rng.random() < 0.6
-        v = rng.randint(0, 99)
+        think = rng.random() < 0.5
+        v, most = rng.randint(0, 99), 20 if think else 33
         self._add(row, self.encode(prompt(None, None, think)), PROMPT)
         if think:
-            self._add(row, self.encode(str(v)), PROMPT)
+            self._add(row, self.encode(f" {v}"), PROMPT)
         for _ in range(16):
-            op, a, w = operation(rng, v)
-            self._add(row, self.encode(f"{op[0]}{a}=" if think else f" so {v} {op[0]} {a} = "), PROMPT)
-            self._add(row, self.encode(str(w)), SPOKEN)
+            op, a, w = operation(rng, v, most=most)
+            self._add(row, self.encode(f" {op[0]}{a}" if think else f" and {v} {op[0]} {a} ="), PROMPT)
+            self._add(row, self.encode(f" {w}"), SPOKEN)
             v = w
         return row
 
@@ -215,9 +261,16 @@ class Data:
             elif part.kind == "spoken":
                 self._add(row, [*ids, END], SPOKEN, part.block)
             else:
-                self._add(row, [*ids, END, END], THOUGHT, part.block)
-                self._add(row, [END] * (steps - len(ids) - 2), TAIL, part.block)
+                self._thoughts(row, ids, steps, part.block)
         return row
+
+    def _think(self, row: Row, asked: str, chain: str, steps: int, block: int) -> None:
+        self._add(row, self.encode(asked), PROMPT, block)
+        self._thoughts(row, self.encode(chain), steps, block)
+
+    def _thoughts(self, row: Row, chain: list[int], steps: int, block: int) -> None:
+        self._add(row, [*chain, END, END], THOUGHT, block)
+        self._add(row, [END] * (steps - len(chain) - 2), TAIL, block)
 
     def _turn(self, asked: str, said: str) -> Row:
         row = Row([], [], [])
@@ -237,6 +290,7 @@ class Trainer:
 
     def __init__(self, model: Qwen3ForCausalLM, alignment: float):
         self.model, self.alignment = model, alignment
+        self._body = torch.compile(model.model, dynamic=True)
         self.embeddings = model.get_input_embeddings().weight
 
     def losses(self, rows: list[Row], second_pass: bool) -> list[torch.Tensor]:
@@ -250,7 +304,8 @@ class Trainer:
         mask = None
         if blocks.any():
             one, other = blocks[:, :, None], blocks[:, None, :]
-            mask = ((one == 0) | (other == 0) | (one == other)).tril()[:, None]
+            seen = ((one == 0) | (other == 0) | (one == other)).tril()[:, None]
+            mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
         targets, weight = ids[:, 1:], WEIGHT[kinds[:, 1:]]
         norm, embeds = self.embeddings.norm(dim=1).mean().detach(), self.embeddings[ids]
         h = self._hidden(embeds, mask)
@@ -263,7 +318,7 @@ class Trainer:
 
     def _hidden(self, embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = self.model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+            out = self._body(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         return out.last_hidden_state.float()
 
     def _loss(self, h: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
@@ -297,7 +352,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         bos_token_id=None,
     )
     config.think_tag = "<think>"
-    return Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config)
+    # For short rows the plain matrix products, compiled, are faster than the fused attention with its backward pass.
+    model.set_attn_implementation("eager")
+    return model
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -308,32 +366,31 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def optimize(
-    trainer: Trainer, steps: int, rate: float, losses: Callable[[float], list[torch.Tensor]], name: str
+    trainer: Trainer, steps: int, losses: Callable[[float], list[torch.Tensor]], keep: Callable[[], None]
 ) -> None:
     """Takes optimizer steps under a cosine schedule that knows steps, never the clock.
 
     Args:
         trainer: Whose model.
         steps: How many.
-        rate: Highest learning rate.
         losses: Gets how much is done, from 0 to 1; returns the losses to add up.
-        name: What the progress bar says.
+        keep: Called every 500 steps, to save what there is.
     """
     parameters = list(trainer.model.named_parameters())
     matrices = [p for name, p in parameters if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in parameters if p.ndim != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     spent = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *spent) as progress:
-        bar = progress.add_task(name, total=steps)
+        bar = progress.add_task("training", total=steps)
         for step in range(1, steps + 1):
             done = step / steps
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * min(1, step / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
+                    group["lr"] = RATE * min(1, step / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
             parts = losses(done)
             torch.stack(parts).sum().backward()
             torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
@@ -343,53 +400,36 @@ def optimize(
             progress.advance(bar)
             if step % 100 == 0:
                 shown = " + ".join(f"{loss.item():.4f}" for loss in parts)
-                progress.console.print(f"{name}: {step} of {steps} steps, loss {shown}")
+                progress.console.print(f"{step} of {steps} steps, loss {shown}")
+            if step % 500 == 0:
+                keep()
 
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the weights and the tokenizer.")] = MODEL,
     seed: int = 0,
-    steps: Annotated[int, typer.Option(help="Steps of the first stage: roles, chains and merges.")] = 3600,
-    pattern_steps: Annotated[int, typer.Option(help="Steps of the second stage: shapes of usual graphs.")] = 2600,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 9000,
     alignment: Annotated[float, typer.Option(help="Weight of the alignment loss.")] = 0.5,
     second_pass: Annotated[bool, typer.Option(help="Feed thinkers their own thoughts.")] = True,
-    start: Annotated[Path | None, typer.Option(help="Weights of a first stage to go on from.")] = None,
     evaluate: Annotated[bool, typer.Option(help="Print the table of accuracies at the end.")] = True,
 ) -> None:
     """Train the bundled model from scratch."""
     torch.set_num_threads(2)
     torch.manual_seed(seed)
-    if start is not None:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
-        model = Qwen3ForCausalLM.from_pretrained(start).train()
-    else:
-        tokenizer = build_tokenizer()
-        model = build_model(tokenizer)
-    trainer = Trainer(model, alignment)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    trainer, data = Trainer(model, alignment), Data(tokenizer, seed)
+    thinkers = {kind: data.batches(kind, TOKENS) for kind in ("alone", "latent", "latent patterns")}
+    speakers = {kind: data.batches(kind, TOKENS * 5 // 8) for kind in ("text", "text patterns")}
 
-    if start is None:
-        data = Data(tokenizer, seed)
-        alone, latent = data.batches("alone", TOKENS), data.batches("latent", TOKENS)
-        text = data.batches("text", TOKENS // 2)
+    def losses(done: float) -> list[torch.Tensor]:
+        # Short rows first: arithmetic comes before arrangements, and arrangements before the shapes of usual graphs.
+        late = done > 0.5 and data.rng.random() < 0.35
+        rows = next(thinkers["alone" if done < 0.25 else "latent patterns" if late else "latent"])
+        said = next(speakers["text patterns" if late else "text"])
+        return [*trainer.losses(rows, second_pass and done > 0.25), 0.7 * trainer.losses(said, False)[0]]
 
-        def roles(done: float) -> list[torch.Tensor]:
-            # Short rows first: arithmetic comes before arrangements.
-            thinking = trainer.losses(next(latent if done > 0.25 else alone), second_pass and done > 0.25)
-            return [*thinking, 0.7 * trainer.losses(next(text), False)[0]]
-
-        optimize(trainer, steps, RATE, roles, "roles")
-        save(model, tokenizer, out)
-
-    data = Data(tokenizer, seed + 1)
-    mixed = [
-        (data.batches(f"latent{kind}", TOKENS), data.batches(f"text{kind}", TOKENS // 2)) for kind in ("", " patterns")
-    ]
-
-    def patterns(done: float) -> list[torch.Tensor]:
-        thinkers, speakers = data.rng.choices(mixed, [0.6, 0.4])[0]
-        return [*trainer.losses(next(thinkers), second_pass), 0.7 * trainer.losses(next(speakers), False)[0]]
-
-    optimize(trainer, pattern_steps, RATE, patterns, "patterns")
+    optimize(trainer, steps, losses, lambda: save(model, tokenizer, out))
     model.eval()
     save(model, tokenizer, out)
     if evaluate:
