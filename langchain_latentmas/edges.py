@@ -238,7 +238,7 @@ class _Graph:
         made = self.edges[edge]
         if target == END:
             hint = " If its router never goes there, tell add_conditional_edges with path_map=[...]."
-            return "what leaves the graph is text." + (hint if made.endswith("anywhere") else "")
+            return "what leaves the graph is text." + (hint if made.endswith("anywhere") else advice)
         if made != "edge" and router_reads_text:
             who = "the node that returns Command reads" if made == "command" else "its router reads"
             return f"{who} the text of {source!r}; pass router_reads_text=False if it does not."
