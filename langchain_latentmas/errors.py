@@ -60,3 +60,19 @@ class EngineFailed(LatentMASError):
 
 class InvalidEdge(InvalidRequest):
     """An edge does not exist, or cannot be latent; the message names the edge and the way out."""
+
+
+class SandboxUnavailable(LatentMASError):
+    """Untrusted code cannot be run here; the message says why."""
+
+
+class EdgeNotCrossed(InvalidEdge):
+    """No memory crossed this edge on any of the questions, so there is nothing to audit."""
+
+
+class NoPartner(InvalidRequest):
+    """A memory has no partner of its length class among the other questions to be swapped with."""
+
+
+class GraderFailed(LatentMASError, ValueError):
+    """The grader raises, does not come to an end, or has broken tests; the message names what it raised."""

@@ -1,0 +1,249 @@
+"""Graders: does a text give the right answer? Numbers, letters, code, and words as they are."""
+
+import json
+import re
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from ..errors import GraderFailed, MissingExtra
+from . import harness, sandbox
+
+HARNESS = Path(harness.__file__)
+MATH_SECONDS = 15.0
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+TAIL = 2000  # characters at the end of a text in which an answer is looked for that no \boxed{} marks
+NUMBER = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d/^])"
+MARKED_NUMBER = re.compile(rf"(?:####|answer(?:\s+is)?\s*:?)\s*[*_$€£\s]*({NUMBER})", re.IGNORECASE)
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{...}, braces in it balanced; None where there is none."""
+    for begin in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for at in range(begin, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            if depth == 0:
+                return text[begin:at].strip()
+    return None
+
+
+def number(text: str, answer: str) -> bool:
+    r"""Whether a text's final number is the right one, however it is written (math-verify).
+
+    The final number is the last \boxed{...}; where there is none, the number behind the last "####" or "answer is";
+    else what math-verify takes for it, as a rule the last one.
+
+    Args:
+        text: What the agent said.
+        answer: The right answer, a number or LaTeX.
+
+    Raises:
+        MissingExtra: If math-verify is needed and not installed.
+        GraderFailed: If it cannot compare the two.
+    """
+    said = boxed(text)
+    if said is None:
+        said = (MARKED_NUMBER.findall(text[-TAIL:]) or [None])[-1]
+    if said is not None and (ours := _plain_number(said)) is not None and (theirs := _plain_number(answer)) is not None:
+        return ours == theirs
+    return Mathematics.shared().equal(text[-TAIL:] if said is None else f"\\boxed{{{said}}}", f"\\boxed{{{answer}}}")
+
+
+def letter(text: str, answer: str, options: Sequence[str] = ()) -> bool:
+    r"""Whether a text chooses the right letter.
+
+    The choice is the last \boxed{...}; where there is none, the letter behind the last "answer is"; else the last
+    letter that has a line to itself, or stands behind "option"; else what the last line, or the whole text, is.
+
+    Args:
+        text: What the agent said.
+        answer: The right letter.
+        options: The options' texts without their letters, in order; they are understood as well.
+    """
+    return chosen(text, options) == answer.strip().upper()
+
+
+def chosen(text: str, options: Sequence[str] = ()) -> str | None:
+    """The letter that a text chooses; see `letter`."""
+    letters = LETTERS[: len(options) or 26]
+    if (said := boxed(text)) is not None:
+        return _choice(said, letters, options)
+    tail, one = text[-TAIL:].strip(), rf"[*_(\[$\s]*([{letters}])(?![A-Za-z'’])"
+    for pattern in (
+        rf"(?i:(?:answer|(?:correct|right|best)\s+(?:option|choice))(?:\s+is|\s+would\s+be)?\s*:?)\s*(?i:option\s*)?{one}",
+        rf"(?m:^)[*_(\[]*([{letters}])[*_)\]]*[.:)]?(?m:$)",
+        rf"(?i:option|choice){one}",
+    ):
+        if found := re.findall(pattern, tail):
+            return str(found[-1])
+    said = re.split(r"(?i:answer\s+is:?|answer:)", tail)[-1]
+    return _choice(said, letters, options) or _choice(tail.splitlines()[-1] if tail else "", letters, options)
+
+
+def exact(text: str, answer: str) -> bool:
+    r"""Whether the last \boxed{...}, or else the whole text, is the answer, but for case, blanks and a final stop."""
+    said = boxed(text)
+    return _words(text if said is None else said) == _words(answer)
+
+
+class Checks(NamedTuple):
+    """What a program is tested with."""
+
+    name: str
+    """The function that they call."""
+    code: str
+    """Statements that call it, or a function `check(candidate)`."""
+    before: str = ""
+    """Code that the tests need, say helper functions of the prompt."""
+    stub: str = ""
+    """Code that an answer may continue: imports, and the head of the function."""
+
+
+def code(text: str, tests: Checks, limits: sandbox.Limits | None = None) -> bool:
+    """Whether a text's program passes its tests; both run in sandboxes, apart from each other.
+
+    Args:
+        text: What the agent said: its last fenced block that defines the function, else all of it.
+        tests: The tests.
+        limits: For each of the two.
+
+    Raises:
+        GraderFailed: If the tests themselves are broken.
+        SandboxUnavailable: If untrusted code cannot be run here.
+    """
+    source = HARNESS.read_text()
+    _, checks = sandbox.run(
+        f"{source}\n\nserve(PIPES, {program_of(text, tests)!r}, {tests.name!r})\n",
+        f"{source}\n\ncheck(PIPES, {tests.before!r}, {tests.code!r}, {tests.name!r})\n",
+        limits=limits,
+    )
+    if checks.status == harness.BROKEN:
+        raise GraderFailed(f"The tests of {tests.name} are broken: {checks.errors.strip()[-300:]}")
+    return checks.ended == "by itself" and checks.status == 0
+
+
+def program_of(text: str, tests: Checks) -> str:
+    """The program in a text: its last fenced block that defines the function, else the text; the stub in front."""
+    blocks = re.findall(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    defines = re.compile(rf"^(?:async\s+)?def\s+{re.escape(tests.name)}\b|^{re.escape(tests.name)}\s*=", re.MULTILINE)
+    whole = [block for block in [text, *blocks] if defines.search(block) and "```" not in block]
+    if whole:
+        return f"{tests.stub}\n{whole[-1]}" if _compiles(tests.stub) else whole[-1]
+    return tests.stub + (blocks[-1] if blocks else text)
+
+
+class Mathematics:
+    """math-verify in a process of its own: its alarms need a main thread, and sympy can hang in spite of them."""
+
+    _shared: ClassVar["Mathematics | None"] = None
+    _sharing: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    @classmethod
+    def shared(cls) -> "Mathematics":
+        """The one of this process."""
+        with cls._sharing:
+            cls._shared = cls._shared or cls()
+            return cls._shared
+
+    def equal(self, said: str, answer: str, seconds: float = MATH_SECONDS) -> bool:
+        """Whether the mathematical expressions in two texts are equal.
+
+        Raises:
+            MissingExtra: If math-verify is not installed.
+            GraderFailed: If it finds no expression in the answer, raises, or takes longer than `seconds`.
+        """
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-c", _WORKER],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                )
+            process = self._process
+            assert process.stdin is not None
+            assert process.stdout is not None
+            line = ""
+            try:
+                process.stdin.write(json.dumps([said, answer]) + "\n")
+                process.stdin.flush()
+                if select.select([process.stdout], [], [], seconds)[0]:
+                    line = process.stdout.readline()
+            except OSError:
+                pass
+            if not line:
+                process.kill()
+                process.communicate()
+                raise GraderFailed(f"math-verify did not come to an end within {seconds:.0f} s.")
+        verdict = json.loads(line)
+        if verdict == "missing":
+            raise MissingExtra(
+                "Grading mathematics needs math-verify: install it with pip install 'langchain-latentmas[eval]'."
+            )
+        if isinstance(verdict, str):
+            raise GraderFailed(f"math-verify: {verdict}")
+        return bool(verdict)
+
+
+# One request per line. What math-verify writes on stdout must not be taken for a verdict.
+_WORKER = """
+import json, logging, os, sys
+out = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+logging.disable()
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+except (ImportError, ValueError):
+    pass
+for line in sys.stdin:
+    said, answer = json.loads(line)
+    try:
+        from math_verify import parse, verify
+        gold = parse(answer)
+        verdict = verify(gold, parse(said)) if gold else "it finds no expression in the answer " + answer
+    except ImportError:
+        verdict = "missing"
+    except BaseException as error:
+        verdict = f"{type(error).__name__}: {error}"
+    print(json.dumps(verdict), file=out, flush=True)
+"""
+
+
+def _plain_number(text: str) -> Fraction | None:
+    """A number without any mathematics to it: `1,234.50`, `$18`, `-3/4`."""
+    bare = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip().strip("$").replace("\\$", "").replace("\\,", "").strip())
+    return Fraction(bare) if re.fullmatch(r"[+-]?\d{1,50}(\.\d{1,50})?", bare) else None
+
+
+def _choice(said: str, letters: str, options: Sequence[str]) -> str | None:
+    """The letter that a short text names: by its option, or by itself, or in front of its option."""
+    bare = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", said).strip(" \n\t*_$.")
+    named = [letters[i] for i, option in enumerate(options) if _words(option) == _words(bare)]
+    if len(named) == 1:
+        return named[0]
+    found = re.match(rf"[(\[]?([{letters}{letters.lower()}])(?:[)\].:]|\s*$)", bare)
+    return found[1].upper() if found else None
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split()).strip(" .").casefold()
+
+
+def _compiles(source: str) -> bool:
+    try:
+        compile(source, "stub", "exec")
+    except (SyntaxError, ValueError):
+        return False
+    return True

@@ -1,0 +1,264 @@
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from langchain_latentmas.errors import GraderFailed
+from langchain_latentmas.evaluation.graders import Checks, Mathematics, boxed, chosen, code, exact, letter, number
+
+DATA = Path(__file__).parent.parent / "data" / "benchmarks"
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+
+
+GSM8K, MEDQA, HUMANEVAL = rows("gsm8k_test_60.jsonl"), rows("medqa_40.jsonl"), rows("humaneval_20.jsonl")
+
+
+def medqa(row: dict[str, Any]) -> tuple[str, list[str]]:
+    options = [option[3:] for option in row["options"]]
+    return "ABCDE"[options.index(row["answer"])], options
+
+
+def checks(row: dict[str, Any]) -> Checks:
+    return Checks(row["entry_point"], row["test"], before=row["prompt"], stub=row["prompt"])
+
+
+@pytest.mark.parametrize("row", GSM8K, ids=lambda row: row["question"][:20])
+def test_published_numbers_are_right_and_corrupted_ones_wrong(row: dict[str, Any]) -> None:
+    answer = row["answer"].split("#### ")[1]
+    plain = answer.replace(",", "")
+    for right in (
+        row["answer"],
+        f"\\boxed{{{answer}}}",
+        f"So ${plain} is it.\nThe answer is ${plain}.",
+        f"\\boxed{{{plain}.0}}",
+    ):
+        assert number(right, answer), right
+    solution = row["answer"].split("#### ")[0]
+    for wrong in (
+        str(int(plain) + 1),
+        f"{plain}0",
+        f"-{plain}",
+        f"{plain}.5",
+        str(int(plain) * 2),
+        plain[::-1] + "7",
+        "",
+    ):
+        assert not wrong or not number(f"{solution}#### {wrong}", answer), wrong
+        assert not number(f"{solution}\\boxed{{{wrong}}}", answer), wrong
+
+
+@pytest.mark.parametrize("row", MEDQA, ids=lambda row: row["pid"])
+def test_published_choices_are_right_and_other_ones_wrong(row: dict[str, Any]) -> None:
+    right, options = medqa(row)
+    assert letter(row["answer"], right, options)
+    for i, option in enumerate(options):
+        one = "ABCDE"[i]
+        for said in (option, f"{one}. {option}", f"\\boxed{{{one}}}", f"The answer is ({one}).", f"Hm.\n**{one}**"):
+            assert letter(said, right, options) == (one == right), said
+
+
+@pytest.mark.parametrize("row", HUMANEVAL, ids=lambda row: row["entry_point"])
+def test_published_programs_are_right_and_corrupted_ones_wrong(row: dict[str, Any]) -> None:
+    program = row["prompt"] + row["canonical_solution"]
+    assert code(f"Here it is:\n```python\n{program}```\nIt works.", checks(row))
+    rng = random.Random(row["task_id"])
+    corrupted = corruptions(row["canonical_solution"])
+    for solution in rng.sample(corrupted, 3):
+        assert not code(row["prompt"] + solution, checks(row)), solution
+
+
+def corruptions(solution: str) -> list[str]:
+    """Programs that are wrong for sure: they return something else, or nothing."""
+    lines = solution.rstrip().splitlines()
+    returned = re.sub(r"\breturn\b(.*)$", r"return [\1] if True else None", solution, count=0, flags=re.MULTILINE)
+    return [
+        returned,
+        "    return None\n",
+        "    pass\n",
+        solution.replace("return", "yield"),
+        "    " + "\n    ".join(line[4:] for line in lines[:-1]) + "\n    raise ValueError\n",
+        "    return (\n",
+    ]
+
+
+def test_two_hundred_corrupted_answers_are_wrong() -> None:
+    """As above, but counted."""
+    wrong = 0
+    for row in GSM8K:
+        answer = row["answer"].split("#### ")[1]
+        for offset in (-1, 1, 100):
+            value = int(answer.replace(",", "")) + offset
+            wrong += not number(f"{row['answer'].split('####')[0]}#### {value}", answer)
+    for row in MEDQA:
+        right, options = medqa(row)
+        wrong += sum(not letter(option, right, options) for option in options if option != row["answer"])
+    assert wrong == 3 * 60 + sum(len(row["options"]) - 1 for row in MEDQA)
+    assert wrong >= 200
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("\\boxed{1} and \\boxed{2}", "2"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed {3}", "3"),
+        ("\\boxed{3", None),
+        ("\\boxed{4} \\boxed{5", "4"),
+        ("3", None),
+        ("", None),
+    ],
+)
+def test_the_last_whole_box_counts(text: str, content: str | None) -> None:
+    assert boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{\\frac{1}{2}}", "0.5"),
+        ("\\boxed{2\\sqrt{3}}", "\\sqrt{12}"),
+        ("\\boxed{18\\text{ dollars}}", "18"),
+        ("\\boxed{x = 18}", "18"),
+        ("\\boxed{025}", "25"),
+        ("\\boxed{1{,}000}", "1000"),
+        ("First 17, and in the end 18.", "18"),
+        ("**Final answer:** 1,234.50", "1234.5"),
+        ("The answer is 18 because 3 of them are left.", "18"),
+        ("\\boxed{12345678901234567890123}", "12345678901234567890123"),
+    ],
+)
+def test_numbers_are_compared_by_value(text: str, answer: str) -> None:
+    assert number(text, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{18} No: \\boxed{19}", "18"),
+        ("\\boxed{19} It is 18.", "18"),
+        ("\\boxed{18.5}", "18"),
+        ("\\boxed{\\frac{5}{0}}", "5"),
+        ("\\boxed{nan}", "18"),
+        ("\\boxed{}", "18"),
+        ("\\boxed{12345678901234567890124}", "12345678901234567890123"),
+        ("I do not know.", "18"),
+        ("", "18"),
+        ("\\boxed{" * 1000, "18"),
+        ("\\boxed{__import__('os').system('false')}", "0"),
+    ],
+)
+def test_other_numbers_are_wrong(text: str, answer: str) -> None:
+    assert not number(text, answer)
+
+
+def test_mathematics_that_hangs_is_a_failed_grader_and_the_next_one_works() -> None:
+    mathematics = Mathematics()
+    tower = "\\boxed{" + "9^{" * 6 + "9" + "}" * 7
+    with pytest.raises(GraderFailed, match="within 0 s"):
+        mathematics.equal(tower, "\\boxed{8^{8^{8^{8}}}}", seconds=0.2)
+    assert mathematics.equal("\\boxed{0.5}", "\\boxed{\\frac{1}{2}}")
+    assert not mathematics.equal("\\boxed{0.5}", "\\boxed{\\frac{1}{3}}")
+
+
+def test_an_answer_without_an_expression_is_a_failed_grader() -> None:
+    with pytest.raises(GraderFailed, match="no expression in the answer"):
+        number("\\boxed{five}", " ")
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("B", "B"),
+        ("(b)", "B"),
+        ("B.", "B"),
+        ("\\boxed{\\text{B}}", "B"),
+        ("\\boxed{B. Beta blocker}", "B"),
+        ("The correct option is B, because option A is not.", "B"),
+        ("The answer is B, since option A is wrong.", "B"),
+        ("Option A is wrong, so it must be option B", "B"),
+        ("Answer: **B**", "B"),
+        ("Answer: B. Beta blocker", "B"),
+        ("A is not it.\nB", "B"),
+        ("beta  blocker.", "B"),
+        ("The answer is: Beta blocker", "B"),
+        ("C. difficile", "D"),
+        ("Answer: Z", None),
+        ("The answer is a matter of taste.", None),
+        ("Can't say.", None),
+        ("", None),
+        ("\\boxed{}", None),
+        ("\\boxed{AB}", None),
+    ],
+)
+def test_choices_are_read(text: str, choice: str | None) -> None:
+    assert chosen(text, ["Aspirin", "Beta blocker", "Codeine", "C. difficile"]) == choice
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("\\boxed{Paris}", "paris", True),
+        (" Paris. ", "Paris", True),
+        ("New  York", "new york", True),
+        ("It is Paris", "Paris", False),
+    ],
+)
+def test_words_are_compared_as_they_are(text: str, answer: str, right: bool) -> None:
+    assert exact(text, answer) is right
+
+
+SORT = Checks("order", "assert order([2, 1]) == [1, 2]")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def order(x): return sorted(x)",
+        "```python\ndef order(x):\n    return sorted(x)\n```",
+        "First:\n```\ndef other(x): return x\n```\nthen\n```py\ndef order(x): return sorted(x)\n```\nor\n```\n1\n```",
+        "```python\ndef order(x):\n    return sorted(x)",
+        "import numpy as np\ndef order(x): return np.sort(np.array(x))",
+    ],
+)
+def test_programs_are_found_in_texts(text: str) -> None:
+    assert code(text, SORT)
+
+
+def test_what_crosses_from_a_program_to_its_tests_is_plain_data() -> None:
+    tests = """
+import collections, decimal, math
+assert give(1) == {1: (2.5, None, True, 'é', b'x', {1, 2}, 1j)}
+assert math.isnan(give(2))
+assert list(give(3)) == [0, 1, 2] and give(3) != [0, 1, 2]
+assert give(4) == collections.Counter('aab') and give(5) == decimal.Decimal('0.1')
+assert give(n=6) == 10 ** 50
+try:
+    give(7)
+except KeyError as error:
+    assert error.args == ("'k'",)
+else:
+    assert False
+"""
+    program = """
+import collections, decimal
+def give(n):
+    if n == 7: raise KeyError('k')
+    return [None, {1: (2.5, None, True, 'é', b'x', {1, 2}, 1j)}, float('nan'), iter(range(3)),
+            collections.Counter('aab'), decimal.Decimal('0.1'), 10 ** 50][n]
+"""
+    assert code(program, Checks("give", tests))
+
+
+@pytest.mark.parametrize(
+    ("tests", "why"),
+    [("assert order(", "SyntaxError"), ("x = 1", "never call order"), ("def test(): order(1)", "never call order")],
+)
+def test_broken_tests_are_a_failed_grader(tests: str, why: str) -> None:
+    with pytest.raises(GraderFailed, match=why):
+        code("def order(x): return x", Checks("order", tests))
