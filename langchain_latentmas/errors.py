@@ -42,8 +42,20 @@ class UnknownReference(InvalidReference):
     """The reference is genuine, but its recipe is not in the store."""
 
 
+class DroppedReference(UnknownReference):
+    """The reference was dropped; its recipe is only kept for those that descend from it."""
+
+
 class StoreCorrupted(LatentMASError, ValueError):
-    """A stored recipe fails its checksum, its signature, or its own bounds."""
+    """A stored file is torn, foreign, of a later version, or fails its checksum, its signature or its own bounds."""
+
+
+class StoreFull(LatentMASError, ValueError):
+    """The store has no room for what the request would leave there; what is in it stays."""
+
+
+class StoreBusy(LatentMASError):
+    """Another process holds the store for longer than any write takes; a retry may succeed."""
 
 
 class MissingExtra(LatentMASError, ImportError):
@@ -58,11 +70,37 @@ class EngineFailed(LatentMASError):
     """The engine met an error of the device or of the model's code; a retry may mend it."""
 
 
+class RequestTooLarge(InvalidRequest):
+    """A request to a server is larger, deeper or longer than the server takes."""
+
+
+class AccessDenied(LatentMASError, ValueError):
+    """The server knows no such token, or the token may not do this."""
+
+
+class ServiceBusy(LatentMASError):
+    """The server's queue is full; the same call may succeed later.
+
+    Attributes:
+        retry_after: Seconds after which the server advises to call again; None if it did not say.
+    """
+
+    retry_after: float | None = None
+
+
+class DeadlineExceeded(LatentMASError):
+    """The request was not done by its deadline; the same call may succeed when less is going on."""
+
+
+class ServiceUnreachable(LatentMASError):
+    """The server cannot be reached, or the connection broke while it worked on the request."""
+
+
 class InvalidEdge(InvalidRequest):
     """An edge does not exist, or cannot be latent; the message names the edge and the way out."""
 
 
-class SandboxUnavailable(LatentMASError):
+class SandboxUnavailable(LatentMASError, ValueError):
     """Untrusted code cannot be run here; the message says why."""
 
 
