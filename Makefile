@@ -11,7 +11,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 TORCH := $(shell grep '^torch==' constraints.txt)
-NOTEBOOKS := $(wildcard cookbook/*.ipynb)
 INTEGRATIONS := $(patsubst %/pyproject.toml,-e ./%,$(wildcard integrations/*/pyproject.toml))
 
 .DEFAULT_GOAL := help
@@ -44,15 +43,10 @@ format: $(VENV)/.installed-dev  ## put the style right where that can be done by
 bench: $(VENV)/.installed-demo  ## the tables of the README
 	$(BIN)/python -m benchmarks.latent_vs_text
 	$(BIN)/python -m benchmarks.tick
+	$(BIN)/python -m benchmarks.conversions
 
-notebooks: $(if $(NOTEBOOKS),$(VENV)/.installed-notebooks)  ## run the cookbook from top to bottom
-ifeq ($(NOTEBOOKS),)
-	@echo "cookbook/ has no notebooks yet"
-else
-	@for notebook in $(NOTEBOOKS); do \
-		echo "$$notebook"; $(BIN)/jupyter-execute --timeout=600 $$notebook $(ARGS) || exit 1; \
-	done
-endif
+notebooks: $(VENV)/.installed-notebooks  ## run the cookbook from top to bottom; ARGS=--inplace renders it anew
+	@$(BIN)/python cookbook/run.py $(ARGS)
 
 clean:  ## remove caches and build outputs (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov
