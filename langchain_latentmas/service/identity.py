@@ -3,11 +3,13 @@
 import hashlib
 import hmac
 import json
+import math
 import os
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -52,28 +54,59 @@ def memory_id(
     return "lat_" + hashlib.sha256(_canonical(made_from)).hexdigest()[:32]
 
 
+class RetiredKey(NamedTuple):
+    """A signing key that signs no more."""
+
+    key: bytes
+    until: float
+    """Unix time up to which what it signed is accepted."""
+
+
 class Signer:
     """Signs plain-JSON mappings with HMAC-SHA256."""
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, retired: Sequence[RetiredKey] = ()) -> None:
         """Takes the key.
+
+        Args:
+            key: Signs.
+            retired: Keys that signed before; what they signed is accepted for a while.
 
         Raises:
             InvalidRequest: If it is shorter than 16 bytes.
         """
         if len(key) < 16:
             raise InvalidRequest(f"A signing key must have at least 16 bytes, not {len(key)}.")
-        self._key = key
+        self._key, self._retired = key, tuple(retired)
 
     def sign(self, fields: Mapping[str, Any]) -> str:
         """64 hex digits over all fields but `mac`."""
-        rest = {name: value for name, value in fields.items() if name != "mac"}
-        return hmac.new(self._key, _canonical(rest), hashlib.sha256).hexdigest()
+        return _mac(self._key, fields)
 
-    def matches(self, fields: Mapping[str, Any]) -> bool:
-        """Whether `fields["mac"]` is their signature; takes the same time whatever the answer."""
-        mac = fields.get("mac")
-        return isinstance(mac, str) and mac.isascii() and hmac.compare_digest(mac, self.sign(fields))
+    def matches(self, fields: Mapping[str, Any], mac: str | None = None) -> bool:
+        """Whether a signature is that of the fields; takes the same time whatever the answer.
+
+        Args:
+            fields: What was signed.
+            mac: The signature, or as many of its first digits as were kept; None takes `fields["mac"]`, whole.
+        """
+        signed, digits = (fields.get("mac"), 64) if mac is None else (mac, len(mac))
+        if not (isinstance(signed, str) and signed.isascii()):
+            return False
+        now = time.time()
+        keys = [self._key, *(retired.key for retired in self._retired if now < retired.until)]
+        return True in [hmac.compare_digest(signed, _mac(key, fields)[:digits]) for key in keys]
+
+    def timeless(self) -> "Signer":
+        """One that accepts what retired keys signed for good: what lies in a store outlives the references to it."""
+        return Signer(self._key, [RetiredKey(retired.key, math.inf) for retired in self._retired])
+
+    def derived(self, name: str) -> "Signer":
+        """The signer of a tenant: neither accepts what the other signed."""
+        return Signer(
+            _derived(self._key, name),
+            [RetiredKey(_derived(retired.key, name), retired.until) for retired in self._retired],
+        )
 
 
 def checked_ref(ref: object) -> LatentRef:
@@ -100,26 +133,83 @@ def key_file(path: Path) -> bytes:
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+        fresh = _written(path, secrets.token_hex(KEY_BYTES))
         try:
             os.link(fresh, path)  # unlike a rename, this never replaces the key of a process that was faster
         except FileExistsError:
             pass
         finally:
             fresh.unlink()
+    return _keys(path)[0].key
+
+
+def key_ring(path: Path) -> Signer:
+    """The signer of a key file, which is made if it is not there; see `key_file` and `rotate_key`.
+
+    Raises:
+        InvalidRequest: If the file holds something else, or others can read it.
+    """
+    key_file(path)
+    current, *retired = _keys(path)
+    return Signer(current.key, retired)
+
+
+def rotate_key(path: Path, keep: float) -> None:
+    """Puts a fresh key in front of those of a file.
+
+    Services that run go on with the key they have; they take the fresh one when they are started again.
+
+    Args:
+        path: The key file.
+        keep: Seconds for which references and markers signed with the present key are still accepted.
+
+    Raises:
+        InvalidRequest: If there is no key file, it holds something else, or others can read it.
+    """
+    if not path.exists():
+        raise InvalidRequest(f"There is no signing key at {path}; name the folder that the service has as its store.")
+    if not keep >= 0:
+        raise InvalidRequest(f"References cannot be kept readable for {keep} seconds; give 0 or more.")
+    current, *retired = _keys(path)
+    keys = [RetiredKey(current.key, time.time() + keep), *retired]
+    lines = [secrets.token_hex(KEY_BYTES), *(f"{old.key.hex()} {old.until:.0f}" for old in keys)]
+    fresh = _written(path, "\n".join(lines))
+    fresh.replace(path)
+
+
+def _keys(path: Path) -> list[RetiredKey]:
+    """The keys of a file: the current one, then those before it, each with the time up to which it counts."""
     if path.stat().st_mode & 0o077:
         raise InvalidRequest(f"Others can read the signing key {path}; run: chmod 600 {path}")
+    keys = []
     try:
-        key = bytes.fromhex(path.read_text())
+        for line in path.read_text().splitlines():
+            key, _, until = line.partition(" ")
+            keys.append(RetiredKey(bytes.fromhex(key), float(until or "inf")))
     except ValueError:
-        key = b""
-    if len(key) < KEY_BYTES:
+        keys = []
+    if not keys or any(len(key.key) < KEY_BYTES for key in keys):
         raise InvalidRequest(f"{path} holds no signing key; move it away to have a new one made.")
-    return key
+    return keys
+
+
+def _written(path: Path, text: str) -> Path:
+    """A new file beside a path, that only this user can read, flushed to the disk."""
+    fresh = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return fresh
+
+
+def _derived(key: bytes, name: str) -> bytes:
+    return hmac.new(key, b"tenant\0" + name.encode(), hashlib.sha256).digest()
+
+
+def _mac(key: bytes, fields: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in fields.items() if name != "mac"}
+    return hmac.new(key, _canonical(rest), hashlib.sha256).hexdigest()
 
 
 def _canonical(value: object) -> bytes:

@@ -1,6 +1,7 @@
 """The model service in this process: transformers, one tick thread, memories on the device."""
 
 import asyncio
+import hashlib
 import json
 import logging
 import queue
@@ -16,8 +17,6 @@ import jinja2
 import psutil
 import torch
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.messages import convert_to_messages, convert_to_openai_messages
-from langchain_core.prompt_values import PromptValue
 from langchain_core.stores import BaseStore, InMemoryByteStore
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,10 +42,11 @@ from ..state import LatentRef
 from .alteration import original
 from .base import READING, Chunk, LatentService, LensRow, Usage
 from .budget import Budget
-from .identity import KEY_BYTES, MAX_AGENT, MAX_PARENTS, Signer, checked_ref, key_file, memory_id
+from .identity import KEY_BYTES, MAX_AGENT, MAX_PARENTS, Signer, checked_ref, key_ring, memory_id
 from .kv_pool import KVPool
 from .marker import Marker, take_markers
 from .memory import Layout, Lineage, Memory, Recipe, Segment
+from .messages import as_openai
 from .store import FolderStore, RecipeStore
 
 logger = logging.getLogger(__name__)
@@ -99,12 +99,21 @@ class LocalSettings(BaseModel):
 class LocalService(LatentService):
     """`LatentService` over a transformers model in this process."""
 
-    def __init__(self, model: LanguageModel, settings: LocalSettings) -> None:
-        """Starts a service on a loaded model; `load` and `from_model` are the ways in.
+    def __init__(
+        self,
+        model: LanguageModel,
+        settings: LocalSettings,
+        *,
+        signer: Signer | None = None,
+        host: "LocalService | None" = None,
+    ) -> None:
+        """Starts a service on a loaded model; `load`, `from_model` and `tenants` are the ways in.
 
         Args:
             model: The model.
             settings: How to serve it.
+            signer: Signs references, manifests and markers; None takes that of `settings`.
+            host: The service whose ticks this one shares; None for ticks of its own.
 
         Raises:
             ModelNotSupported: If the tokenizer has no chat template, or `merge="rotate"` is asked of a model whose keys
@@ -119,27 +128,33 @@ class LocalService(LatentService):
             raise ModelNotSupported(f"{model.name}: its keys cannot be rotated; take merge='auto' or 'rebuild'.")
         tag = settings.think_tag
         self.think_tag: str = (getattr(model.config, "think_tag", None) or "") if tag is None else tag
-        store, key = settings.store, settings.key
+        store = settings.store
+        if settings.key is not None:
+            signer = Signer(settings.key)
         if isinstance(store, (str, Path)):
-            folder = Path(store)
-            key = key_file(folder / "key") if key is None else key
-            store = FolderStore(folder / "recipes")
-        elif store is not None and key is None:
+            signer = signer or key_ring(Path(store) / "key")
+            store = FolderStore(Path(store) / "recipes")
+        elif store is not None and signer is None:
             logger.warning("no key=... for the store: references will not outlive this process")
-        self._signer = Signer(secrets.token_bytes(KEY_BYTES) if key is None else key)
-        self._store = RecipeStore(store or InMemoryByteStore(), self._signer, model.config.hidden_size, model.dtype)
+        self._signer = signer or Signer(secrets.token_bytes(KEY_BYTES))
+        shelf, signs = store or InMemoryByteStore(), self._signer.timeless()
+        self._store = RecipeStore(shelf, signs, model.config.hidden_size, model.dtype)
         self._recipes: Budget[Recipe] = Budget(RECIPES_KEPT, lambda recipe: 1)
         free = _free_bytes(model.device)
         live = int(free * LIVE_FRACTION) if settings.live_budget is None else settings.live_budget
         kept = int(free * KV_FRACTION) if settings.kv_budget is None else settings.kv_budget
-        self._ticker = Ticker(model, max_rows=settings.max_rows, live_bytes=live, chunk=settings.prefill_chunk)
-        self._scheduler = Scheduler(self._ticker)
+        self._host = host
+        if host is None:
+            self._ticker = Ticker(model, max_rows=settings.max_rows, live_bytes=live, chunk=settings.prefill_chunk)
+            self._scheduler = Scheduler(self._ticker)
+        else:
+            self._ticker, self._scheduler = host._ticker, host._scheduler
         self._lineage = Lineage(self._recipe)
         rotates = model.rotary is not None and settings.merge != "rebuild"
         self._pool = KVPool(self._scheduler, self._lineage, self._recipe, kept, "rotate" if rotates else "rebuild")
         # Also runs when the service is forgotten, and at exit: a tick must not outlive the interpreter.
         self._keeping = threading.Lock()
-        self._finalizer = weakref.finalize(self, _close, self._scheduler, self._pool.kept)
+        self._finalizer = weakref.finalize(self, _close, None if host else self._scheduler, self._pool.kept)
 
     @classmethod
     def load(cls, model: str = "bundled", **settings: Any) -> Self:
@@ -173,6 +188,33 @@ class LocalService(LatentService):
         return cls(
             LanguageModel(model, tokenizer, realign=checked.realign, max_positions=checked.max_positions), checked
         )
+
+    def tenants(self, names: Sequence[str]) -> "dict[str, LocalService]":
+        """The same model for others, once: to each, references, markers, recipes and KV of their own.
+
+        Nobody can read, list or drop what another one made, and nobody's KV is evicted for another one's: the budget
+        for it is shared out evenly, this service itself included. All rows share the ticks.
+
+        Args:
+            names: Whose services; the same name finds its memories again in a durable store.
+
+        Returns:
+            By name. They end with this service; closing one does not close it.
+
+        Raises:
+            InvalidRequest: If this service's store is neither a folder nor its own memory.
+        """
+        store, parts = self.settings.store, len(names) + 1
+        if isinstance(store, BaseStore):
+            raise InvalidRequest("A service for several tenants takes a folder as its store, or none.")
+        self._pool.kept.limit //= parts
+        made = {}
+        for name in names:
+            folder = store and Path(store) / "tenants" / hashlib.sha256(name.encode()).hexdigest()[:32]
+            own = {"store": folder, "key": None, "kv_budget": self._pool.kept.limit}
+            settings = self.settings.model_copy(update=own)
+            made[name] = LocalService(self.model, settings, signer=self._signer.derived(name), host=self)
+        return made
 
     def think(
         self,
@@ -616,22 +658,10 @@ def _sampling(values: dict[str, Any]) -> Sampling:
 
 
 def _as_messages(messages: LanguageModelInput) -> list[dict[str, Any]]:
-    if isinstance(messages, PromptValue):
-        messages = messages.to_messages()
-    elif isinstance(messages, str):
-        messages = [("human", messages)]
-    try:
-        listed = convert_to_openai_messages(convert_to_messages(messages), text_format="string")
-    except (ValueError, NotImplementedError, TypeError) as error:
-        raise InvalidRequest(f"These are no messages that LangChain knows: {error}") from error
-    assert isinstance(listed, list)
-    if not listed:
-        raise InvalidRequest("There are no messages; give at least one.")
+    listed = as_openai(messages)
     for message in listed:
         for call in message.get("tool_calls") or ():  # templates want the arguments as an object
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-        if not isinstance(message.get("content") or "", str):
-            raise InvalidRequest(f"A {message['role']} message holds more than text; this service reads text only.")
     return listed
 
 
@@ -646,6 +676,7 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _close(scheduler: Scheduler, kept: Budget[KV]) -> None:
-    scheduler.close()
+def _close(scheduler: Scheduler | None, kept: Budget[KV]) -> None:
+    if scheduler is not None:
+        scheduler.close()
     kept.clear()

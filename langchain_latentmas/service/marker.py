@@ -1,6 +1,5 @@
 """Markers: references written as short signed strings, for graphs that pass text."""
 
-import hmac
 import re
 from typing import NamedTuple, Self
 from urllib.parse import quote_plus, unquote_plus
@@ -35,7 +34,7 @@ class Marker(NamedTuple):
     def of(cls, ref: LatentRef, signer: Signer) -> "Marker":
         """The marker of a reference."""
         marker = cls(ref["agent"], ref["steps"], ref["id"], ref["model"][:8], "")
-        return marker._replace(mac=marker._signature(signer))
+        return marker._replace(mac=signer.sign(marker._signed)[:32])
 
     def __str__(self) -> str:
         """ASCII without quotes or backslashes: JSON, f-strings and templates leave it as it is."""
@@ -53,10 +52,11 @@ class Marker(NamedTuple):
 
     def genuine(self, signer: Signer) -> bool:
         """Whether the signature is the signer's."""
-        return hmac.compare_digest(self.mac, self._signature(signer))
+        return signer.matches(self._signed, self.mac)
 
-    def _signature(self, signer: Signer) -> str:
-        return signer.sign({"marker": self.id, "agent": self.agent, "steps": self.steps, "model": self.model})[:32]
+    @property
+    def _signed(self) -> dict[str, str | int]:
+        return {"marker": self.id, "agent": self.agent, "steps": self.steps, "model": self.model}
 
 
 def take_markers(text: str, left: str = "") -> tuple[str, list[Marker]]:

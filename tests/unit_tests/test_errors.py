@@ -7,7 +7,15 @@ import langchain_latentmas
 from langchain_latentmas import errors
 
 ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
-MENDED_BY_A_RETRY = {errors.EngineFailed, errors.ServiceClosed, errors.LatentMASError}
+MENDED_BY_A_RETRY = {
+    errors.EngineFailed,
+    errors.ServiceClosed,
+    errors.ServiceBusy,
+    errors.DeadlineExceeded,
+    errors.ServiceUnreachable,
+    errors.SandboxUnavailable,
+    errors.LatentMASError,
+}
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)

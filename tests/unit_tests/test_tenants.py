@@ -1,0 +1,124 @@
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.stores import InMemoryByteStore
+
+from langchain_latentmas.errors import InvalidRequest, TamperedReference, UnknownReference
+from langchain_latentmas.service.identity import Signer, key_file, key_ring, rotate_key
+from langchain_latentmas.service.local import LocalService
+from tests.support import messages, say
+
+PROMPT = messages("What is 12 plus 30?")
+
+
+def test_tenants_share_the_ticks_and_nothing_else(fresh_service: Any) -> None:
+    service: LocalService = fresh_service()
+    made = service.tenants(["a", "b"])
+    ref = made["a"].think(PROMPT, steps=3)
+    assert ref["id"] == service.think(PROMPT, steps=3)["id"]  # what it is made from says what it is, whoever asks
+    thoughts = service.info()["thoughts"]
+    assert thoughts == 6  # the second one learnt nothing from the first
+    for other in (service, made["b"]):
+        for reads in (other.memory, other.lens, other.marker, lambda r, o=other: o.think(PROMPT, [r])):
+            with pytest.raises(TamperedReference):
+                reads(ref)
+        with pytest.raises(TamperedReference):
+            other.take_markers(made["a"].marker(ref))
+    assert made["a"].take_markers(made["a"].marker(ref))[1] == [ref]
+    assert say(made["a"], PROMPT, [ref]).text == say(service, PROMPT, [service.think(PROMPT, steps=3)]).text
+
+
+def test_a_tenant_does_not_end_the_others(fresh_service: Any) -> None:
+    service = fresh_service()
+    made = service.tenants(["a", "b"])
+    made["a"].close()
+    assert made["b"].think(PROMPT, steps=1)
+    assert service.think(PROMPT, steps=1)
+
+
+def test_the_budget_is_shared_out(fresh_service: Any) -> None:
+    service = fresh_service(kv_budget=3000)
+    made = service.tenants(["a", "b"])
+    assert [each.info()["kv_budget"] for each in (service, *made.values())] == [1000, 1000, 1000]
+
+
+def test_tenants_find_their_memories_again_in_a_folder(fresh_service: Any, tmp_path: Path) -> None:
+    ref = fresh_service(store=tmp_path).tenants(["a", "b"])["a"].think(PROMPT, steps=2)
+    again = fresh_service(store=tmp_path).tenants(["b", "a"])
+    assert again["a"].memory(ref).positions == ref["positions"]
+    with pytest.raises(TamperedReference):
+        again["b"].memory(ref)
+
+
+def test_names_are_no_paths(fresh_service: Any, tmp_path: Path) -> None:
+    fresh_service(store=tmp_path / "in").tenants(["../../out", "/etc/x"])["../../out"].think(PROMPT, steps=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_tenants_of_a_store_of_ones_own_are_refused(fresh_service: Any) -> None:
+    with pytest.raises(InvalidRequest, match="folder"):
+        fresh_service(store=InMemoryByteStore(), key=b"k" * 32).tenants(["a"])
+
+
+def test_after_a_rotation_old_references_are_read_for_a_stated_time(
+    fresh_service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fresh_service(store=tmp_path)
+    old, marker = before.think(PROMPT, steps=2), before.marker(before.think(PROMPT, steps=2))
+    rotate_key(tmp_path / "key", keep=3600)
+    after = fresh_service(store=tmp_path)
+    assert after.memory(old).positions == old["positions"]
+    renewed = after.take_markers(marker)[1][0]
+    assert renewed["id"] == old["id"]
+    assert renewed["mac"] != old["mac"]
+    child = after.think(messages("and then?"), [old], steps=1)
+    with pytest.raises(TamperedReference):  # the old process does not know the new key
+        before.memory(renewed)
+
+    now = time.time()
+    monkeypatch.setattr("langchain_latentmas.service.identity.time.time", lambda: now + 3700)
+    for late in (old, marker):
+        with pytest.raises(TamperedReference):
+            after.take_markers(late) if isinstance(late, str) else after.memory(late)
+    assert len(fresh_service(store=tmp_path).memory(child).segments) == 2  # what it was made on is still read
+
+
+def test_rotation_keeps_the_file_private_and_all_keys(tmp_path: Path) -> None:
+    first = key_file(tmp_path / "key")
+    rotate_key(tmp_path / "key", keep=10)
+    second = key_file(tmp_path / "key")
+    rotate_key(tmp_path / "key", keep=10)
+    assert len({first, second, key_file(tmp_path / "key")}) == 3
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    fields = {"a": 1}
+    assert all(key_ring(tmp_path / "key").matches({**fields, "mac": Signer(k).sign(fields)}) for k in (first, second))
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("text", ["", "zz", "abcd", f"{'0' * 64}\n{'1' * 64} soon", f"{'0' * 64}\nab 12"])
+def test_a_key_file_with_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "key"
+    path.touch(mode=0o600)
+    path.write_text(text)
+    for use in (key_file, key_ring, lambda p: rotate_key(p, 1)):
+        with pytest.raises(InvalidRequest, match="no signing key"):
+            use(path)
+
+
+def test_nothing_is_rotated_where_there_is_no_key(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="no signing key at"):
+        rotate_key(tmp_path / "key", keep=1)
+    key_file(tmp_path / "key")
+    with pytest.raises(InvalidRequest, match="0 or more"):
+        rotate_key(tmp_path / "key", keep=-1)
+
+
+def test_a_lost_recipe_of_a_tenant_is_unknown(fresh_service: Any) -> None:
+    made = fresh_service().tenants(["a"])["a"]
+    ref = made.think(PROMPT, steps=0)
+    made._recipes.clear()
+    made._store.store.mdelete(list(made._store.store.yield_keys()))
+    with pytest.raises(UnknownReference):
+        made.memory(ref)
