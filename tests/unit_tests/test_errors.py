@@ -13,7 +13,7 @@ MENDED_BY_A_RETRY = {
     errors.ServiceBusy,
     errors.DeadlineExceeded,
     errors.ServiceUnreachable,
-    errors.SandboxUnavailable,
+    errors.StoreBusy,
     errors.LatentMASError,
 }
 
