@@ -25,7 +25,8 @@ from .service.shared import shared_service
 from .state import LatentRef
 from .tool_calls import ToolCallText, forcing_prefix
 
-CALL_BLOCKS = ("tool_call", "tool_use", "invalid_tool_call")  # content blocks that repeat a message's tool calls
+# Content blocks that repeat a message's tool calls, or hold what a model of another vendor thought before it spoke.
+UNREAD_BLOCKS = ("tool_call", "tool_use", "invalid_tool_call", "reasoning", "thinking", "redacted_thinking")
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 
 
@@ -70,6 +71,7 @@ class ChatLatentMAS(BaseChatModel):
     Attributes:
         service: The model service; None takes the shared one of `model`.
         model: What `LatentService.load` takes, where `service` is None; by default `LATENTMAS_SERVICE`, else "bundled".
+            A call may name another one: `llm.invoke("Hello", model="Qwen/Qwen3-8B")`.
         max_tokens: Most tokens to decode.
         temperature: 0 means greedy.
         top_p: Nucleus sampling.
@@ -189,12 +191,12 @@ class ChatLatentMAS(BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         call = _Call(self, messages, stop, kwargs)
         if call.thinker:
-            ref = self._service.think(
+            ref = call.service.think(
                 call.messages, call.latents, steps=call.thinker.steps, agent=call.agent, on_step=call.report
             )
             generations = iter([call.thought(ref)])
         else:
-            spoken = self._service.speak(call.messages, call.latents, agent=call.agent, **call.sampling)
+            spoken = call.service.speak(call.messages, call.latents, agent=call.agent, **call.sampling)
             generations = map(call.generation, spoken)
         for generation in generations:
             if run_manager:
@@ -210,7 +212,7 @@ class ChatLatentMAS(BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         call = _Call(self, messages, stop, kwargs)
         if call.thinker:
-            ref = await self._service.athink(
+            ref = await call.service.athink(
                 call.messages, call.latents, steps=call.thinker.steps, agent=call.agent, on_step=call.report
             )
             generation = call.thought(ref)
@@ -218,7 +220,7 @@ class ChatLatentMAS(BaseChatModel):
                 await run_manager.on_llm_new_token(generation.text, chunk=generation)
             yield generation
             return
-        async for chunk in self._service.aspeak(call.messages, call.latents, agent=call.agent, **call.sampling):
+        async for chunk in call.service.aspeak(call.messages, call.latents, agent=call.agent, **call.sampling):
             generation = call.generation(chunk)
             if run_manager:
                 await run_manager.on_llm_new_token(generation.text, chunk=generation)
@@ -231,7 +233,8 @@ class _Call:
     def __init__(
         self, llm: ChatLatentMAS, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]
     ) -> None:
-        self.service = llm._service
+        model: str | None = given.pop("model", None)
+        self.service = shared_service(model) if model else llm._service
         self.named: str | None = given.pop("agent", None)
         tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
         given.pop("ls_structured_output_format", None)  # for tracing only
@@ -334,7 +337,7 @@ def _without_markers(
         if isinstance(content, str):
             content = take(content)
         else:
-            content = [block for block in content if isinstance(block, str) or block.get("type") not in CALL_BLOCKS]
+            content = [block for block in content if isinstance(block, str) or block.get("type") not in UNREAD_BLOCKS]
             content = [
                 take(block)
                 if isinstance(block, str)

@@ -60,6 +60,14 @@ class TestAsItIs(ChatModelIntegrationTests):
     def chat_model_params(self) -> dict[str, Any]:
         return {"service": small_service(), "max_tokens": 24}
 
+    @property
+    def supports_anthropic_inputs(self) -> bool:
+        return True
+
+    @property
+    def model_override_value(self) -> str:
+        return "bundled"
+
     @pytest.mark.xfail(reason=SIZE)
     def test_tool_calling(self, model: BaseChatModel) -> None:
         super().test_tool_calling(model)

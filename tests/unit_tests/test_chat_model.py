@@ -213,6 +213,25 @@ def test_a_tool_message_that_is_a_marker_stays_beside_its_call(scripted: Any) ->
     assert with_marker.usage_metadata["input_tokens"] == without.usage_metadata["input_tokens"]
 
 
+@pytest.mark.parametrize(("left", "expected"), [("", "Check  please."), ("(a memory)", "Check (a memory) please.")])
+def test_what_is_left_in_a_markers_place_is_a_setting(
+    service32: LatentService, monkeypatch: pytest.MonkeyPatch, left: str, expected: str
+) -> None:
+    marker = service32.marker(service32.think("Plan.", steps=1))
+    read: list[Any] = []
+    speak = service32.speak
+
+    def listening(messages: Any, *rest: Any, **given: Any) -> Any:
+        read.extend(messages)
+        return speak(messages, *rest, **given)
+
+    monkeypatch.setattr(service32, "speak", listening)
+    blocks = [{"type": "text", "text": f"Check {marker} please."}]
+    llm = ChatLatentMAS(service=service32, max_tokens=2, marker_text=left)
+    llm.invoke([SystemMessage(f"Check {marker} please."), HumanMessage(blocks)])  # type: ignore[arg-type]
+    assert [message.text for message in read] == [expected, expected]
+
+
 def test_markers_in_the_arguments_of_a_tool_call_are_read_too(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = scripted("Done.")
     ref = llm.service.think("Look it up.", steps=2)
