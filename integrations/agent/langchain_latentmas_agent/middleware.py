@@ -76,18 +76,19 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
         if runs_as_text(ensure_config()):
             return request.override(model_settings=settings)
         known: list[LatentRef] = list(request.state.get("latents") or [])  # type: ignore[call-overload]
-        latents = self._chosen([ref for ref in known if ref["agent"] != self.agent])
+        said = {message.response_metadata.get("agent") for message in request.messages}
+        latents = self._chosen([ref for ref in known if ref["agent"] != self.agent], said)
         read = ancestry(latents, known)
         messages = [message for message in request.messages if not _left_out(message, read, known)]
         return request.override(messages=messages, model_settings={**settings, "latents": latents})
 
-    def _chosen(self, others: list[LatentRef]) -> list[LatentRef]:
+    def _chosen(self, others: list[LatentRef], said: set[str | None]) -> list[LatentRef]:
         if self.reads is None:
             return sorted(tips(others), key=lambda ref: ref["agent"])
         chosen = []
         for agent in self.reads:
             theirs = tips(ref for ref in others if ref["agent"] == agent)
-            if not theirs:
+            if not theirs and agent not in said:
                 there = ", ".join(sorted({ref["agent"] for ref in others})) or "nobody yet"
                 raise InvalidRequest(
                     f"Agent {self.agent!r} reads {agent!r}, who left nothing in the state (there: {there}). "

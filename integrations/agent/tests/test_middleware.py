@@ -32,7 +32,7 @@ def team(llm: ChatLatentMAS, *, reads: list[str] | None = None, steps: int | Non
     return builder.compile(checkpointer=InMemorySaver())
 
 
-def thread(name: str, edges: str = "latent") -> Any:
+def thread(name: str, edges: Any = "latent") -> Any:
     return {"configurable": {"thread_id": name, "edges": edges}}
 
 
@@ -62,6 +62,14 @@ def test_a_text_run_leaves_no_memories_and_equals_plain_agents(llm: ChatLatentMA
     plain = builder.add_edge(START, "planner").compile().invoke(ASKED)
     assert [message.text for message in out["messages"]] == [message.text for message in plain["messages"]]
     assert out["latents"] == []
+
+
+@pytest.mark.parametrize("reads", [None, ["planner", "critic"]])
+def test_a_mapping_lets_single_agents_speak(llm: ChatLatentMAS, reads: list[str] | None) -> None:
+    out = team(llm, reads=reads).invoke(ASKED, thread("1", {"planner->critic": "text"}))
+    assert [message.text.startswith("[latent") for message in out["messages"]] == [False, False, True, False]
+    assert [ref["agent"] for ref in out["latents"]] == ["critic", "judger"]
+    assert steps_read(out["messages"][-1]) == 3
 
 
 def test_what_stands_in_a_memory_is_not_read_again_as_text(llm: ChatLatentMAS) -> None:
