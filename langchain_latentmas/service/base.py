@@ -61,27 +61,36 @@ class LensRow(NamedTuple):
 class Reading(Protocol):
     """Decides, for the runs in whose context it is set, what agents read; the audit's way in.
 
+    A service asks it in every `think` and `speak`, once the references are verified and reduced to tips. What was read
+    instead is what the new memory is made of, and so is its id. But its reference names as parents what would have
+    been read: the graph must go on as if nothing had been changed.
+
     Attributes:
         name: Unlike that of any other, so that no model cache takes an answer of one run for that of another.
     """
 
     name: str
 
-    def __call__(
+    def read(
         self, service: "LatentService", agent: str, refs: Sequence[LatentRef], steps: int
-    ) -> Sequence[LatentRef]:
-        """What is read instead.
+    ) -> tuple[Sequence[LatentRef], Sequence[LatentRef]]:
+        """What an agent would read, and what it reads instead.
 
         Args:
             service: Who was called.
             agent: The reader.
-            refs: What it would read: tips only (an ancestor of another one is not among them), in their order.
+            refs: Tips only (an ancestor of another one is not among them), in their order.
             steps: Latent steps that it will take; 0 for one that speaks.
+
+        Returns:
+            Those of `refs` that are tips had nothing been changed before, and what stands for them.
         """
+
+    def made(self, ref: LatentRef) -> None:
+        """Told of what came of it."""
 
 
 READING: ContextVar[Reading | None] = ContextVar("latentmas_reading", default=None)
-"""Every service asks it, once it has verified the references of a `think` or `speak` and knows the tips."""
 
 
 class LatentService(ABC):
