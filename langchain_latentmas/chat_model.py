@@ -55,7 +55,7 @@ class ChatLatentMAS(BaseChatModel):
 
     Example:
         ```python
-        llm = ChatLatentMAS(service=service, max_tokens=256)
+        llm = ChatLatentMAS(model="Qwen/Qwen3-4B", device="cuda", max_tokens=256)  # or service=service
         llm.invoke("What is the answer?", latents=[ref])
         llm.invoke("Plan the answer.", agent="planner", steps=20)
         ```
@@ -72,6 +72,9 @@ class ChatLatentMAS(BaseChatModel):
         service: The model service; None takes the shared one of `model`.
         model: What `LatentService.load` takes, where `service` is None; by default `LATENTMAS_SERVICE`, else "bundled".
             A call may name another one: `llm.invoke("Hello", model="Qwen/Qwen3-8B")`.
+        device: "cuda", "cpu", ..., where `service` is None; by default `LATENTMAS_DEVICE`, else the service chooses.
+        dtype: Name of a torch dtype, where `service` is None; by default `LATENTMAS_DTYPE`, else the checkpoint's.
+            For all other settings, load a service.
         max_tokens: Most tokens to decode.
         temperature: 0 means greedy.
         top_p: Nucleus sampling.
@@ -85,6 +88,8 @@ class ChatLatentMAS(BaseChatModel):
 
     service: LatentService | None = Field(default=None, exclude=True, repr=False)
     model: str | None = Field(default_factory=from_env("LATENTMAS_SERVICE", default=None), alias="model_name")
+    device: str | None = None
+    dtype: str | None = None
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
@@ -134,7 +139,7 @@ class ChatLatentMAS(BaseChatModel):
 
     @property
     def _service(self) -> LatentService:
-        return shared_service(self.model) if self.service is None else self.service
+        return shared_service(self.model, self.device, self.dtype) if self.service is None else self.service
 
     @property
     def _llm_type(self) -> str:
@@ -142,7 +147,7 @@ class ChatLatentMAS(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("model", *SAMPLING)}
+        return {name: getattr(self, name) for name in ("model", "device", "dtype", *SAMPLING)}
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Key of LangChain's model cache: a call that thinks and one that speaks are not the same."""
@@ -234,7 +239,7 @@ class _Call:
         self, llm: ChatLatentMAS, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]
     ) -> None:
         model: str | None = given.pop("model", None)
-        self.service = shared_service(model) if model else llm._service
+        self.service = shared_service(model, llm.device, llm.dtype) if model else llm._service
         self.named: str | None = given.pop("agent", None)
         tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
         given.pop("ls_structured_output_format", None)  # for tracing only

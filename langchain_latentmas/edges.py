@@ -413,7 +413,9 @@ class _CacheKey(NamedTuple):
 
 
 def _service_of(model: ChatLatentMAS) -> Hashable:
-    return id(model.service) if model.service is not None else model.model or SharedSettings().service
+    if model.service is not None:
+        return id(model.service)
+    return model.model or SharedSettings().service, model.device, model.dtype
 
 
 def _look(root: Any, into_subgraphs: bool = True) -> _Facts:

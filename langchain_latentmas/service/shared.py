@@ -26,25 +26,25 @@ class SharedSettings(BaseSettings):
     store: Path | None = None
 
 
-_services: dict[str, LatentService] = {}
+_services: dict[tuple[str, str | None, str], LatentService] = {}
 _lock = threading.Lock()
 
 
-def shared_service(name: str | None = None) -> LatentService:
-    """The process-wide service of a name, loaded with the first call.
+def shared_service(name: str | None = None, device: str | None = None, dtype: str | None = None) -> LatentService:
+    """The process-wide service of a name, device and dtype, loaded with the first call.
 
     Args:
         name: What `LatentService.load` takes; None takes `LATENTMAS_SERVICE`, else the bundled model.
+        device: "cuda", "cpu", ...; None takes `LATENTMAS_DEVICE`, else lets the service choose.
+        dtype: Name of a torch dtype, or "auto"; None takes `LATENTMAS_DTYPE`, else "auto".
 
     Raises:
         ModelNotFound: If there is no such model.
         ModelNotSupported: If it cannot think exactly.
     """
     settings = SharedSettings()
-    name = name or settings.service
+    key = (name or settings.service, device or settings.device, dtype or settings.dtype)
     with _lock:
-        if name not in _services:
-            _services[name] = LatentService.load(
-                name, device=settings.device, dtype=settings.dtype, store=settings.store
-            )
-        return _services[name]
+        if key not in _services:
+            _services[key] = LatentService.load(key[0], device=key[1], dtype=key[2], store=settings.store)
+        return _services[key]

@@ -10,7 +10,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import RetryPolicy
 
-from langchain_latentmas import LatentAgentNode, LatentService, LatentState
+from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, LatentState
 from langchain_latentmas.errors import InvalidRequest, ModelNotFound, TamperedReference, WrongModel
 from langchain_latentmas.service import shared
 from langchain_latentmas.service.local import LocalService
@@ -245,3 +245,27 @@ def test_one_shared_service_serves_all_nodes(monkeypatch: pytest.MonkeyPatch, se
     nodes = [LatentAgentNode(name, f"You are {name}.", steps=1) for name in ("a", "b", "c")]
     assert len(chain(None, *nodes).invoke(QUESTION)["latents"]) == 3
     assert loaded == ["some/model"]
+
+
+def test_a_chat_model_says_how_its_model_is_loaded(monkeypatch: pytest.MonkeyPatch, service32: LatentService) -> None:
+    loaded: list[tuple[str, Any, Any]] = []
+
+    def load(name: str, **settings: Any) -> LatentService:
+        loaded.append((name, settings["device"], settings["dtype"]))
+        return service32
+
+    monkeypatch.setenv("LATENTMAS_DEVICE", "cpu")
+    monkeypatch.setattr(shared, "_services", {})
+    monkeypatch.setattr(LatentService, "load", load)
+    for llm in (
+        ChatLatentMAS(model="some/model", max_tokens=1),
+        ChatLatentMAS(model="some/model", max_tokens=1, device="cpu"),
+        ChatLatentMAS(model="some/model", max_tokens=1, device="cuda", dtype="bfloat16"),
+    ):
+        llm.invoke("Hello")
+    llm.invoke("Hello", model="other/model")
+    assert loaded == [
+        ("some/model", "cpu", "auto"),
+        ("some/model", "cuda", "bfloat16"),
+        ("other/model", "cuda", "bfloat16"),
+    ]
