@@ -114,3 +114,11 @@ class NoPartner(InvalidRequest):
 
 class GraderFailed(LatentMASError, ValueError):
     """The grader raises, does not come to an end, or has broken tests; the message names what it raised."""
+
+
+class DatasetNotFound(LatentMASError, ValueError):
+    """A data set cannot be reached or read; the message says which and why."""
+
+
+class BadRow(InvalidRequest):
+    """A row of a data set lacks its question or its answer, or is none; the message names the row."""
