@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .auditing import audit
     from .chat_model import ChatLatentMAS
     from .edges import switch_edges
     from .node import LatentAgentNode
@@ -15,6 +16,7 @@ __all__ = [
     "LatentRef",
     "LatentService",
     "LatentState",
+    "audit",
     "merge_latents",
     "switch_edges",
 ]
@@ -25,6 +27,7 @@ _HOMES = {
     "LatentRef": "state",
     "LatentService": "service",
     "LatentState": "state",
+    "audit": "auditing",  # a module of the same name would hide the function
     "merge_latents": "state",
     "switch_edges": "edges",
 }

@@ -36,10 +36,11 @@ def paired_bootstrap(
     """The interval of a mean difference between two scores of the same questions (Efron 1979, percentiles).
 
     Questions are drawn with replacement, each with both of its scores, so what makes a question hard for both cancels.
-    Where all differences are equal the interval is that one point, which `unseen` puts into proportion.
+    Where all differences are equal, no draw shows any spread; the interval then reaches as far as what `n` questions
+    cannot show (`unseen`).
 
     Args:
-        ones: A score per question, say 1.0 for right.
+        ones: A score per question between 0 and 1, say 1 for right.
         others: The scores of the same questions, in the same order, under the other condition.
         seed: Of the draws.
         level: Confidence.
@@ -52,6 +53,9 @@ def paired_bootstrap(
     # Only how often each difference is drawn matters, and there are few different ones.
     values, counts = np.unique(differences, return_counts=True)
     n = len(differences)
+    if len(values) == 1:
+        only, bound = float(values[0]), unseen(n, (1 + level) / 2)
+        return max(-1.0, only - bound), min(1.0, only + bound)
     drawn = np.random.default_rng(seed).multinomial(n, counts / n, resamples)
     low, high = np.quantile(drawn @ values / n, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -515,11 +515,13 @@ class _Request:
             raise InvalidRequest(f"An agent needs a name of 1 to {MAX_AGENT} characters, not {agent!r}.")
         self.service, self.agent, self.steps, self.sampling = service, agent, steps, sampling
         listed = _listed(latents)
-        self.parents = service._lineage.tips(service.verify(listed))
-        if (reading := READING.get()) is not None:
+        self.parents = self.named = service._lineage.tips(service.verify(listed))
+        self.reading = READING.get()
+        if self.reading is not None:
             refs = {ref["id"]: ref for ref in reversed(listed)}
-            read = reading(service, agent, [refs[key] for key in self.parents], steps)
-            self.parents = service._lineage.tips(service.verify(read))
+            would, instead = self.reading.read(service, agent, [refs[key] for key in self.parents], steps)
+            self.named = [ref["id"] for ref in would]
+            self.parents = service._lineage.tips(service.verify(instead))
         tag = service.think_tag if sampling is None else service.settings.speak_tag + prefix
         self.prompt_ids = service.encode(messages, tag, tools)
         self.layout = service._lineage.layout(self.parents)
@@ -630,7 +632,10 @@ class _Request:
         )
 
     def _ref(self, key: str) -> LatentRef:
-        return self.service.signed_ref(key, self.agent, self.parents, self.steps)
+        ref = self.service.signed_ref(key, self.agent, self.named, self.steps)
+        if self.reading is not None:
+            self.reading.made(ref)
+        return ref
 
 
 def _listed(latents: Any) -> list[Any]:

@@ -34,10 +34,16 @@ class Reads:
     def __init__(self, change: Callable[[LatentRef], list[LatentRef]] = lambda ref: [ref]) -> None:
         self.change = change
         self.seen: list[tuple[str, str, int]] = []
+        self.made_refs: list[LatentRef] = []
 
-    def __call__(self, service: LatentService, agent: str, refs: Sequence[LatentRef], steps: int) -> list[LatentRef]:
+    def read(
+        self, service: LatentService, agent: str, refs: Sequence[LatentRef], steps: int
+    ) -> tuple[Sequence[LatentRef], list[LatentRef]]:
         self.seen += [(ref["agent"], agent, steps) for ref in refs]
-        return [new for ref in refs for new in self.change(ref)]
+        return refs, [new for ref in refs for new in self.change(ref)]
+
+    def made(self, ref: LatentRef) -> None:
+        self.made_refs.append(ref)
 
 
 @contextmanager
@@ -219,6 +225,8 @@ def test_a_reading_that_changes_nothing_changes_nothing(fresh_service: Fresh) ->
     expected = say(plain, PROMPT, [chain(plain)], agent="judger")
     with reading(Reads()) as reads:
         said = say(watched, PROMPT, [chain(watched)], agent="judger")
+    assert [ref["agent"] for ref in reads.made_refs] == ["planner", "critic", "judger"]
+    assert reads.made_refs[-1] == said.ref
     assert said.token_ids == expected.token_ids
     assert said.ref["id"] == expected.ref["id"]
     assert kv_equal(watched.memory(said.ref), plain.memory(expected.ref))
@@ -239,7 +247,7 @@ def test_a_cut_edge_is_reading_nobody(service: LatentService) -> None:
     expected = say(service, PROMPT, [], agent="judger")
     with reading(Reads(lambda ref: [])):
         said = say(service, PROMPT, [ref], agent="judger")
-    assert said.ref == expected.ref
+    assert said.ref["id"] == expected.ref["id"]
     assert said.token_ids == expected.token_ids
 
 
@@ -248,7 +256,8 @@ def test_a_swapped_edge_is_reading_the_other(service: LatentService) -> None:
     expected = say(service, PROMPT, [other], agent="judger")
     with reading(Reads(lambda ref: [other])):
         said = say(service, PROMPT, [mine], agent="judger")
-    assert said.ref == expected.ref
+    assert said.ref["parents"] == [mine["id"]]  # the graph goes on as if nothing had been changed
+    assert said.ref["id"] == expected.ref["id"]
     assert said.token_ids == expected.token_ids
 
 
@@ -265,7 +274,8 @@ async def test_a_reading_holds_for_its_own_task_only(fresh_service: Fresh) -> No
 
     refs = await asyncio.gather(*(run(i % 2 == 1, i // 2) for i in range(12)))
     for i, judged in enumerate(refs):
-        assert judged["parents"] == [zeroed["id"] if i % 2 else ref["id"]]
+        assert service._recipe(judged["id"]).parents == (zeroed["id"] if i % 2 else ref["id"],)  # type: ignore[attr-defined]
+        assert judged["parents"] == [ref["id"]]
         expected = fresh_service() if i < 2 else service
         if i < 2:
             mine = chain(expected)

@@ -1,0 +1,225 @@
+"""audit: what is the content of an edge worth? The same graph on the same questions, with the edge tampered with."""
+
+import asyncio
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from contextvars import copy_context
+from pathlib import Path
+from typing import Any, Literal
+
+from langchain_core.load import dumps
+from langchain_core.runnables import RunnableConfig
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.pregel import Pregel
+
+from .edges import SWITCHED, _Graph, _inner
+from .errors import InvalidEdge, InvalidRequest
+from .evaluation.conditions import Grade, Progress, Questions
+from .evaluation.journal import Journal
+from .evaluation.worth import CONDITIONS, Audit, EdgeWorth
+from .modes import Edge
+from .node import LatentAgentNode
+
+LEAST = 20  # examples; with fewer, McNemar's test can hardly find anything
+
+
+def audit(
+    graph: StateGraph | Pregel,
+    examples: Sequence[tuple[Any, Any]],
+    grade: Grade,
+    *,
+    edges: Iterable[Edge] | Literal["all", "each"] = "all",
+    conditions: Sequence[str] = CONDITIONS,
+    seed: int = 0,
+    level: float = 0.95,
+    concurrency: int = 32,
+    config: RunnableConfig | None = None,
+    context: Any = None,
+    journal: str | Path | None = None,
+    task: str = "audit",
+    about: Mapping[str, Any] | None = None,
+    on_answer: Progress | None = None,
+) -> Audit:
+    """Finds out what the content of latent edges is worth, in points of accuracy.
+
+    Runs the graph on the same questions under up to six conditions. An edge (a, b) carries the whole memory that agent
+    b reads through a reference of agent a: what a thought or said, and what a had read before.
+
+    - "intact": as it is.
+    - "swapped": the memory of another question crosses instead, one of about the same length from the same edge of the
+      intact run.
+    - "zeroed": the same memory with all values zero; keys and positions stay.
+    - "random": the same memory with noise for values, its norms those of the values.
+    - "cut": the reader reads nothing over the edge.
+    - "text": the edge carries text (the sender speaks, over all of its edges).
+
+    Intact less swapped is the edge's *content*: a swapped memory is one that this graph really produces, in the same
+    role and of about the same length, so the question behind it is all that differs. Swapped less cut is its mere
+    *presence*. "zeroed" and "random" are no part of the content: no reader was ever given such values, so they show
+    what a damaged memory does, not what a memory without content does. Both effects have paired bootstrap intervals
+    and McNemar's exact test; p-values are adjusted (Holm) where several edges are audited. The verdict follows the
+    tests: content is what has p below 1 - `level`.
+
+    Greedy agents repeat themselves; give those that sample a `seed`. Checkpointer and node cache of a compiled graph
+    are left out; what nodes keep elsewhere, say in the graph's store, is not.
+
+    Example:
+        ```python
+        examples = [({"messages": [("human", question)]}, answer) for question, answer in held_out]
+        report = audit(graph, examples, lambda state, answer: answer in state["messages"][-1].text)
+        print(report.verdict)  # this edge's content is worth 88 ± 4 points
+        ```
+
+    Args:
+        graph: A graph of `LatentAgentNode`s, or one converted by `switch_edges`; compiled or not.
+        examples: At least 20 pairs of the graph's input and whatever the grader compares with.
+        grade: Gets the graph's last state and the second half of the pair; says whether the answer is right.
+        edges: "all": all latent edges at once. "each": all at once, then each that was crossed by itself. Pairs of
+            names: those at once, then each by itself.
+        conditions: Which of the six; "intact" and "swapped" are always run.
+        seed: Of the swaps, the noise and the bootstrap.
+        level: Confidence of intervals and tests.
+        concurrency: Questions at a time.
+        config: Passed to the graph.
+        context: The graph's runtime context.
+        journal: A file that gets every answer as a line of JSON. If it has some already, these are not asked for
+            again; but the intact run is repeated where its memories are needed and gone.
+        task: What to call it.
+        about: What the answers depend on beside the questions, in plain JSON, say the model; a journal with another
+            `about`, other examples or another seed is refused.
+        on_answer: Called with the name of the run, the answers so far, and how many there will be.
+
+    Returns:
+        What came of it.
+
+    Raises:
+        InvalidRequest: Fewer than 20 examples, or an unknown condition; before anything runs, like `InvalidEdge`.
+        InvalidEdge: If an edge does not exist or is not latent.
+        EdgeNotCrossed: If no example's memory crosses an edge; after the intact run, like the two below.
+        NoPartner: If a memory has no other of its length class (within a factor of 2) to be swapped with.
+        GraderFailed: If the grader raises on all answers. Where it raises on some, or the graph does, these count as
+            wrong, and the result says what was raised and how often.
+    """
+    given: dict[str, Any] = {**locals()}
+
+    async def work() -> Audit:
+        # Nodes without a coroutine run in the loop's threads: as many as there are questions at a time.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max(1, concurrency)))
+        return await aaudit(**given)
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work())
+    with ThreadPoolExecutor(1) as thread:  # inside of an event loop, as in a notebook
+        return thread.submit(copy_context().run, asyncio.run, work()).result()
+
+
+async def aaudit(
+    graph: StateGraph | Pregel,
+    examples: Sequence[tuple[Any, Any]],
+    grade: Grade,
+    *,
+    edges: Iterable[Edge] | Literal["all", "each"] = "all",
+    conditions: Sequence[str] = CONDITIONS,
+    seed: int = 0,
+    level: float = 0.95,
+    concurrency: int = 32,
+    config: RunnableConfig | None = None,
+    context: Any = None,
+    journal: str | Path | None = None,
+    task: str = "audit",
+    about: Mapping[str, Any] | None = None,
+    on_answer: Progress | None = None,
+) -> Audit:
+    """Like `audit`, in the event loop that is running."""
+    if len(examples) < LEAST:
+        raise InvalidRequest(
+            f"An audit needs at least {LEAST} examples to tell anything, not {len(examples)}; 100 are better."
+        )
+    if odd := next((one for one in examples if not (isinstance(one, (tuple, list)) and len(one) == 2)), None):
+        raise InvalidRequest(
+            f"An example is a pair of the graph's input and what the grader compares with, not {odd!r}."
+        )
+    if unknown := set(conditions) - set(CONDITIONS):
+        raise InvalidRequest(f"There is no condition {min(unknown)!r}; take some of {', '.join(CONDITIONS)}.")
+    if not 0 < level < 1:
+        raise InvalidRequest(f"level must lie between 0 and 1, not at {level!r}.")
+    if concurrency < 1:
+        raise InvalidRequest(f"concurrency must be at least 1, not {concurrency!r}.")
+    named = edges if isinstance(edges, str) else [(str(a), str(b)) for a, b in edges]
+    if isinstance(named, str) and named not in ("all", "each"):
+        raise InvalidEdge(f"edges must be 'all', 'each', or pairs of names, not {edges!r}.")
+    if not named:
+        raise InvalidEdge("edges names no edge; give pairs of names, 'all' or 'each'.")
+    _check_edges(graph, [] if isinstance(named, str) else named)
+    compiled = graph.compile() if isinstance(graph, StateGraph) else graph.copy({"checkpointer": None, "cache": None})
+    wanted = [name for name in CONDITIONS if name in {"intact", "swapped", *conditions}]
+    with Journal(journal, _head(examples, seed, about)) if journal else nullcontext() as opened:
+        asked = Questions(compiled, examples, grade, seed, concurrency, config or {}, context, on_answer, opened)
+        intact = await asked.intact()
+        scopes = asked.scopes(named)
+        for scope in scopes:
+            asked.partners(scope)  # one that has none is to be known before the hours of work
+        worths = []
+        for scope in scopes:
+            answers = {name: await asked.altered(scope, name) if name != "intact" else intact for name in wanted}
+            crossed, notes = asked.crossed_by(scope), asked.notes(scope)
+            worths.append(EdgeWorth.of(scope.name, answers, crossed=crossed, seed=seed, level=level, notes=notes))
+    return Audit.of(task, worths, seed=seed, level=level, about=about)
+
+
+def _head(examples: Sequence[Any], seed: int, about: Mapping[str, Any] | None) -> dict[str, Any]:
+    digest = hashlib.sha256("\n".join(map(dumps, examples)).encode()).hexdigest()
+    return {"journal": "audit", "examples": digest, "seed": seed, "about": dict(about or {})}
+
+
+def _check_edges(graph: StateGraph | Pregel, edges: Sequence[Edge]) -> None:
+    """Refuses, before anything runs, edges that do not exist or are not latent, as far as that can be seen."""
+    builder = graph if isinstance(graph, StateGraph) else getattr(graph, "builder", None)
+    if not isinstance(builder, StateGraph):
+        return  # the functional API shows no edges
+    seen = _Survey()
+    seen.look(builder)
+    if not seen.agents and not seen.latent and "latents" not in builder.channels:
+        raise InvalidEdge("No edge of this graph is latent; switch some with switch_edges(builder, '*', to='latent').")
+    names = [*dict.fromkeys([*seen.nodes, *seen.agents])]
+    for source, target in edges:
+        arrow = f"{source}->{target}"
+        for name in (source, target):
+            if name in (START, END):
+                raise InvalidEdge(f"The edge {arrow} is not latent: what enters or leaves the graph is text.")
+            if name not in names:
+                raise InvalidEdge(f"The edge {arrow}: there is no agent {name!r} (there are: {', '.join(names)}).")
+        reads = seen.agents[target].reads if target in seen.agents else None
+        if source in seen.agents and reads is not None and source not in reads:
+            raise InvalidEdge(f"The edge {arrow} is not latent: {target!r} reads {', '.join(reads) or 'nobody'} only.")
+        if source not in seen.agents and (source, target) not in seen.latent and "latents" not in builder.channels:
+            there = ", ".join(map("->".join, sorted(seen.latent))) or "none"
+            raise InvalidEdge(
+                f"The edge {arrow} is not latent (latent are: {there}); switch it with switch_edges first."
+            )
+
+
+class _Survey:
+    """Nodes, agents and switched edges of a graph and its subgraphs."""
+
+    def __init__(self) -> None:
+        self.nodes: list[str] = []
+        self.agents: dict[str, LatentAgentNode] = {}
+        self.latent: set[Edge] = set()
+
+    def look(self, builder: StateGraph) -> None:
+        """Adds a graph."""
+        graph = _Graph(builder)
+        self.latent |= getattr(builder, SWITCHED, {}).keys()
+        for name, spec in builder.nodes.items():
+            self.nodes.append(name)
+            if isinstance(node := _inner(spec.runnable), LatentAgentNode):
+                self.agents[str(node.name)] = node
+            for subgraph in graph.facts(name).subgraphs:
+                if isinstance(subgraph, CompiledStateGraph):
+                    self.look(subgraph.builder)

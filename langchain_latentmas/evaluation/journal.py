@@ -1,0 +1,63 @@
+"""A file that gets every answer as a line of JSON, so that a run of hours is never lost. Imports no torch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from ..errors import InvalidRequest
+
+
+class Journal:
+    """The answers of a run, of this process and of those before it that were cut short.
+
+    Attributes:
+        lines: What was there when it was opened.
+    """
+
+    def __init__(self, path: str | Path, head: Mapping[str, Any]) -> None:
+        """Opens the file, or makes it.
+
+        Args:
+            path: Of the file.
+            head: Everything that the answers depend on, in plain JSON.
+
+        Raises:
+            InvalidRequest: If it was begun with another head.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.read_text(encoding="utf-8") if path.exists() else ""
+        known = [line for line in map(_read, written.splitlines()) if line is not None]
+        head = json.loads(json.dumps(head))
+        if written and not known:
+            raise InvalidRequest(f"{path} is there already and no journal of answers; take another file.")
+        if known and known[0] != head:
+            other = [f"{k} was {known[0].get(k)!r}, is {head.get(k)!r}" for k in head if known[0].get(k) != head[k]]
+            raise InvalidRequest(
+                f"{path} holds the answers of another run ({'; '.join(other)[:500]}); take another file, or remove it."
+            )
+        self.lines = known[1:]
+        self._file = path.open("a", encoding="utf-8")
+        if written and not written.endswith("\n"):  # cut off inside of a line
+            self._file.write("\n")
+        if not known:
+            self.add(head)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Writes a line; when this returns, the operating system has it."""
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,284 @@
+"""What an edge is worth: answers under several conditions, the effects between them, a verdict. Imports no torch."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .statistics import holm, mcnemar, paired_bootstrap, wilson
+
+CONDITIONS = ("intact", "swapped", "zeroed", "random", "cut", "text")
+EFFECTS = {
+    "content": ("intact", "swapped"),
+    "presence": ("swapped", "cut"),
+    "worth": ("intact", "cut"),
+    "against_text": ("intact", "text"),
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question under one condition.
+
+    Attributes:
+        right: What the grader said; False where something failed.
+        output_tokens: Decoded by all agents.
+        latent_steps: Taken by all agents.
+        seconds: The share of the wall clock that fell to it; questions run side by side.
+        error: What failed, as `Type: message`; "" if nothing did.
+    """
+
+    right: bool
+    output_tokens: int = 0
+    latent_steps: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All questions under one condition.
+
+    Attributes:
+        accuracy: Right answers in %, between `low` and `high` (Wilson).
+        low: In %.
+        high: In %.
+        right: Right answers.
+        output_tokens: Per question, decoded by all agents.
+        latent_steps: Per question, taken by all agents.
+        seconds: Per question, wall clock of the whole batch divided by its size. A service that still knows a thought
+            takes no time for it, so what is run after "intact" may seem fast.
+        p: McNemar's exact p against "intact".
+        errors: What failed, and how often; each counts as a wrong answer.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    right: int
+    output_tokens: float
+    latent_steps: float
+    seconds: float
+    p: float
+    errors: Mapping[str, int]
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer], intact: Sequence[Answer], level: float) -> "Outcome":
+        """Sums answers up."""
+        n, right = len(answers), sum(answer.right for answer in answers)
+        low, high = wilson(right, n, level)
+        return cls(
+            accuracy=100 * right / n,
+            low=100 * low,
+            high=100 * high,
+            right=right,
+            output_tokens=sum(answer.output_tokens for answer in answers) / n,
+            latent_steps=sum(answer.latent_steps for answer in answers) / n,
+            seconds=sum(answer.seconds for answer in answers) / n,
+            p=mcnemar([answer.right for answer in intact], [answer.right for answer in answers]),
+            errors=Counter(answer.error for answer in answers if answer.error),
+        )
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The difference between two conditions on the same questions, in points of accuracy.
+
+    Attributes:
+        points: Their difference.
+        low: Lower end of the paired bootstrap interval.
+        high: Its upper end.
+        p: McNemar's exact p, two-sided; adjusted (Holm) where several edges were audited together.
+    """
+
+    points: float
+    low: float
+    high: float
+    p: float
+
+    @classmethod
+    def of(cls, ones: Sequence[Answer], others: Sequence[Answer], seed: int, level: float) -> "Effect":
+        """The effect of having `ones` rather than `others`."""
+        a, b = [answer.right for answer in ones], [answer.right for answer in others]
+        low, high = paired_bootstrap(a, b, seed=seed, level=level)
+        return cls(100 * (sum(a) - sum(b)) / len(a), 100 * low, 100 * high, mcnemar(a, b))
+
+    @property
+    def half(self) -> float:
+        """The further of the two ends, in points from the middle."""
+        return max(self.high - self.points, self.points - self.low)
+
+    @property
+    def signed(self) -> str:
+        """In words, with its sign."""
+        return f"{self.points:+.0f} ± {self.half:.0f} points"
+
+    def __str__(self) -> str:
+        return f"{abs(self.points):.0f} ± {self.half:.0f} points"
+
+
+@dataclass(frozen=True)
+class EdgeWorth:
+    """What one edge is worth, or several at once.
+
+    Attributes:
+        edge: "planner->critic", or "all edges", or several.
+        n: Questions.
+        crossed: Questions in which a memory crossed it.
+        level: Confidence of intervals and tests.
+        outcomes: By condition.
+        effects: By name, see `EFFECTS`; those whose conditions were run.
+        notes: What was done otherwise than asked for, and how often.
+    """
+
+    edge: str
+    n: int
+    crossed: int
+    level: float
+    outcomes: Mapping[str, Outcome]
+    effects: Mapping[str, Effect]
+    notes: Sequence[str] = ()
+
+    @classmethod
+    def of(
+        cls,
+        edge: str,
+        answers: Mapping[str, Sequence[Answer]],
+        *,
+        crossed: int,
+        seed: int = 0,
+        level: float = 0.95,
+        notes: Sequence[str] = (),
+    ) -> "EdgeWorth":
+        """Compares the conditions.
+
+        Args:
+            edge: Its name.
+            answers: By condition, in the order of the questions; "intact" and "swapped" at least.
+            crossed: Questions in which a memory crossed it.
+            seed: Of the bootstrap.
+            level: Confidence.
+            notes: See the class.
+        """
+        outcomes = {name: Outcome.of(those, answers["intact"], level) for name, those in answers.items()}
+        effects = {
+            name: Effect.of(answers[one], answers[other], seed, level)
+            for name, (one, other) in EFFECTS.items()
+            if one in answers and other in answers
+        }
+        return cls(edge, len(answers["intact"]), crossed, level, outcomes, effects, tuple(notes))
+
+    @property
+    def has_content(self) -> bool:
+        """Whether it matters for the answers which question's memory crosses this edge."""
+        return self._significant("content")
+
+    @property
+    def verdict(self) -> str:
+        """What to make of it, in words; follows the tests alone, at the stated level."""
+        content, worth = self.effects["content"], self.effects.get("worth")
+        one = "->" in self.edge and "," not in self.edge
+        its, edge = ("this edge's", "the edge") if one else ("these edges'", "the edges")
+        if not self.has_content:
+            parts = [f"no detectable content: keep text or cut {edge} (content {content.signed})"]
+        elif content.points < 0:
+            parts = [f"{its} content does harm: keep text or cut {edge} (content {content.signed})"]
+        elif worth is not None and not (self._significant("worth") and worth.points > 0):
+            parts = [
+                f"the reader uses {its} content ({content}), but answers as well without any: cut {edge} "
+                f"(intact against cut {worth.signed})"
+            ]
+        else:
+            parts = [f"{its} content is worth {content}"]
+        presence, against = self.effects.get("presence"), self.effects.get("against_text")
+        if presence is not None and self._significant("presence") and "but" not in parts[0]:
+            parts.append(f"its mere presence {'adds' if presence.points > 0 else 'costs'} {presence}")
+        if against is not None and self._significant("against_text"):
+            parts.append(f"as text the graph is {against} {'worse' if against.points > 0 else 'better'}")
+        return "; ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: accuracies in %, effects in points."""
+        effects = {name: vars(effect) for name, effect in self.effects.items()}
+        return {
+            "edge": self.edge,
+            "n": self.n,
+            "crossed": self.crossed,
+            "conditions": {name: outcome.accuracy for name, outcome in self.outcomes.items()},
+            **effects,
+            "verdict": self.verdict,
+            "outcomes": {name: {**vars(o), "errors": dict(o.errors)} for name, o in self.outcomes.items()},
+            "notes": list(self.notes),
+        }
+
+    def _significant(self, name: str) -> bool:
+        return name in self.effects and self.effects[name].p < 1 - self.level
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result of `langchain_latentmas.audit`.
+
+    Attributes:
+        task: What was asked.
+        n: Questions.
+        seed: Of the swaps, the noise and the bootstrap.
+        level: Confidence of intervals and tests.
+        edges: What was audited; where several edges were, all of them at once first.
+        about: What the answers depend on beside the questions, as it was given.
+    """
+
+    task: str
+    n: int
+    seed: int
+    level: float
+    edges: Sequence[EdgeWorth]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, task: str, edges: Sequence[EdgeWorth], *, seed: int, level: float, about: Mapping[str, Any] | None = None
+    ) -> "Audit":
+        """Puts edges together; the p-values of each effect are adjusted for their number (Holm)."""
+        edges = list(edges)
+        for name in EFFECTS:
+            having = [i for i, edge in enumerate(edges) if name in edge.effects]
+            for i, p in zip(having, holm([edges[i].effects[name].p for i in having]), strict=True):
+                effects = {**edges[i].effects, name: replace(edges[i].effects[name], p=p)}
+                edges[i] = replace(edges[i], effects=effects)
+        return cls(task, edges[0].n, seed, level, tuple(edges), about or {})
+
+    @property
+    def verdict(self) -> str:
+        """That of the first of `edges`."""
+        return self.edges[0].verdict
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: task, n, and of the first of `edges` conditions (accuracy in %), effects and verdict; then all.
+
+        A key for an effect whose conditions were not run is null.
+        """
+        first = self.edges[0].to_json()
+        return {
+            "task": self.task,
+            "n": self.n,
+            "seed": self.seed,
+            "level": self.level,
+            "about": dict(self.about),
+            "conditions": first["conditions"],
+            **{name: first.get(name) for name in EFFECTS},
+            "verdict": self.verdict,
+            "edges": [edge.to_json() for edge in self.edges],
+        }
+
+    def plot(self, path: str | Path) -> None:
+        """Draws right answers under each condition, with their intervals, as PNG or SVG.
+
+        Raises:
+            MissingExtra: If matplotlib is not installed.
+            InvalidRequest: If the file's name ends in neither .png nor .svg.
+        """
+        from .pictures import draw_audit
+
+        draw_audit(self, path)

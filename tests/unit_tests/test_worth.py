@@ -1,0 +1,96 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_latentmas.evaluation.worth import CONDITIONS, Answer, Audit, EdgeWorth
+
+N = 40
+
+
+def answers(right: int, n: int = N, error: str = "") -> list[Answer]:
+    """The first `right` questions are answered right."""
+    return [Answer(i < right, 10, 20, 0.5, "" if i < right else error) for i in range(n)]
+
+
+def edge(name: str = "a->b", **right: int) -> EdgeWorth:
+    return EdgeWorth.of(name, {condition: answers(k) for condition, k in right.items()}, crossed=N)
+
+
+def audit(*edges: EdgeWorth) -> Audit:
+    return Audit.of("relay", edges, seed=0, level=0.95)
+
+
+def test_content_is_worth_what_another_memory_loses() -> None:
+    worth = edge(intact=38, swapped=2, cut=2)
+    assert worth.verdict == "this edge's content is worth 90 ± 10 points"
+    assert worth.has_content
+    assert worth.effects["presence"].points == 0
+
+
+def test_several_edges_at_once_are_spoken_of_as_several() -> None:
+    assert edge("all edges", intact=38, swapped=2).verdict.startswith("these edges' content is worth 90")
+    assert edge("a->b, b->c", intact=38, swapped=2).verdict.startswith("these edges' content is worth 90")
+
+
+def test_no_difference_is_no_content_and_says_how_little_that_proves() -> None:
+    worth = edge(intact=30, swapped=30, cut=30)
+    assert worth.verdict == "no detectable content: keep text or cut the edge (content +0 ± 9 points)"
+    assert not worth.has_content
+
+
+def test_a_reader_that_is_misled_but_needs_nothing_is_told_to_cut() -> None:
+    worth = edge(intact=38, swapped=5, cut=37)
+    assert worth.verdict.startswith("the reader uses this edge's content (82 ± ")
+    assert "answers as well without any: cut the edge (intact against cut +2 ± " in worth.verdict
+
+
+def test_content_can_do_harm() -> None:
+    assert edge(intact=5, swapped=30).verdict.startswith("this edge's content does harm")
+
+
+def test_presence_and_text_are_mentioned_where_they_are_significant() -> None:
+    worth = edge(intact=30, swapped=30, cut=10, text=40)
+    assert "; its mere presence adds 50 ± " in worth.verdict
+    assert "; as text the graph is 25 ± " in worth.verdict
+    assert worth.verdict.endswith("points better")
+
+
+@given(st.lists(st.integers(0, N), min_size=6, max_size=6))
+def test_content_and_presence_add_up_to_the_worth(right: list[int]) -> None:
+    worth = edge(**dict(zip(CONDITIONS, right, strict=True)))
+    effects = worth.effects
+    assert effects["content"].points + effects["presence"].points == pytest.approx(effects["worth"].points)
+    for effect in effects.values():
+        assert effect.low <= effect.points <= effect.high
+    assert worth.has_content == (effects["content"].p < 0.05)
+    json.dumps(worth.to_json())
+
+
+def test_several_edges_are_held_to_a_stricter_test() -> None:
+    weak = edge(intact=12, swapped=6)  # 6 lost, none won: p = 1/32
+    assert audit(weak).edges[0].has_content
+    several = audit(edge(intact=38, swapped=2), weak)
+    assert several.edges[0].has_content
+    assert several.edges[1].effects["content"].p == pytest.approx(1 / 32)  # the largest is not adjusted
+    assert not audit(weak, weak).edges[0].has_content
+
+
+def test_errors_are_counted_by_name() -> None:
+    worth = EdgeWorth.of("a->b", {"intact": answers(40), "swapped": answers(30, error="ValueError: no")}, crossed=N)
+    assert worth.outcomes["swapped"].errors == {"ValueError: no": 10}
+    assert worth.outcomes["swapped"].accuracy == 75
+
+
+def test_json_has_the_keys_that_were_promised() -> None:
+    document = json.loads(json.dumps(audit(edge(intact=38, swapped=2, cut=1)).to_json()))
+    assert document["task"] == "relay"
+    assert document["n"] == N
+    assert document["conditions"] == {"intact": 95, "swapped": 5, "cut": 2.5}
+    assert set(document["content"]) == {"points", "low", "high", "p"}
+    assert document["presence"]["points"] == 2.5
+    assert document["against_text"] is None
+    assert document["verdict"] == document["edges"][0]["verdict"]
+    outcome = document["edges"][0]["outcomes"]["intact"]
+    assert (outcome["output_tokens"], outcome["latent_steps"], outcome["seconds"]) == (10, 20, 0.5)
