@@ -139,26 +139,41 @@ def main(
             "agents": f"{steps} latent steps a thinking node, at most 128 tokens a speaking one",
             "repeats": repeats,
         },
-        *(part for row in rows for part in (f"[bold]{row['graph']}[/]", Syntax("\n".join(row["changed"]), "diff"))),
+        *(
+            part
+            for row in rows
+            for part in (
+                f"[bold]{row['graph']}[/]",
+                Syntax("\n".join(row["changed"]), "diff", background_color="default"),
+            )
+        ),
         table(rows),
-        "[dim]Seconds: wall clock for all questions together, median (min..max) of the repeats.[/]",
+        "[dim]Tokens: decoded by all nodes, per question. Seconds: wall clock for all questions together, median "
+        "(min..max) of the repeats.[/]",
         as_json=as_json,
         results={"rows": rows},
     )
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table(box=None, padding=(0, 2), header_style="dim")
-    shown.add_column()
-    for column in ("lines\nchanged", "right\ntext", "\nlatent", "output tokens\ntext", "\nlatent", "text /\nlatent"):
-        shown.add_column(column, justify="right")
-    for column in ("seconds\ntext", "\nlatent", "text /\nlatent"):
-        shown.add_column(column, justify="right")
+    shown = Table(box=None, padding=(0, 1), header_style="dim")
+    shown.add_column(no_wrap=True)
+    headings = (
+        "right\ntext",
+        "\nlatent",
+        "tokens\ntext",
+        "\nlatent",
+        "\nratio",
+        "seconds\ntext",
+        "\nlatent",
+        "\nratio",
+    )
+    for heading in headings:
+        shown.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         more = row["text_over_latent"]
         shown.add_row(
             f"[bold]{row['graph']}[/]",
-            str(sum(line.startswith("+") for line in row["changed"])),
             *(str(row["right"][mode]) for mode in MODES),
             *(f"{row['output_tokens'][mode]:.0f}" for mode in MODES),
             f"[green]{more['output_tokens']:.1f}×[/]",
