@@ -127,8 +127,8 @@ def main(
             "audits": f"{runs} of each graph, {n} held-out questions each, seeds {seed} to {seed + runs - 1}",
         },
         table(rows),
-        "[dim]Each audit asks questions of its own; none are drawn again from a pool. Content found: McNemar's exact p of "
-        "intact against swapped is below 5 % (95 % Wilson interval). Rest: median (min..max) of the audits.[/]",
+        "[dim]Each audit asks questions of its own; none are drawn again from a pool. Content found: McNemar's exact p "
+        "of intact against swapped is below 5 % (95 % Wilson interval). Rest: median (min..max) of the audits.[/]",
         as_json=as_json,
         results={"rows": rows},
     )
