@@ -4,6 +4,7 @@ import typer
 
 from .commands.ask import ask
 from .commands.demo import demo
+from .commands.evaluate import evaluate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -15,6 +16,7 @@ def main() -> None:
 
 app.command()(demo)
 app.command()(ask)
+app.command("eval")(evaluate)
 
 if __name__ == "__main__":
     app()

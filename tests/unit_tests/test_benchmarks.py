@@ -272,7 +272,7 @@ def test_a_row_of_a_benchmark_without_an_answer(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(DatasetNotFound, match="nowhere.*cannot be read"):
+    with pytest.raises(DatasetNotFound, match=r"nowhere\.jsonl cannot be read"):
         task_named("/nowhere.jsonl").questions()
 
 

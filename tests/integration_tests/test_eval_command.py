@@ -1,0 +1,125 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LATENTMAS = [sys.executable, "-m", "langchain_latentmas.cli", "eval"]
+SMALL = ["--task", "relay", "--n", "12", "--steps", "6", "--max-tokens", "24", "--batch", "4"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def call(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*LATENTMAS, *args], capture_output=True, text=True, timeout=240)
+
+
+def document(*args: str) -> dict[str, Any]:
+    done = call(*args, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_one_json_document(cache: Path) -> None:
+    made = document(*SMALL)
+    assert (made["task"], made["n"]) == ("relay", 12)
+    assert [(row["mode"], row["arrangement"]) for row in made["rows"]] == [
+        ("single", "single"),
+        ("text", "sequential"),
+        ("latent", "sequential"),
+        ("text", "hierarchical"),
+        ("latent", "hierarchical"),
+    ]
+    for row in made["rows"]:
+        assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 100
+        assert row["output_tokens"] > 0
+        assert row["seconds"] > 0
+        assert row["latent_steps"] == (18 if row["mode"] == "latent" else 0)
+    assert made["model"]["name"] == "bundled"
+    assert made["settings"]["seed"] == 0
+    assert made["sessions"][0]["packages"]["torch"]
+    # The next run measures anew.
+    assert document(*SMALL)["sessions"][0]["begun"] >= made["sessions"][0]["begun"]
+    assert len(list(cache.rglob("answers*.jsonl"))) == 1
+
+
+def test_the_table(tmp_path: Path) -> None:
+    done = call("--task", "words", "--n", "3", "--steps", "2", "--max-tokens", "16", "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    for shown in ("single agent", "sequential", "hierarchical", "text / latent", "seed 0", "torch", "answers.jsonl"):
+        assert shown in done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["n"] == 3
+
+
+@pytest.mark.parametrize("ended", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_goes_on_and_gives_the_same_summary(tmp_path: Path, ended: signal.Signals) -> None:
+    whole = document(*SMALL, "--out", str(tmp_path / "whole"))
+    answers = tmp_path / "run" / "answers.jsonl"
+    command = [*LATENTMAS, *SMALL, "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not answers.exists() or answers.read_text().count("\n") < 20:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(ended)
+        process.wait(60)
+        if ended == signal.SIGINT:
+            assert process.returncode == 130
+            assert process.stderr is not None
+            assert "the same command goes on" in process.stderr.read()
+    kept = answers.read_text().count('"right"')
+    assert 18 <= kept < 60
+    resumed = document(*SMALL, "--out", str(tmp_path / "run"))
+    assert plain(resumed["rows"]) == plain(whole["rows"])
+    assert len(resumed["sessions"]) == 2
+    assert answers.read_text().count('"right"') == 60
+    refused = call(*SMALL, "--seed", "1", "--out", str(tmp_path / "run"), "--json")
+    assert refused.returncode == 2
+    assert json.loads(refused.stdout)["error"] == "InvalidRequest"
+    assert "seed was 0, is 1" in json.loads(refused.stdout)["message"]
+
+
+def test_an_own_file(tmp_path: Path) -> None:
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": i + 1}) + "\n" for i in range(3)))
+    made = document("--task", str(path), "--grader", "number", "--steps", "1", "--max-tokens", "4", "--modes", "single")
+    assert (made["task"], made["n"]) == ("sums", 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (["--task", "nothing"], "InvalidRequest"),
+        (["--task", "/no/such.jsonl"], "DatasetNotFound"),
+        (["--task", "words", "--modes", "aloud"], "InvalidRequest"),
+        (["--task", "words", "--model", "/no/such/folder"], "ModelNotFound"),
+        (["--task", "words", "--grader", "number"], "InvalidRequest"),
+    ],
+)
+def test_wrong_calls_end_with_one_line(args: list[str], error: str) -> None:
+    done = call(*args, "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"] == error
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="POSIX")
+def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    done = call("--task", "words", "--n", "1", "--json")
+    assert done.returncode == 2
+    assert "--out" in json.loads(done.stdout)["message"]

@@ -1,0 +1,234 @@
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from langchain_latentmas.errors import InvalidRequest
+from langchain_latentmas.evaluation.run import Answer, Comparison, Evaluation, Row, Summary
+from langchain_latentmas.evaluation.task import Question, Split, Words
+from langchain_latentmas.service.local import LocalService
+
+CELLS = [
+    ("single", "single"),
+    ("text", "sequential"),
+    ("latent", "sequential"),
+    ("text", "hierarchical"),
+    ("latent", "hierarchical"),
+]
+QUICK: dict[str, Any] = {"n": 4, "steps": 3, "max_tokens": 12}
+
+
+@pytest.fixture
+def fresh() -> Iterator[LocalService]:
+    """A bundled model that has no thoughts yet."""
+    with LocalService.load("bundled", device="cpu") as service:
+        yield service
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def plain(summary: Summary) -> list[dict[str, Any]]:
+    """Rows without what a clock says."""
+    return [{**asdict(row), "seconds": None} for row in summary.rows]
+
+
+def test_every_answer_of_every_cell_is_kept(fresh: LocalService, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "answers.jsonl"
+    seen: list[tuple[Any, ...]] = []
+    evaluation = Evaluation(fresh, Words(), **QUICK)
+    summary = evaluation.run(path, lambda *progress: seen.append(progress))
+    head, session, *answers = lines(path)
+    assert head["task"] == "words"
+    assert session["session"]["packages"]["torch"]
+    assert [(line["mode"], line["arrangement"]) for line in answers] == [cell for cell in CELLS for _ in range(4)]
+    assert [(row.mode, row.arrangement) for row in summary.rows] == CELLS
+    assert seen == [(*cell, done, 4) for cell in CELLS for done in range(5)]
+    for row in summary.rows:
+        own = [line for line in answers if (line["mode"], line["arrangement"]) == (row.mode, row.arrangement)]
+        assert {line["id"] for line in own} == {question.id for question in evaluation.questions}
+        assert row.accuracy == 25 * sum(line["right"] for line in own)
+        assert row.low <= row.accuracy <= row.high
+        assert row.output_tokens == sum(line["output_tokens"] for line in own) / 4
+        assert row.seconds == pytest.approx(sum(line["seconds"] for line in own))
+        assert row.latent_steps == (9 if row.mode == "latent" else 0)
+        assert not row.failed
+        assert row.published is None
+    by = {(row.mode, row.arrangement): row for row in summary.rows}
+    text, latent, compared = by["text", "sequential"], by["latent", "sequential"], summary.comparisons["sequential"]
+    assert text.output_tokens > latent.output_tokens
+    assert compared.output_tokens == pytest.approx(text.output_tokens / latent.output_tokens)
+    assert compared.points == latent.accuracy - text.accuracy
+    assert json.loads(json.dumps(summary.as_json()))["rows"][0]["mode"] == "single"
+
+
+def test_without_a_file_nothing_is_kept(fresh: LocalService) -> None:
+    summary = Evaluation(fresh, Words(), modes=["latent"], arrangements=["hierarchical"], **QUICK).run()
+    assert summary.answers is None
+    assert [(row.mode, row.arrangement) for row in summary.rows] == [("latent", "hierarchical")]
+    assert summary.comparisons == {}
+
+
+async def test_it_runs_in_a_running_loop(fresh: LocalService) -> None:
+    assert (await Evaluation(fresh, Split(), modes=["single", "latent"], **QUICK).arun()).n == 4
+
+
+def test_it_goes_on_where_it_stopped(fresh: LocalService, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    whole = Evaluation(fresh, Words(), **QUICK).run(path)
+    written = path.read_text().splitlines(keepends=True)
+    # Killed in the middle of a line, in the middle of a cell.
+    path.write_text("".join(written[:9]) + written[9][:30])
+    asked: list[tuple[Any, ...]] = []
+    with LocalService.load("bundled", device="cpu") as other:
+        evaluation = Evaluation(other, Words(), **QUICK)
+        resumed = evaluation.run(path, lambda *progress: asked.append(progress))
+    assert plain(resumed) == plain(whole)
+    assert len(resumed.sessions) == 2
+    assert asked[:3] == [("single", "single", 4, 4), ("text", "sequential", 3, 4), ("text", "sequential", 4, 4)]
+    kept = [Answer(**json.loads(line)) for line in written[2:9]]
+    before = [answer for answer in kept if answer.mode == "single"]
+    assert resumed.rows[0].seconds == pytest.approx(sum(answer.seconds for answer in before))
+    assert len(lines_of_answers(path)) == 20
+
+
+def lines_of_answers(path: Path) -> set[tuple[str, str, str]]:
+    found = set()
+    for line in path.read_text().splitlines():
+        try:
+            read = json.loads(line)
+        except ValueError:
+            continue
+        if "right" in read:
+            found.add((read["mode"], read["arrangement"], read["id"]))
+    return found
+
+
+def test_a_finished_run_asks_nothing_again(fresh: LocalService, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    first = Evaluation(fresh, Words(), modes=["latent"], **QUICK).run(path)
+    before = path.read_text()
+    again = Evaluation(fresh, Words(), modes=["latent"], **QUICK).run(path)
+    assert again.rows == first.rows
+    assert path.read_text() == before
+
+
+def test_other_modes_can_be_added_to_a_run(fresh: LocalService, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    Evaluation(fresh, Words(), modes=["latent"], **QUICK).run(path)
+    summary = Evaluation(fresh, Words(), modes=["single", "latent"], **QUICK).run(path)
+    assert [row.mode for row in summary.rows] == ["single", "latent", "latent"]
+    assert len(lines_of_answers(path)) == 12
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"n": 5}, "n"),
+        ({"steps": 4}, "steps"),
+        ({"max_tokens": 13}, "max_tokens"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"batch": 3}, "batch"),
+    ],
+)
+def test_other_settings_are_refused(fresh: LocalService, tmp_path: Path, changed: dict[str, Any], named: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    Evaluation(fresh, Words(), modes=["single"], **QUICK).run(path)
+    before = path.read_text()
+    with pytest.raises(InvalidRequest, match=rf"another run \(.*{named} was"):
+        Evaluation(fresh, Words(), modes=["single"], **{**QUICK, **changed}).run(path)
+    assert path.read_text() == before
+
+
+def test_another_model_is_refused(fresh: LocalService, service: LocalService, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    Evaluation(fresh, Words(), modes=["single"], **QUICK).run(path)
+    with pytest.raises(InvalidRequest, match="another run"):
+        Evaluation(service, Words(), modes=["single"], **QUICK).run(path)
+
+
+class Broken(Words):
+    """One question is too long for the model, and the grader cannot take another one."""
+
+    def questions(self, n: int | None = None, seed: int = 0) -> list[Question]:
+        questions = super().questions(n, seed)
+        questions[1] = questions[1]._replace(text="long " * 5000)
+        return questions
+
+    def grade(self, text: str, question: Question) -> bool:
+        if question.id == "words-0-2":
+            raise ZeroDivisionError("what is this?")
+        return True
+
+
+def test_a_failing_question_is_counted_and_named(fresh: LocalService, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    summary = Evaluation(fresh, Broken(), modes=["single", "latent"], **QUICK).run(path)
+    for row in summary.rows:
+        assert row.failed == {"ContextTooLong": 1, "ZeroDivisionError": 1}
+        assert row.accuracy == 50
+    errors = {line["id"]: line["error"] for line in lines(path)[2:6]}
+    assert errors["words-0-0"] == ""
+    assert "positions" in errors["words-0-1"]
+    assert errors["words-0-2"] == "ZeroDivisionError: what is this?"
+
+
+def test_what_a_retry_can_mend_is_asked_again(fresh: LocalService, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    whole = Evaluation(fresh, Words(), modes=["single"], **QUICK).run(path)
+    written = path.read_text().splitlines()
+    failed = {**json.loads(written[-1]), "right": False, "text": "", "error": "EngineFailed: out of memory"}
+    path.write_text("\n".join([*written[:-1], json.dumps(failed)]) + "\n")
+    again = Evaluation(fresh, Words(), modes=["single"], **QUICK).run(path)
+    assert not again.rows[0].failed
+    assert again.rows[0].accuracy == whole.rows[0].accuracy
+
+
+def test_thoughts_that_were_known_before_are_noticed(fresh: LocalService, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        Evaluation(fresh, Words(), modes=["latent"], arrangements=["sequential"], **QUICK).run()
+        assert "knew some thoughts" not in caplog.text
+        Evaluation(fresh, Words(), modes=["latent"], arrangements=["sequential"], **QUICK).run()
+    assert "latent, sequential: the service knew some thoughts" in caplog.text
+
+
+def test_a_sample_can_be_drawn_again(fresh: LocalService, tmp_path: Path) -> None:
+    texts = []
+    for name in ("a", "b"):
+        path = tmp_path / name
+        Evaluation(fresh, Words(), modes=["single"], temperature=1.5, **QUICK).run(path)
+        texts.append({line["id"]: line["text"] for line in lines(path)[2:]})
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"modes": ["telepathy"]}, "no mode 'telepathy'; take of single, text, latent"),
+        ({"arrangements": ["ring"]}, "no arrangement 'ring'"),
+        ({"arrangements": [], "modes": ["latent"]}, "nothing to evaluate"),
+        ({"modes": []}, "nothing to evaluate"),
+        ({"batch": 0}, "batch"),
+        ({"n": 0}, "at least 1"),
+        ({"steps": -1}, "steps"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_wrong_options_are_refused_before_work_starts(bundled: LocalService, wrong: dict[str, Any], why: str) -> None:
+    with pytest.raises(InvalidRequest, match=why):
+        Evaluation(bundled, Words(), **{**QUICK, **wrong})
+
+
+def test_rows_and_comparisons_are_what_the_answers_say() -> None:
+    right = [Answer("text", "sequential", str(i), "x", i % 2 == 0, 10, 0, 0.5) for i in range(8)]
+    failed = [Answer("text", "sequential", "8", error="ContextTooLong: too long", seconds=1.0)]
+    row = Row.of([*right, *failed], None)
+    assert (row.accuracy, row.seconds, row.failed) == (pytest.approx(400 / 9), 5.0, {"ContextTooLong": 1})
+    assert row.output_tokens == pytest.approx(80 / 9)
+    assert Comparison._fields == ("points", "low", "high", "output_tokens", "seconds")
