@@ -5,16 +5,16 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from langgraph.graph import END, START, StateGraph
 from rich.progress import track
 from rich.table import Table
 
 from benchmarks.report import Spread, machine, prepare, ratios, show
-from langchain_latentmas import LatentAgentNode, LatentState
-from langchain_latentmas.bundled.tasks import ROLES, Problem
-from langchain_latentmas.demo import ARRANGEMENTS, BOXED, MODES, Score, answer_all, held_out, run
+from langchain_latentmas.bundled import STEPS
+from langchain_latentmas.bundled.tasks import Problem
+from langchain_latentmas.demo import MODES, TEAMS, Score, answer_all, held_out, run
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.evaluation.statistics import wilson
+from langchain_latentmas.evaluation.task import Relay
 from langchain_latentmas.service import LatentService
 from langchain_latentmas.service.local import LocalService, LocalSettings
 
@@ -23,18 +23,15 @@ NAMES = {"text": "text", "latent": "latent", "cut": "latent, edge cut"}
 
 def single(service: LatentService, problems: list[Problem], **options: Any) -> Score:
     """One agent that solves the question in text, alone."""
-    builder = StateGraph(LatentState)
-    builder.add_node("solver", LatentAgentNode("solver", ROLES["solver"], service=service, speak=True, **options))
-    builder.add_edge(START, "solver")
-    builder.add_edge("solver", END)
-    return Score.of("single agent", "text", *answer_all(builder.compile(), problems))
+    graph = Relay().graph(service, "single", **options).compile()
+    return Score.of("single agent", "text", *answer_all(graph, problems))
 
 
 def main(
     n: Annotated[int, typer.Option("--n", help="Held-out problems.")] = 100,
     repeats: int = 3,
     model: Annotated[str, typer.Option(help="'bundled', a hub id, or a folder.")] = "bundled",
-    steps: Annotated[int, typer.Option(help="Latent steps of each thinker.")] = 24,
+    steps: Annotated[int, typer.Option(help="Latent steps of each thinker.")] = STEPS,
     seed: int = 0,
     max_tokens: int = 256,
     device: str | None = None,
@@ -47,14 +44,12 @@ def main(
     with LocalService.load(model, device=device) as service:
         loaded, settings = service.model, service.settings
     about = machine(loaded.device)
-    team: dict[str, Any] = {"steps": steps, "max_tokens": max_tokens} | (
-        {} if model == "bundled" else {"judger": BOXED}
-    )
+    team: dict[str, Any] = {"steps": steps, "max_tokens": max_tokens}
 
     def cell(arrangement: str, mode: str) -> Callable[[LatentService], Score]:
         return lambda service: run(service, arrangement, mode, problems, **team)[0]
 
-    cells = [cell(arrangement, mode) for arrangement in ARRANGEMENTS for mode in MODES]
+    cells = [cell(arrangement, mode) for arrangement in TEAMS for mode in MODES]
     cells.append(lambda service: single(service, problems, max_tokens=max_tokens))
     once(loaded, settings, lambda service: run(service, "sequential", "latent", held_out(8, seed + 1), **team)[0])
     # A B A B: whatever else the machine does meets text and latent alike.
@@ -69,7 +64,7 @@ def main(
             "output_tokens": ratios(*([s.output_tokens for s in by[arrangement, mode]] for mode in ("text", "latent"))),
             "seconds": ratios(*([s.seconds for s in by[arrangement, mode]] for mode in ("text", "latent"))),
         }
-        for arrangement in ARRANGEMENTS
+        for arrangement in TEAMS
     }
     show(
         {

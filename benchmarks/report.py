@@ -1,12 +1,8 @@
 """What all benchmarks print: the machine, medians with their spread, and the same as JSON."""
 
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +10,9 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-PACKAGES = ("langchain-latentmas", "torch", "transformers", "langgraph", "langchain-core")
+from langchain_latentmas.evaluation.machine import machine
+
+__all__ = ["Spread", "machine", "prepare", "ratios", "show"]
 
 
 class Spread(NamedTuple):
@@ -52,20 +50,6 @@ def prepare(model: str, threads: int | None) -> None:
     transformers_logging.set_verbosity_error()
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what this runs; the load at the start tells whether anything else did too."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-    }
-
-
 def show(run: dict[str, Any], *parts: RenderableType, as_json: bool, results: dict[str, Any]) -> None:
     """Prints what was run and what came of it, as text or as one JSON document."""
     if as_json:
@@ -94,19 +78,3 @@ def _flat(facts: dict[str, Any]) -> str:
     """`processor X, cores 2, ...`"""
     parts = (f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if not isinstance(value, dict))
     return ", ".join([*parts, *(_flat(value) for value in facts.values() if isinstance(value, dict))])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

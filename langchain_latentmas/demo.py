@@ -8,34 +8,18 @@ from typing import Any, NamedTuple
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, HumanMessage
-from langgraph.graph import StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
-from . import teams
 from .bundled.tasks import Problem, grade, problem
 from .errors import InvalidRequest
+from .evaluation.run import TEAMS, Cost, cost, usage
+from .evaluation.task import Relay
 from .service import LatentService
-from .state import LatentState
 
-ARRANGEMENTS: "Mapping[str, Callable[..., StateGraph[LatentState]]]" = {
-    "sequential": teams.sequential,
-    "hierarchical": teams.hierarchical,
-}
+__all__ = ["MODES", "TEAMS", "Answer", "Score", "Transcript", "Turn", "answer_all", "cost", "held_out", "run", "turns"]
+
 MODES = ("text", "latent", "cut")
 """What crosses the edges: text, latent memory, or latent memory that the judger does not read (the control)."""
-BOXED = teams.JUDGER + " Write it as \\boxed{number}."
-"""A judger's prompt for models that were not trained to answer that way."""
-
-
-class Cost(NamedTuple):
-    """What an answer took."""
-
-    output_tokens: int
-    """Decoded by all agents together."""
-    latent_steps: int
-    """Taken by all agents together."""
-    latent_steps_read: int
-    """Of those, the ones in the memory that the last agent read."""
 
 
 class Answer(NamedTuple):
@@ -173,18 +157,18 @@ def run(
     Args:
         service: The model service. One that has thought about these problems before still knows its thoughts, and takes
             no time for them.
-        arrangement: One of `ARRANGEMENTS`.
+        arrangement: One of `TEAMS`.
         mode: One of `MODES`.
         problems: The problems.
         on_agent: Called whenever an agent is done, from any thread.
-        **options: As `teams.sequential` takes them.
+        **options: As `Task.graph` takes them.
 
     Returns:
         The score, and the answers in the order of the problems.
     """
     if mode == "cut":
         options["reads"] = []
-    graph = ARRANGEMENTS[arrangement](service, relay=True, **options).compile()
+    graph: CompiledStateGraph[Any, Any, Any, Any] = Relay().graph(service, arrangement, **options).compile()
     answers, seconds = answer_all(graph, problems, edges="text" if mode == "text" else "latent", on_agent=on_agent)
     return Score.of(arrangement, mode, answers, seconds), answers
 
@@ -217,18 +201,8 @@ def turns(service: LatentService, state: Mapping[str, Any], top_k: int = 3) -> l
     thought = [ref for ref in state.get("latents", []) if ref["id"] not in spoke]
     return [
         *(Turn(r["agent"], None, 0, r["steps"], [row.tokens for row in service.lens(r, top_k)]) for r in thought),
-        *(Turn(m.response_metadata["agent"], m.text, _usage(m)["output_tokens"], 0, []) for m in said),
+        *(Turn(m.response_metadata["agent"], m.text, usage(m)["output_tokens"], 0, []) for m in said),
     ]
-
-
-def cost(state: Mapping[str, Any]) -> Cost:
-    """What a graph's last state says about the work of its agents."""
-    said = [message for message in state["messages"] if isinstance(message, AIMessage)]
-    return Cost(
-        output_tokens=sum(_usage(message)["output_tokens"] for message in said),
-        latent_steps=sum(ref["steps"] for ref in state.get("latents", [])),
-        latent_steps_read=_usage(said[-1])["output_token_details"]["latent_steps"],
-    )
 
 
 class _AgentsDone(BaseCallbackHandler):
@@ -240,8 +214,3 @@ class _AgentsDone(BaseCallbackHandler):
     def on_chain_end(self, outputs: Any, *, tags: list[str] | None = None, **kwargs: Any) -> None:
         if any(tag.startswith("graph:step") for tag in tags or []):
             self.on_agent()
-
-
-def _usage(message: AIMessage) -> dict[str, Any]:
-    assert message.usage_metadata is not None  # ChatLatentMAS always says it
-    return dict(message.usage_metadata)

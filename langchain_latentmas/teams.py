@@ -1,6 +1,6 @@
 """The arrangements of the paper as ready graphs: experts one after the other, in parallel before a judger, or alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from langchain_core.messages import SystemMessage
@@ -76,6 +76,14 @@ def single(service: LatentService | None = None, **options: Any) -> "StateGraph[
     builder.add_edge(START, "solver")
     builder.add_edge("solver", END)
     return builder
+
+
+ARRANGEMENTS: "Mapping[str, Callable[..., StateGraph[LatentState]]]" = {
+    "single": single,
+    "sequential": sequential,
+    "hierarchical": hierarchical,
+}
+"""By name; "single" is what the others are compared with."""
 
 
 def _team(service: LatentService | None, options: dict[str, Any]) -> "tuple[list[str], StateGraph[LatentState]]":

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from ..bundled import STEPS
 from ..errors import InvalidRequest
 from .options import AsJson, MaxTokens, Model, Steps
 from .session import describe, load, loading, print_json, reported
@@ -25,7 +26,7 @@ def ask(
     arrangement: Annotated[
         Literal["sequential", "hierarchical"], typer.Option(help="Experts one after the other, or in parallel.")
     ] = "sequential",
-    steps: Steps = 24,
+    steps: Steps = STEPS,
     edges: Annotated[Literal["latent", "text"], typer.Option(help="What the agents pass on.")] = "latent",
     max_tokens: MaxTokens = 256,
     as_json: AsJson = False,
@@ -38,11 +39,12 @@ def ask(
             from langchain_core.messages import HumanMessage
 
             from .. import demo as shown
+            from .. import teams
 
             loaded = load(model)
         with loaded as service:
             # The bundled judger was trained to know the question from the others alone.
-            builder = shown.ARRANGEMENTS[arrangement](
+            builder = teams.ARRANGEMENTS[arrangement](
                 service, steps=steps, max_tokens=max_tokens, relay=model == "bundled"
             )
             console, about = open_console(), describe(service, model)

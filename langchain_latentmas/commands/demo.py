@@ -12,6 +12,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from ..bundled import STEPS
 from .options import AsJson, MaxTokens, Model, Steps
 from .session import describe, load, loading, print_json, progress_bars, reported
 from .terminal import (
@@ -35,7 +36,7 @@ MODES = {"text": "text", "latent": "latent", "cut": "edge cut"}
 def demo(
     n: Annotated[int, typer.Option("--n", help="Held-out word problems.")] = 16,
     model: Model = "bundled",
-    steps: Steps = 24,
+    steps: Steps = STEPS,
     seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
     max_tokens: MaxTokens = 256,
     as_json: AsJson = False,
@@ -49,14 +50,12 @@ def demo(
             problems = shown.held_out(n, seed)
             loaded = load(model)
         options: dict[str, Any] = {"steps": steps, "max_tokens": max_tokens}
-        if model != "bundled":
-            options["judger"] = shown.BOXED
         with loaded as service:
             # One other problem first, so that nobody's seconds include what is done once in a process.
             shown.run(service, "sequential", "latent", shown.held_out(1, seed + 1), **options)
             runs = []
             with progress_bars(service, show=not as_json) as bars:
-                for arrangement in shown.ARRANGEMENTS:
+                for arrangement in shown.TEAMS:
                     for mode in shown.MODES:
                         done = bars(f"{arrangement}, {MODES[mode]}", 4 * n)
                         runs.append(shown.run(service, arrangement, mode, problems, on_agent=done, **options))

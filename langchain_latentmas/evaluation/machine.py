@@ -9,11 +9,11 @@ from typing import Any
 PACKAGES = ("langchain-latentmas", "torch", "transformers", "langgraph", "langchain-core")
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
+def machine(device: object = "cpu") -> dict[str, Any]:
     """Where and with what this runs; the load at the start tells whether anything else did too.
 
     Args:
-        device: Of the model, as torch writes it.
+        device: The model's, or its name.
 
     Returns:
         Plain JSON.
@@ -25,7 +25,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "device": torch.cuda.get_device_name(str(device)) if str(device).startswith("cuda") else str(device),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := version_of(name))},

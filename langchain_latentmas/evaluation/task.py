@@ -17,10 +17,6 @@ from ..service import LatentService
 from ..state import LatentState
 from .roles import BOXED, BUNDLED, Roles
 
-ARRANGEMENTS = ("single", "sequential", "hierarchical")
-JUDGER, SOLVER = "judger", "solver"
-"""Names of the agents that answer."""
-
 
 class Question(NamedTuple):
     """One question of a task."""
@@ -92,7 +88,7 @@ class Task(ABC):
 
         Args:
             service: The model service.
-            arrangement: One of `ARRANGEMENTS`.
+            arrangement: One of `teams.ARRANGEMENTS`.
             steps: Latent steps of a thinker.
             max_tokens: Most tokens that one agent decodes.
             reads: Whom the judger reads; None means every tip, [] nobody.
@@ -104,8 +100,9 @@ class Task(ABC):
         Raises:
             InvalidRequest: If there is no such arrangement.
         """
-        if arrangement not in ARRANGEMENTS:
-            raise InvalidRequest(f"There is no arrangement {arrangement!r}; take one of {', '.join(ARRANGEMENTS)}.")
+        if arrangement not in teams.ARRANGEMENTS:
+            known = ", ".join(teams.ARRANGEMENTS)
+            raise InvalidRequest(f"There is no arrangement {arrangement!r}; take one of {known}.")
         roles = self.roles(service)
         options = {"max_tokens": self.max_tokens if max_tokens is None else max_tokens, **options}
         if arrangement == "single":
@@ -116,8 +113,7 @@ class Task(ABC):
             "steps": self.steps if steps is None else steps,
             "reads": reads,
         }
-        build = teams.sequential if arrangement == "sequential" else teams.hierarchical
-        return build(service, **{**team, **options})
+        return teams.ARRANGEMENTS[arrangement](service, **{**team, **options})
 
 
 class BundledTask(Task):

@@ -13,8 +13,9 @@ import pytest
 from langchain_latentmas.errors import BadRow, DatasetNotFound, InvalidRequest, MissingExtra
 from langchain_latentmas.evaluation import benchmarks
 from langchain_latentmas.evaluation.benchmarks import BENCHMARKS, jsonl_task, published, task_named
-from langchain_latentmas.evaluation.task import ARRANGEMENTS, BUNDLED_TASKS
+from langchain_latentmas.evaluation.task import BUNDLED_TASKS
 from langchain_latentmas.service.local import LocalService
+from langchain_latentmas.teams import ARRANGEMENTS
 
 from .test_graders import GSM8K, HUMANEVAL, MEDQA
 

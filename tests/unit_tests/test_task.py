@@ -4,8 +4,9 @@ import pytest
 
 from langchain_latentmas.errors import InvalidRequest
 from langchain_latentmas.evaluation.roles import BOXED, BUNDLED
-from langchain_latentmas.evaluation.task import ARRANGEMENTS, BUNDLED_TASKS, Question, Split
+from langchain_latentmas.evaluation.task import BUNDLED_TASKS, Question, Split
 from langchain_latentmas.service.local import LocalService
+from langchain_latentmas.teams import ARRANGEMENTS
 
 FACTS = ("Ann has 3 pens.", "Ben has 4 pens.", "Eva has 5 pens.")
 SPLIT = Question(
