@@ -65,8 +65,9 @@ class ChatLatentMAS(BaseChatModel):
     Markers in its messages are taken out, verified, and read as the memories they stand for.
 
     The message it returns has `usage_metadata` with `output_token_details["latent_steps"]`: the thoughts that spoken
-    text was read from, or the steps that a marker stands for. `response_metadata` has the model's name, the finish
-    reason, and as `latent_ref` the reference of what was said or thought.
+    text was read from, or the steps that a marker stands for. A marker's own usage counts no input tokens, although its
+    prompt was prefilled: compare costs by output tokens and seconds. `response_metadata` has the model's name, the
+    finish reason, and as `latent_ref` the reference of what was said or thought.
 
     Attributes:
         service: The model service; None takes the shared one of `model`.

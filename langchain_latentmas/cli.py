@@ -5,6 +5,7 @@ import typer
 from .commands.ask import ask
 from .commands.demo import demo
 from .commands.evaluate import evaluate
+from .commands.serve import rotate_key, serve
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -17,6 +18,8 @@ def main() -> None:
 app.command()(demo)
 app.command()(ask)
 app.command("eval")(evaluate)
+app.command()(serve)
+app.command("rotate-key")(rotate_key)
 
 if __name__ == "__main__":
     app()

@@ -62,7 +62,8 @@ def load(model: str) -> "LatentService":
         torch.set_num_threads(1)  # its matrices are so small that sharing them out costs more than it brings
     # A durable store would answer with thoughts of earlier runs, in no time at all.
     settings = SharedSettings()
-    return LatentService.load(model, device=settings.device, dtype=settings.dtype)
+    loading = {"device": settings.device, "dtype": settings.dtype}
+    return LatentService.load(model, **({} if "://" in model else loading))
 
 
 def describe(service: "LatentService", model: str) -> dict[str, Any]:

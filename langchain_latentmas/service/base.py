@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from langchain_core.language_models import LanguageModelInput
@@ -58,6 +60,21 @@ class LensRow(NamedTuple):
     """The most likely tokens and their probabilities, the likeliest first."""
 
 
+class StoredReference(NamedTuple):
+    """A reference that a service can still read, as `LatentService.references` lists it."""
+
+    ref: LatentRef
+    """Under the name of the agent that made it first, and with the memories it was really made of as parents."""
+    made: datetime
+    """When, in UTC."""
+    used: datetime
+    """When it was last handed out or read, in UTC; age counts from here."""
+    nbytes: int
+    """Bytes of its recipe in the store."""
+    pinned: bool
+    """Whether age spares it."""
+
+
 class Reading(Protocol):
     """Decides, for the runs in whose context it is set, what agents read; the audit's way in.
 
@@ -108,11 +125,12 @@ class LatentService(ABC):
 
     @classmethod
     def load(cls, model: str = "bundled", **settings: Any) -> "LatentService":
-        """Loads a model into this process.
+        """Loads a model into this process, or talks to a server that did.
 
         Args:
-            model: "bundled", a hub id, or a folder.
-            **settings: See `langchain_latentmas.service.local.LocalSettings`.
+            model: "bundled", a hub id, a folder, or the address of `latentmas serve`, such as "http://127.0.0.1:8765".
+            **settings: See `langchain_latentmas.service.local.LocalSettings`, for a server
+                `langchain_latentmas.service.http.HTTPSettings`.
 
         Returns:
             A running service.
@@ -122,8 +140,12 @@ class LatentService(ABC):
             ModelNotSupported: If the model cannot think exactly; the message says why.
             InvalidRequest: If a setting is unknown or out of range.
         """
+        if model.startswith(("http://", "https://")):
+            from .http import HTTPService
+
+            return HTTPService.load(model, **settings)
         if "://" in model or model.startswith("vllm:"):
-            raise ModelNotFound(f"{model!r}: this version runs models in this process only; give a hub id or a folder.")
+            raise ModelNotFound(f"{model!r} is no model: give 'bundled', a hub id, a folder, or http://host:port.")
         from .local import LocalService
 
         return LocalService.load(model, **settings)
@@ -155,7 +177,8 @@ class LatentService(ABC):
         Raises:
             InvalidRequest: Negative steps, no messages, ...
             ContextTooLong: If memory, prompt and steps exceed the model's positions.
-            InvalidReference: If a reference is tampered with, unknown, or of another model.
+            InvalidReference: If a reference is tampered with, unknown, dropped, or of another model.
+            StoreFull: If there is no room for the recipe; raised before the work starts.
             EngineFailed: If the device fails; may be retried.
             ServiceClosed: If the service is closed.
         """
@@ -211,7 +234,8 @@ class LatentService(ABC):
         Raises:
             InvalidRequest: If a value is out of range.
             ContextTooLong: If memory, prompt and `max_tokens` exceed the model's positions.
-            InvalidReference: If a reference is tampered with, unknown, or of another model.
+            InvalidReference: If a reference is tampered with, unknown, dropped, or of another model.
+            StoreFull: If there is no room for the recipe; raised before the work starts.
             EngineFailed: If the device fails; may be retried.
             ServiceClosed: If the service is closed.
         """
@@ -258,6 +282,41 @@ class LatentService(ABC):
             InvalidRequest: If `top_k` is below 1.
         """
 
+    def export_memory(self, ref: LatentRef, kv: bool = False) -> Iterator[bytes]:
+        """A memory as one safetensors file, for `import_memory` of another service (docs/serving.md has the format).
+
+        Args:
+            ref: Any reference.
+            kv: Whether its keys and values go along, for people; `import_memory` computes them anew.
+
+        Returns:
+            The file, at most a mebibyte at a time.
+
+        Raises:
+            InvalidReference: If it is tampered with, unknown, or of another model.
+            InvalidRequest: If this service exports no memories.
+        """
+        raise InvalidRequest(f"{type(self).__name__} neither exports nor imports memories.")
+
+    def import_memory(self, file: str | Path) -> LatentRef:
+        """Takes in a memory that another service of the same model exported.
+
+        Its thoughts are taken as they are: like a prompt, they are as trustworthy as who wrote them. What this service
+        knows already stays as it is.
+
+        Args:
+            file: What `export_memory` returned, written to a file.
+
+        Returns:
+            Its reference, signed by this service.
+
+        Raises:
+            InvalidRequest: If the file is no exported memory, does not fit together, or holds an altered memory.
+            WrongModel: If it belongs to another model.
+            StoreFull: If there is no room for its recipes.
+        """
+        raise InvalidRequest(f"{type(self).__name__} neither exports nor imports memories.")
+
     @abstractmethod
     def marker(self, ref: LatentRef) -> str:
         """Writes a reference as a short signed string, for graphs that pass text.
@@ -296,6 +355,44 @@ class LatentService(ABC):
             InvalidRequest: If this service cannot alter memories, or not that way.
         """
         raise InvalidRequest(f"{type(self).__name__} alters no memories; take a model service in this process.")
+
+    def references(self) -> list[StoredReference]:
+        """Everything in the store that can be read, the latest made first; what was dropped is not among it.
+
+        Reads every recipe that it has not seen before, so the first call on a large store takes a while.
+
+        Raises:
+            InvalidRequest: If this service keeps no recipes.
+        """
+        raise InvalidRequest(f"{type(self).__name__} keeps no recipes, so it lists, pins and drops none.")
+
+    def pin(self, ref: LatentRef, pinned: bool = True) -> None:
+        """Keeps a reference, and so all that it descends from, whatever its age; or no longer.
+
+        Args:
+            ref: Any reference but one of an altered memory, which is never stored.
+            pinned: False takes the pin off.
+
+        Raises:
+            InvalidReference: If it is tampered with, unknown, dropped, or of another model.
+            InvalidRequest: If this service keeps no recipes.
+        """
+        raise InvalidRequest(f"{type(self).__name__} keeps no recipes, so it lists, pins and drops none.")
+
+    def drop(self, ref: LatentRef) -> None:
+        """Forgets a reference; who uses it from now on gets `DroppedReference` or `UnknownReference`.
+
+        What others that were not dropped descend from is kept for them. To think the same again makes the reference
+        anew. To drop what is gone already is no error.
+
+        Args:
+            ref: Any reference but one of an altered memory, which is never stored.
+
+        Raises:
+            InvalidReference: If it is tampered with, or of another model.
+            InvalidRequest: If it is pinned, or this service keeps no recipes.
+        """
+        raise InvalidRequest(f"{type(self).__name__} keeps no recipes, so it lists, pins and drops none.")
 
     @abstractmethod
     def info(self) -> dict[str, Any]:

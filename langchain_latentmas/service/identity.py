@@ -27,7 +27,7 @@ _Id = Annotated[str, Field(pattern=f"^{ID}$")]
 _Count = Annotated[int, Field(ge=0, lt=2**40)]
 
 
-class _WireRef(BaseModel):
+class WireRef(BaseModel):
     """`LatentRef` with its bounds, for checking one that comes from outside."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -38,6 +38,11 @@ class _WireRef(BaseModel):
     positions: _Count
     steps: _Count
     mac: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+    @property
+    def ref(self) -> LatentRef:
+        """As plain JSON; the signature is not verified."""
+        return LatentRef(**self.model_dump())  # type: ignore[typeddict-item]
 
 
 def memory_id(
@@ -116,7 +121,7 @@ def checked_ref(ref: object) -> LatentRef:
         TamperedReference: If a field is missing, of another type, or out of bounds.
     """
     try:
-        return LatentRef(**_WireRef.model_validate(ref).model_dump())  # type: ignore[typeddict-item]
+        return WireRef.model_validate(ref).ref
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"

@@ -12,7 +12,7 @@ class SharedSettings(BaseSettings):
     """What is loaded where no service is given; each field is an environment variable, `LATENTMAS_SERVICE` and so on.
 
     Attributes:
-        service: What `LatentService.load` takes.
+        service: What `LatentService.load` takes, the address of a server among it.
         device: "cuda", "cpu", ...; None lets the service choose.
         dtype: Name of a torch dtype, or "auto".
         store: Folder for recipes; None keeps them in the process.

@@ -1,0 +1,122 @@
+"""`latentmas serve`: the model service for several processes; `latentmas rotate-key`: a fresh signing key."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import MissingExtra
+from .session import loading, reported
+
+
+def serve(
+    model: Annotated[str | None, typer.Option(help="'bundled', a hub id, or a folder.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; chosen by itself otherwise.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Name of a torch dtype, or auto.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder of recipes and signing key.  [default: ~/.local/state/latentmas]")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another setting of the model service; may repeat.")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; any but loopback needs a token.  [default: 127.0.0.1]")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="0 takes a free one.  [default: 8765]")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="PEM file, for HTTPS.")] = None,
+    certificate_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    max_running: Annotated[int | None, typer.Option(help="Most requests at work.  [default: 64]")] = None,
+    max_waiting: Annotated[int | None, typer.Option(help="Most requests that wait.  [default: 256]")] = None,
+    deadline: Annotated[float | None, typer.Option(help="Seconds that a request may take.  [default: 600]")] = None,
+    drain: Annotated[float | None, typer.Option(help="Seconds for work to end after SIGTERM.  [default: 30]")] = None,
+    keep_alive: Annotated[
+        float | None, typer.Option(help="Seconds of silence after which a stream shows that it lives.  [default: 5]")
+    ] = None,
+    max_body: Annotated[int | None, typer.Option(help="Most bytes of a request.  [default: 4 MiB]")] = None,
+    max_depth: Annotated[int | None, typer.Option(help="Most nested JSON values in it.  [default: 32]")] = None,
+    max_headers: Annotated[int | None, typer.Option(help="Most bytes of its headers.  [default: 32 KiB]")] = None,
+    max_memory: Annotated[int | None, typer.Option(help="Most bytes of a memory in or out.  [default: 1 GiB]")] = None,
+    max_connections: Annotated[int | None, typer.Option(help="Most connections.  [default: 2048]")] = None,
+    body_seconds: Annotated[float | None, typer.Option(help="Seconds for a body to come.  [default: 30]")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.  [default: info]")] = None,
+    config: Annotated[
+        Path | None, typer.Option(envvar="LATENTMAS_CONFIG", help="TOML file with any of these settings, and tokens.")
+    ] = None,
+) -> None:
+    """One process owns the model; others use it with LatentService.load("http://...").
+
+    Every option is also an environment variable, LATENTMAS_PORT and so on, and a line of the --config file. Tokens are
+    not flags, since others can read those: set LATENTMAS_TOKEN, or write them into the file.
+    """
+    flags = {name: value for name, value in locals().items() if value is not None and name not in ("option", "config")}
+    if option:
+        flags["options"] = dict(_named(each) for each in option)
+    with reported(as_json=False):
+        _require_extra()
+        from ..service.serving import ServeSettings
+
+        settings = ServeSettings.gather(config, flags)
+        with loading(show=True):
+            from ..service.server import JSONLines, Server
+
+            handler = logging.StreamHandler()
+            handler.setFormatter(JSONLines())
+            logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+            for chatty in ("uvicorn.error", "httpx", "filelock"):
+                logging.getLogger(chatty).setLevel(logging.WARNING)
+            server = Server(_service(settings), settings)
+        server.run()
+
+
+def rotate_key(
+    store: Annotated[
+        Path | None, typer.Option(envvar="LATENTMAS_STORE", help="The store.  [default: ~/.local/state/latentmas]")
+    ] = None,
+    keep_days: Annotated[float, typer.Option(help="Days for which old references are still accepted.")] = 30,
+) -> None:
+    """Puts a fresh signing key into a store; restart the server for it to count.
+
+    References and markers that were signed with the old key are accepted for --keep-days more.
+    """
+    with reported(as_json=False):
+        _require_extra()
+        from ..service.identity import rotate_key as rotate
+        from ..service.serving import ServeSettings
+
+        folder = store or ServeSettings.model_fields["store"].get_default(call_default_factory=True)
+        rotate(folder / "key", keep_days * 86400)
+        print(f"{folder / 'key'}: fresh key; what the old one signed is accepted for {keep_days:g} days more.")
+        print("Restart the server for it to count.")
+
+
+def _service(settings: Any) -> Any:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from ..service.local import LocalService
+
+    transformers_logging.disable_progress_bar()  # the log is JSON lines
+
+    if settings.model == "bundled" and settings.device in (None, "cpu"):
+        torch.set_num_threads(1)  # its matrices are so small that sharing them out costs more than it brings
+    own = {"device": settings.device, "dtype": settings.dtype, "store": settings.store}
+    return LocalService.load(settings.model, **{**own, **settings.options})
+
+
+def _named(option: str) -> tuple[str, Any]:
+    name, given, value = option.partition("=")
+    if not given:
+        raise typer.BadParameter(f"{option!r} should read NAME=VALUE", param_hint="--option")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _require_extra() -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]:
+        raise MissingExtra(f"{missing[0]} is not installed; run: pip install 'langchain-latentmas[serve]'")

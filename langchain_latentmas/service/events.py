@@ -1,0 +1,189 @@
+"""Server-sent events: a reply that comes in pieces, ends when its client does, and the reading of it."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, suppress
+from typing import NamedTuple
+
+from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from ..errors import EngineFailed, LatentMASError, ServiceUnreachable
+from .wire import EVENTS, PROBLEM, Problem
+
+logger = logging.getLogger(__name__)
+
+MAX_EVENT = 1 << 24  # characters of an event that a client reads
+
+
+class Event(NamedTuple):
+    """One server-sent event."""
+
+    name: str
+    """"step", "chunk", "done" or "error"."""
+    data: str
+    """JSON."""
+
+
+class Reply(Response):
+    """What a generator yields, as server-sent events or, of its last piece, as one JSON document.
+
+    An error before the first event becomes a reply of its own status, a later one an event "error". When the client
+    hangs up, the generator is cancelled at once.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncGenerator[tuple[str, BaseModel], None],
+        *,
+        stream: bool,
+        keep_alive: float,
+        instance: str,
+        ended: Callable[[int], None],
+    ) -> None:
+        """Describes the reply; the generator is started when it is sent.
+
+        Args:
+            pieces: Yields names and data of events.
+            stream: Whether every piece is sent as it comes.
+            keep_alive: Seconds after which a comment shows that the server is still there.
+            instance: Names the request in problem details.
+            ended: Called once with the status: that of the first error, else 200, or 499 if the client hung up.
+        """
+        super().__init__(media_type=EVENTS if stream else "application/json")
+        self.pieces, self.stream, self.keep_alive = pieces, stream, keep_alive
+        self.instance, self.ended = instance, ended
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the reply."""
+        answer = asyncio.ensure_future(self._answer(send))
+        gone = asyncio.ensure_future(_hung_up(receive))
+        beat = asyncio.ensure_future(self._beat(send)) if self.stream else None
+        status = 499
+        try:
+            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                status = answer.result()
+        finally:
+            for task in (answer, gone, beat):
+                if task is not None and not task.done():
+                    task.cancel()
+                    with suppress(asyncio.CancelledError, OSError):
+                        await task
+            self.ended(status)
+
+    async def _answer(self, send: Send) -> int:
+        last: BaseModel | None = None
+        try:
+            async with aclosing(self.pieces) as pieces:
+                async for name, data in pieces:
+                    last = data
+                    if self.stream:
+                        await self._send(send, name, data.model_dump_json(exclude_none=True))
+        except OSError:  # the connection is gone; whoever watches it says so
+            return 499
+        except Exception as error:
+            return await self._fail(send, error)
+        if self.stream:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            assert last is not None
+            await self._send_document(send, 200, "application/json", last)
+        return 200
+
+    async def _fail(self, send: Send, error: Exception) -> int:
+        if not isinstance(error, LatentMASError):
+            logger.exception("a request failed", exc_info=error)
+            error = EngineFailed(f"The server met an error that it did not expect; its log names it ({self.instance}).")
+        problem = Problem.of(error, self.instance)
+        if not self._begun:
+            await self._send_document(send, problem.status, PROBLEM, problem)
+        else:
+            await self._send(send, "error", problem.model_dump_json(exclude_none=True))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return problem.status
+
+    async def _beat(self, send: Send) -> None:
+        with suppress(OSError):
+            while True:
+                await asyncio.sleep(self.keep_alive)
+                await self._send_raw(send, b": working\n\n")
+
+    async def _send(self, send: Send, name: str, data: str) -> None:
+        await self._send_raw(send, f"event: {name}\ndata: {data}\n\n".encode())
+
+    async def _send_raw(self, send: Send, body: bytes) -> None:
+        if not self._begun:
+            self._begun = True
+            await send(_start(200, EVENTS, [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]))
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _send_document(self, send: Send, status: int, media_type: str, document: BaseModel) -> None:
+        body = document.model_dump_json(exclude_none=True).encode()
+        headers = [(b"content-length", str(len(body)).encode())]
+        if (seconds := getattr(document, "retry_after", None)) is not None:
+            headers.append((b"retry-after", str(int(seconds)).encode()))
+        self._begun = True
+        await send(_start(status, media_type, headers))
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class EventReader:
+    """Takes server-sent events out of the lines of a reply."""
+
+    def __init__(self) -> None:
+        self._name, self._data = "message", ""
+
+    def push(self, line: str) -> Event | None:
+        """Reads a line without its end; returns the event that it closes.
+
+        Raises:
+            ServiceUnreachable: If an event grows beyond all bounds.
+        """
+        if not line:
+            event, had_data = Event(self._name, self._data), bool(self._data)
+            self._name, self._data = "message", ""
+            return event if had_data else None
+        field, _, value = line.partition(":")
+        if field == "event":
+            self._name = value.strip()
+        elif field == "data":
+            self._data += value.removeprefix(" ")
+        if len(self._data) > MAX_EVENT:
+            raise ServiceUnreachable(f"The server sent an event of more than {MAX_EVENT} characters.")
+        return None
+
+    def read(self, lines: Iterator[str]) -> Iterator[Event]:
+        """All events of lines that are there already."""
+        for line in lines:
+            if event := self.push(line):
+                yield event
+
+
+def problem_of(status: int, content_type: str, body: bytes, retry_after: str | None) -> LatentMASError:
+    """The error behind a reply that is no success; from a server or a proxy that knows no problem details, too."""
+    if content_type.startswith(PROBLEM):
+        with suppress(ValueError):
+            return Problem.model_validate_json(body).error
+    with suppress(ValueError, TypeError):
+        detail = json.loads(body)["detail"]
+        return Problem(type="", title="", status=status, detail=str(detail)[:1000]).error
+    kind = {429: "ServiceBusy", 502: "ServiceUnreachable", 503: "ServiceClosed", 504: "DeadlineExceeded"}
+    seconds = float(retry_after) if retry_after and retry_after.isdigit() else None
+    named = f"urn:latentmas:error:{kind.get(status, '')}"
+    detail = f"The server, or what stands before it, answered with status {status} and no reason."
+    return Problem(type=named, title="", status=status, detail=detail, retry_after=seconds).error
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _start(status: int, media_type: str, headers: list[tuple[bytes, bytes]]) -> Message:
+    headers = [(b"content-type", media_type.encode()), *headers]
+    return {"type": "http.response.start", "status": status, "headers": headers}

@@ -1,0 +1,180 @@
+"""What a request must pass before the server reads it: host, token, size, depth."""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import AccessDenied, InvalidRequest, LatentMASError, RequestTooLarge, ServiceClosed
+from .metrics import Metrics
+from .serving import ServeSettings
+from .wire import CLIENT_HEADER, PROBLEM, Problem
+
+logger = logging.getLogger("langchain_latentmas.access")
+
+OPEN = ("/health", "/ready")
+STREAMED = ("/v1/memory/import",)  # counts its own bytes
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')
+_BRACKET = re.compile(rb"[\[\]{}]")
+
+
+class Guard:
+    """ASGI middleware in front of the whole application; also counts and logs every request.
+
+    Attributes:
+        draining: Set when the server ends: new work is refused, what has begun goes on.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics) -> None:
+        """Wraps an application.
+
+        Args:
+            app: The application.
+            settings: Limits and tokens.
+            metrics: Where requests are counted.
+        """
+        self.app, self.settings, self.metrics, self.draining = app, settings, metrics, False
+        self._tenants = [(_digest(token), tenant) for token, tenant in settings.by_token.items()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a request in, or answers it with problem details."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        state = scope.setdefault("state", {})
+        state["id"], state["begun"] = f"urn:uuid:{uuid.uuid4()}", time.monotonic()
+        status, begun = 500, False
+
+        async def noted_send(message: Message) -> None:
+            nonlocal status, begun
+            if message["type"] == "http.response.start":
+                status, begun = message["status"], True
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", state["id"].encode())]}
+            await send(message)
+
+        try:
+            self._admit(scope, headers)
+            if scope["path"] not in STREAMED:
+                receive = await self._body(headers, receive)
+            await self.app(scope, receive, noted_send)
+        except _HungUpError:
+            status = 499
+        except LatentMASError as error:
+            if begun:
+                raise
+            await _send_problem(noted_send, Problem.of(error, state["id"]))
+        finally:
+            self._note(scope, state.get("status", status))
+
+    def _admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
+        if scope["path"] in OPEN:
+            return
+        if self.draining:
+            raise ServiceClosed("The server is shutting down and takes no new work; it, or another one, may be back.")
+        state = scope["state"]
+        state["tenant"] = self._tenant(headers) if self._tenants else self._local(headers)
+        peer = (scope.get("client") or ("",))[0]
+        state["client"] = headers.get(CLIENT_HEADER.lower(), peer)[:64]
+        if scope["path"] == "/metrics" and state["tenant"]:
+            raise AccessDenied("The metrics are about all tenants; take the server's own token (LATENTMAS_TOKEN).")
+
+    def _tenant(self, headers: Mapping[str, str]) -> str:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = _digest(token.strip()) if scheme.lower() == "bearer" else b""
+        # Compares with all of them, so that the time it takes says nothing.
+        found = [tenant for digest, tenant in self._tenants if hmac.compare_digest(given, digest)]
+        if not found:
+            raise AccessDenied("This server wants a token it knows: pass token=..., or set LATENTMAS_TOKEN.")
+        return found[0]
+
+    def _local(self, headers: Mapping[str, str]) -> str:
+        # A page in a browser on this machine may reach the port under a name of its own (DNS rebinding).
+        host = urlsplit(f"//{headers.get('host', '')}").hostname
+        if host not in ("localhost", "127.0.0.1", "::1", self.settings.host):
+            raise AccessDenied(f"This server has no token, so it answers under a loopback address only, not {host!r}.")
+        return ""
+
+    async def _body(self, headers: Mapping[str, str], receive: Receive) -> Receive:
+        """Reads the body, within its bounds, and returns what hands it on."""
+        length = headers.get("content-length", "0")
+        if not length.isdigit():
+            raise InvalidRequest("The header Content-Length must be a whole number.")
+        self._check_size(int(length))
+        body, more = bytearray(), True
+        try:
+            async with asyncio.timeout(self.settings.body_seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _HungUpError
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    self._check_size(len(body))
+        except TimeoutError:
+            raise InvalidRequest(f"The body did not come within {self.settings.body_seconds} s.") from None
+        if _depth(bytes(body), self.settings.max_depth) > self.settings.max_depth:
+            raise RequestTooLarge(f"The request nests deeper than {self.settings.max_depth} arrays and objects.")
+        handed = False
+
+        async def replay() -> Message:
+            nonlocal handed
+            if handed:
+                return await receive()
+            handed = True
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+        return replay
+
+    def _check_size(self, size: int) -> None:
+        if size > self.settings.max_body:
+            raise RequestTooLarge(f"The request is larger than {self.settings.max_body} bytes.")
+
+    def _note(self, scope: Scope, status: int) -> None:
+        state = scope["state"]
+        route = getattr(scope.get("route"), "path", "none")
+        seconds = time.monotonic() - state["begun"]
+        self.metrics.requests.labels(route, status).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
+        level = logging.DEBUG if scope["path"] in (*OPEN, "/metrics") else logging.INFO
+        known = {name: state[name] for name in ("tenant", "client", "queued", "agent", "reference") if state.get(name)}
+        fields = {"id": state["id"], "route": route, "status": status, "seconds": round(seconds, 4), **known}
+        logger.log(level, "%s %s", scope["method"], route, extra={"fields": fields})
+
+
+class _HungUpError(Exception):
+    """The client left before its request was whole."""
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _depth(body: bytes, enough: int) -> int:
+    """How deep arrays and objects nest in a JSON text, as far as that is more than `enough`."""
+    if body.count(b"[") + body.count(b"{") <= enough:
+        return 0
+    depth = deepest = 0
+    for bracket in _BRACKET.finditer(_STRING.sub(b"", body)):
+        depth += 1 if bracket[0] in b"[{" else -1
+        deepest = max(deepest, depth)
+        if deepest > enough:
+            break
+    return deepest
+
+
+async def _send_problem(send: Send, problem: Problem) -> None:
+    body = problem.model_dump_json(exclude_none=True).encode()
+    headers = [(b"content-type", PROBLEM.encode()), (b"content-length", str(len(body)).encode())]
+    if problem.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    headers.append((b"connection", b"close"))  # what is left of a body is not read
+    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

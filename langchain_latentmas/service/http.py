@@ -1,0 +1,708 @@
+"""The model service of another process: `LatentService` over HTTP, to what `latentmas serve` runs."""
+
+import asyncio
+import os
+import secrets
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn, Self, TypeVar
+from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
+
+import httpx
+import tenacity
+from langchain_core.language_models import LanguageModelInput
+from pydantic import BaseModel, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from tenacity.wait import wait_base
+
+from ..engine.sampling import Sampling
+from ..errors import (
+    EngineFailed,
+    InvalidRequest,
+    LatentMASError,
+    ServiceBusy,
+    ServiceClosed,
+    ServiceUnreachable,
+)
+from ..state import LatentRef
+from .base import READING, Chunk, LatentService, LensRow, StoredReference
+from .budget import Budget
+from .events import Event, EventReader, problem_of
+from .identity import MAX_AGENT, WireRef, checked_ref
+from .marker import take_markers
+from .memory import Memory
+from .messages import as_openai
+from .transfer import read_kv
+from .wire import (
+    CLIENT_HEADER,
+    TENSORS,
+    Done,
+    ExportRequest,
+    LensReply,
+    LensRequest,
+    MarkerReply,
+    MarkersReply,
+    Message,
+    PinRequest,
+    Problem,
+    RefReply,
+    RefRequest,
+    SpeakRequest,
+    SpokenChunk,
+    Step,
+    StoredReply,
+    TextRequest,
+    ThinkRequest,
+    Thought,
+)
+
+MARKERS_KEPT = 65536
+A = TypeVar("A")
+Body = TypeVar("Body", bound=BaseModel)
+Reply = TypeVar("Reply", bound=BaseModel)
+
+
+class HTTPSettings(BaseSettings):
+    """Settings of a client; each is also an environment variable, `LATENTMAS_TOKEN` and so on.
+
+    Attributes:
+        token: What the server wants to be shown.
+        deadline: Seconds after which the server gives a think or a speak up; None leaves that to the server.
+        patience: Seconds for which a call that can be repeated is: the queue was full, the server is away or shutting
+            down, the connection broke.
+        connect_timeout: Seconds for a connection to be made.
+        read_timeout: Seconds without a sign of life after which a connection counts as broken; the server gives one
+            every 5 s.
+        max_connections: Most connections at a time, per event loop and for all threads together.
+        ca: PEM file of the authority behind the server's certificate; None takes the system's.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="LATENTMAS_", extra="ignore")
+
+    token: SecretStr | None = None
+    deadline: float | None = Field(None, gt=0)
+    patience: float = Field(120, ge=0)
+    connect_timeout: float = Field(5, gt=0)
+    read_timeout: float = Field(60, gt=0)
+    max_connections: int = Field(256, ge=1)
+    ca: Path | None = None
+
+
+class HTTPService(LatentService):
+    """`LatentService` whose model runs in another process.
+
+    Signatures are the server's: a reference is looked at here for its form and verified there. What can be repeated is
+    (`patience`): thinking always, since it gives the same reference; speaking until its first chunk, and afterwards if
+    the same words are bound to come again, that is, greedily or with a seed. A server that is started again is thus
+    waited for, and a graph that runs does not notice.
+
+    `speak` checks at the call what can be checked here; what only the server knows is raised by the first `next`.
+    """
+
+    def __init__(self, url: str, settings: HTTPSettings) -> None:
+        """Connects to a server; `load` is the way in.
+
+        Args:
+            url: Where it listens.
+            settings: Token, timeouts, patience.
+
+        Raises:
+            InvalidRequest: If the address is none.
+            AccessDenied: If the server wants another token.
+            ServiceUnreachable: If nobody answers there.
+        """
+        parts = urlsplit(url)
+        if not parts.hostname or parts.username or parts.query or parts.fragment:
+            raise InvalidRequest(f"{url!r} is no address of a server: give http://host:port, and a token as token=...")
+        self.url, self.settings = url.rstrip("/"), settings
+        self._headers = {CLIENT_HEADER: secrets.token_hex(8)}
+        if settings.token is not None:
+            self._headers["Authorization"] = f"Bearer {settings.token.get_secret_value()}"
+        self._options: dict[str, Any] = {
+            "base_url": self.url,
+            "headers": self._headers,
+            "timeout": httpx.Timeout(
+                settings.read_timeout, connect=settings.connect_timeout, pool=settings.patience or None
+            ),
+            "limits": httpx.Limits(max_connections=settings.max_connections, max_keepalive_connections=64),
+            "follow_redirects": False,
+            "trust_env": False,  # no proxy, and no password from ~/.netrc
+        }
+        if settings.ca is not None:
+            import ssl
+
+            self._options["verify"] = ssl.create_default_context(cafile=str(settings.ca))
+        self._client = httpx.Client(**self._options)
+        self._async_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._markers: Budget[str] = Budget(MARKERS_KEPT, lambda _: 1)  # by signature of the reference
+        self._marked: Budget[LatentRef] = Budget(MARKERS_KEPT, lambda _: 1)  # by marker
+        try:
+            info = self.info()
+            self.name, self.chat_template = str(info["name"]), str(info["chat_template"])
+        except BaseException as error:
+            self._client.close()
+            if isinstance(error, KeyError):
+                raise ServiceUnreachable(f"What answers at {self.url} is no latentmas serve.") from None
+            raise
+
+    @classmethod
+    def load(cls, model: str = "http://127.0.0.1:8765", **settings: Any) -> Self:
+        """Connects to a server.
+
+        Args:
+            model: Its address.
+            **settings: Fields of `HTTPSettings`.
+
+        Raises:
+            InvalidRequest: If a setting is unknown or out of range.
+        """
+        if unknown := [name for name in settings if name not in HTTPSettings.model_fields]:
+            raise InvalidRequest(
+                f"{unknown[0]} is no setting of a client ({', '.join(HTTPSettings.model_fields)}); what concerns the "
+                "model is said to latentmas serve."
+            )
+        try:
+            return cls(model, HTTPSettings(**settings))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InvalidRequest(f"Setting {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+
+    def think(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        steps: int = 20,
+        agent: str = "agent",
+        on_step: Callable[[int], None] | None = None,
+    ) -> LatentRef:
+        """See `LatentService.think`."""
+        body = self._think_request(messages, latents, steps, agent, on_step is not None)
+        told = _Told(on_step)
+        for attempt in self._retrying():
+            with attempt, self._events("/v1/think", body) as events:
+                for event in events:
+                    if event.name == "step":
+                        told.take(event)
+                    else:
+                        return self._thought(event)
+                raise _broken()
+        raise AssertionError("tenacity returns or raises")
+
+    async def athink(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        steps: int = 20,
+        agent: str = "agent",
+        on_step: Callable[[int], None] | None = None,
+    ) -> LatentRef:
+        """See `LatentService.athink`."""
+        body = self._think_request(messages, latents, steps, agent, on_step is not None)
+        told = _Told(on_step)
+
+        async def once() -> LatentRef:
+            stream = self._aevents("/v1/think", body)
+            try:
+                async for event in stream:
+                    if event.name == "step":
+                        told.take(event)
+                    else:
+                        return self._thought(event)
+                raise _broken()
+            finally:
+                await stream.aclose()
+
+        return await self._aretried(once)
+
+    def speak(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+        agent: str = "agent",
+        **sampling: Any,
+    ) -> Iterator[Chunk]:
+        """See `LatentService.speak`."""
+        body = self._speak_request(messages, latents, tools, prefix, agent, sampling)
+        spoken = _Spoken(self, body)
+
+        def chunks() -> Iterator[Chunk]:
+            while not spoken.over:
+                stream = self._retried(lambda: _Opened(self._event_iterator("/v1/speak", body)))
+                try:
+                    for event in stream:
+                        if (chunk := spoken.take(event)) is not None:
+                            yield chunk
+                except (ServiceUnreachable, ServiceClosed) as error:
+                    spoken.broke(error)
+                finally:
+                    stream.close()
+
+        return chunks()
+
+    def aspeak(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+        agent: str = "agent",
+        **sampling: Any,
+    ) -> AsyncIterator[Chunk]:
+        """See `LatentService.aspeak`."""
+        body = self._speak_request(messages, latents, tools, prefix, agent, sampling)
+        spoken = _Spoken(self, body)
+
+        async def opened() -> tuple[Event, Any]:
+            stream = self._aevents("/v1/speak", body)
+            try:
+                return await anext(stream), stream
+            except StopAsyncIteration:
+                raise _broken() from None
+            except BaseException:
+                await stream.aclose()
+                raise
+
+        async def chunks() -> AsyncIterator[Chunk]:
+            while not spoken.over:
+                event, stream = await self._aretried(opened)
+                try:
+                    while True:
+                        if (chunk := spoken.take(event)) is not None:
+                            yield chunk
+                        event = await anext(stream)
+                except StopAsyncIteration:
+                    spoken.ended()
+                except (ServiceUnreachable, ServiceClosed) as error:
+                    spoken.broke(error)
+                finally:
+                    await stream.aclose()
+
+        return chunks()
+
+    def memory(self, ref: LatentRef) -> Memory:
+        """See `LatentService.memory`; the tensors are on the CPU."""
+        with tempfile.TemporaryDirectory(prefix="latentmas-") as folder:
+            path = Path(folder) / "memory.safetensors"
+
+            def fetch() -> None:
+                with path.open("wb") as file:
+                    file.writelines(self._exported(ref, True))
+
+            self._retried(fetch)
+            return read_kv(path)
+
+    def export_memory(self, ref: LatentRef, kv: bool = False) -> Iterator[bytes]:
+        """See `LatentService.export_memory`; what the server refuses is raised by the first `next`."""
+        return self._exported(checked_ref(ref), kv)
+
+    def import_memory(self, file: str | Path) -> LatentRef:
+        """See `LatentService.import_memory`."""
+
+        def send() -> LatentRef:
+            with Path(file).open("rb") as content:
+                headers = {"Content-Type": TENSORS, "Content-Length": str(os.fstat(content.fileno()).st_size)}
+                with _unreachable(self.url):
+                    reply = self._client.post("/v1/memory/import", content=content, headers=headers)
+                return _read(reply, RefReply).ref.ref
+
+        return self._retried(send)
+
+    def lens(self, ref: LatentRef, top_k: int = 5) -> list[LensRow]:
+        """See `LatentService.lens`."""
+        body = _request(LensRequest, ref=_wire_ref(ref), top_k=top_k)
+        return self._post("/v1/lens", body, LensReply).lens_rows
+
+    def marker(self, ref: LatentRef) -> str:
+        """See `LatentService.marker`; of what was thought through this client it is known without asking the server."""
+        wire = _wire_ref(ref)
+        if (marker := self._markers.get(wire.mac)) is None or self._marked.get(marker) != wire.ref:
+            marker = self._post("/v1/markers", RefRequest(ref=wire), MarkerReply).marker
+            self._remember(wire.ref, marker)
+        return marker
+
+    def take_markers(self, text: str, left: str = "") -> tuple[str, list[LatentRef]]:
+        """See `LatentService.take_markers`; asks the server about markers that this client has not seen before."""
+        without, markers = take_markers(text, left)
+        known = [self._marked.get(str(marker)) for marker in markers]
+        if refs := [ref for ref in known if ref is not None]:
+            if len(refs) == len(markers):
+                return without, refs
+        elif not markers:
+            return without, []
+        # As one text: where a marker is refused, its error is that of the whole.
+        reply = self._post("/v1/markers/take", TextRequest(text=" ".join(map(str, markers))), MarkersReply)
+        found = [ref.ref for ref in reply.refs]
+        for marker, ref in zip(markers, found, strict=True):
+            self._remember(ref, str(marker))
+        return without, found
+
+    def references(self) -> list[StoredReference]:
+        """See `LatentService.references`."""
+        listed: list[StoredReference] = []
+        after: int | None = 0
+        while after is not None:
+            page = self._get(f"/v1/references?after={after}", StoredReply)
+            listed += [each.stored for each in page.references]
+            after = page.next
+        return listed
+
+    def pin(self, ref: LatentRef, pinned: bool = True) -> None:
+        """See `LatentService.pin`."""
+        self._post("/v1/references/pin", PinRequest(ref=_wire_ref(ref), pinned=pinned), Done)
+
+    def drop(self, ref: LatentRef) -> None:
+        """See `LatentService.drop`."""
+        self._post("/v1/references/drop", RefRequest(ref=_wire_ref(ref)), Done)
+
+    def info(self) -> dict[str, Any]:
+        """See `LatentService.info`; also `url`, and `queue` and `limits` of the server."""
+
+        def ask() -> dict[str, Any]:
+            with _unreachable(self.url):
+                reply = self._checked_client().get("/v1/info")
+            _check(reply)
+            try:
+                return {**reply.json(), "url": self.url}
+            except (ValueError, TypeError):
+                raise ServiceUnreachable(f"What answers at {self.url} is no latentmas serve.") from None
+
+        return self._retried(ask)
+
+    def close(self) -> None:
+        """See `LatentService.close`; ends this client, not the server."""
+        with self._lock:
+            self._closed = True
+            clients = list(self._async_clients.items())
+            self._async_clients.clear()
+        self._client.close()
+        for loop, client in clients:
+            if loop.is_running():
+                asyncio.run_coroutine_threadsafe(client.aclose(), loop)
+
+    def _think_request(
+        self, messages: LanguageModelInput, latents: Any, steps: int, agent: str, progress: bool
+    ) -> ThinkRequest:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise InvalidRequest(f"steps must be a whole number from 0 on, not {steps!r}.")
+        common = self._common(messages, latents, agent)
+        return _request(ThinkRequest, steps=steps, progress=progress, **common)
+
+    def _speak_request(
+        self,
+        messages: LanguageModelInput,
+        latents: Any,
+        tools: Sequence[dict[str, Any]] | None,
+        prefix: str,
+        agent: str,
+        sampling: Mapping[str, Any],
+    ) -> SpeakRequest:
+        values = dict(sampling)
+        stop = values.pop("stop", None)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        try:
+            Sampling(**values, stop=stop)
+        except TypeError as error:
+            raise InvalidRequest(
+                f"speak takes max_tokens, temperature, top_p, top_k, stop and seed: {error}"
+            ) from error
+        common = self._common(messages, latents, agent)
+        return _request(
+            SpeakRequest,
+            tools=list(tools) if tools else None,
+            prefix=prefix,
+            stop=list(stop) or None,
+            **{name: value for name, value in values.items() if value is not None},
+            **common,
+        )
+
+    def _common(self, messages: LanguageModelInput, latents: Any, agent: str) -> dict[str, Any]:
+        if self._closed:
+            raise _closed()
+        if READING.get() is not None:
+            raise InvalidRequest(
+                "An audit decides what agents read, which works with a model service in this process only; load the "
+                "model here instead of http://..."
+            )
+        if not isinstance(agent, str) or not 0 < len(agent) <= MAX_AGENT:
+            raise InvalidRequest(f"An agent needs a name of 1 to {MAX_AGENT} characters, not {agent!r}.")
+        refs = [latents] if isinstance(latents, Mapping) else list(latents or ())
+        return {
+            "messages": [_request(Message, **message) for message in as_openai(messages)],
+            "latents": [_wire_ref(ref) for ref in refs],
+            "agent": agent,
+            "stream": True,
+            "deadline": self.settings.deadline,
+        }
+
+    def _thought(self, event: Event) -> LatentRef:
+        thought = _parsed(event.data, Thought)
+        self._remember(thought.ref.ref, thought.marker)
+        return thought.ref.ref
+
+    def _remember(self, ref: LatentRef, marker: str) -> None:
+        self._markers.put(ref["mac"], marker)
+        self._marked.put(marker, ref)
+
+    def _exported(self, ref: LatentRef, kv: bool) -> Iterator[bytes]:
+        body = ExportRequest(ref=_wire_ref(ref), kv=kv)
+        with (
+            _unreachable(self.url),
+            self._checked_client().stream("POST", "/v1/memory/export", **_json(body)) as reply,
+        ):
+            if reply.status_code != 200:
+                reply.read()
+                _check(reply)
+            yield from reply.iter_bytes()
+
+    @contextmanager
+    def _events(self, path: str, body: BaseModel) -> Iterator[Iterator[Event]]:
+        events = self._event_iterator(path, body)
+        try:
+            yield events
+        finally:
+            events.close()
+
+    def _event_iterator(self, path: str, body: BaseModel) -> Any:
+        reader = EventReader()
+        with _unreachable(self.url), self._checked_client().stream("POST", path, **_json(body)) as reply:
+            if reply.status_code != 200:
+                reply.read()
+                _check(reply)
+            for line in reply.iter_lines():
+                if (event := reader.push(line)) is not None:
+                    yield _no_error(event)
+
+    async def _aevents(self, path: str, body: BaseModel) -> Any:
+        reader = EventReader()
+        with _unreachable(self.url):
+            async with self._async_client().stream("POST", path, **_json(body)) as reply:
+                if reply.status_code != 200:
+                    await reply.aread()
+                    _check(reply)
+                async for line in reply.aiter_lines():
+                    if (event := reader.push(line)) is not None:
+                        yield _no_error(event)
+
+    def _post(self, path: str, body: BaseModel, kind: type[Reply]) -> Reply:
+        def send() -> Reply:
+            with _unreachable(self.url):
+                reply = self._checked_client().post(path, **_json(body))
+            return _read(reply, kind)
+
+        return self._retried(send)
+
+    def _get(self, path: str, kind: type[Reply]) -> Reply:
+        def send() -> Reply:
+            with _unreachable(self.url):
+                reply = self._checked_client().get(path)
+            return _read(reply, kind)
+
+        return self._retried(send)
+
+    def _checked_client(self) -> httpx.Client:
+        if self._closed:
+            raise _closed()
+        return self._client
+
+    def _async_client(self) -> httpx.AsyncClient:
+        loop = asyncio.get_running_loop()  # connections belong to the loop they were made in
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            if loop not in self._async_clients:
+                self._async_clients[loop] = httpx.AsyncClient(**self._options)
+            return self._async_clients[loop]
+
+    def _retrying(self) -> tenacity.Retrying:
+        return tenacity.Retrying(**self._policy())
+
+    def _retried(self, call: Callable[[], A]) -> A:
+        return self._retrying()(call)
+
+    async def _aretried(self, call: Callable[[], Awaitable[A]]) -> A:
+        return await tenacity.AsyncRetrying(**self._policy())(call)
+
+    def _policy(self) -> dict[str, Any]:
+        return {
+            "retry": tenacity.retry_if_exception(self._may_be_mended),
+            "wait": _Wait(),
+            "stop": tenacity.stop_after_delay(self.settings.patience),
+            "reraise": True,
+        }
+
+    def _may_be_mended(self, error: BaseException) -> bool:
+        return isinstance(error, (ServiceBusy, ServiceUnreachable, ServiceClosed)) and not self._closed
+
+
+class _Wait(wait_base):
+    """As long as the server advises, else a little longer each time; jitter spreads those who were refused at once."""
+
+    def __init__(self) -> None:
+        self.backoff = tenacity.wait_exponential_jitter(initial=0.1, max=5, jitter=0.2)
+        self.spread = tenacity.wait_random(0, 0.5)
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
+        error = retry_state.outcome.exception() if retry_state.outcome else None
+        advised = getattr(error, "retry_after", None)
+        return float(advised) + self.spread(retry_state) if advised is not None else self.backoff(retry_state)
+
+
+class _Told:
+    """Latent steps that were reported; a repeated request does not report them again."""
+
+    def __init__(self, on_step: Callable[[int], None] | None) -> None:
+        self.on_step, self.steps = on_step, 0
+
+    def take(self, event: Event) -> None:
+        step = _parsed(event.data, Step).step
+        if self.on_step is not None and step > self.steps:
+            self.steps = step
+            self.on_step(step)
+
+
+class _Spoken:
+    """Chunks that were handed out; after the connection broke, the same ones are skipped when they come again."""
+
+    def __init__(self, service: HTTPService, body: SpeakRequest) -> None:
+        self.service, self.over = service, False
+        self.repeats = body.temperature == 0 or body.seed is not None
+        self.tokens: list[list[int]] = []
+        self.again = self.at_break = 0
+
+    def take(self, event: Event) -> Chunk | None:
+        wire = _parsed(event.data, SpokenChunk)
+        self.over = wire.ref is not None
+        if wire.ref is not None and wire.marker is not None:
+            self.service._remember(wire.ref.ref, wire.marker)
+        if self.again < len(self.tokens):
+            if self.over or wire.token_ids != self.tokens[self.again]:
+                raise EngineFailed("The connection broke, and the server did not say the same again; call again.")
+            self.again += 1
+            return None
+        self.tokens.append(wire.token_ids)
+        self.again += 1
+        return wire.chunk
+
+    def broke(self, error: LatentMASError) -> None:
+        # Without anything new since the last time, the request itself may be what breaks the server.
+        if not self.repeats or (self.at_break and self.at_break == len(self.tokens)):
+            raise error
+        self.at_break, self.again = len(self.tokens), 0
+
+    def ended(self) -> None:
+        if not self.over:
+            self.broke(_broken())
+
+
+class _Opened:
+    """Events of which the first one has come: until then, the request can be repeated."""
+
+    def __init__(self, events: Any) -> None:
+        self.events = events
+        try:
+            self.first: Event = next(events)
+        except StopIteration:
+            raise _broken() from None
+
+    def __iter__(self) -> Iterator[Event]:
+        yield self.first
+        event = self.first
+        for event in self.events:
+            yield event
+        if _parsed(event.data, SpokenChunk).ref is None:
+            raise _broken()
+
+    def close(self) -> None:
+        self.events.close()
+
+
+@contextmanager
+def _unreachable(url: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise ServiceUnreachable(
+            f"{url} cannot be reached, or the connection broke ({type(error).__name__}: {error}). Is latentmas serve "
+            "running there?"
+        ) from error
+    except httpx.InvalidURL as error:
+        raise InvalidRequest(f"{url!r} is no address of a server: {error}") from error
+    except RuntimeError as error:
+        if "closed" not in str(error):
+            raise
+        raise _closed() from error
+
+
+def _json(body: BaseModel) -> dict[str, Any]:
+    return {"content": body.model_dump_json(exclude_none=True), "headers": {"Content-Type": "application/json"}}
+
+
+def _request(kind: type[Body], **values: Any) -> Body:
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+
+
+def _wire_ref(ref: object) -> WireRef:
+    return WireRef(**checked_ref(ref))
+
+
+def _check(reply: httpx.Response) -> None:
+    if reply.status_code != 200:
+        raise problem_of(
+            reply.status_code,
+            reply.headers.get("content-type", ""),
+            reply.content,
+            reply.headers.get("retry-after"),
+        )
+
+
+def _read(reply: httpx.Response, kind: type[Reply]) -> Reply:
+    _check(reply)
+    return _parsed(reply.text, kind)
+
+
+def _parsed(text: str, kind: type[Reply]) -> Reply:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _foreign(f"{kind.__name__}, {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _no_error(event: Event) -> Event:
+    if event.name == "error":
+        with suppress(ValidationError):
+            raise Problem.model_validate_json(event.data).error
+        _foreign_event(event)
+    return event
+
+
+def _foreign_event(event: Event) -> NoReturn:
+    raise _foreign(f"event {event.name[:40]!r}")
+
+
+def _foreign(what: str) -> LatentMASError:
+    return EngineFailed(f"The server's reply cannot be read ({what}); is it of another version?")
+
+
+def _broken() -> ServiceUnreachable:
+    return ServiceUnreachable("The connection ended before the server had answered.")
+
+
+def _closed() -> ServiceClosed:
+    return ServiceClosed("The service is closed; load another one.")

@@ -1,0 +1,96 @@
+"""What Prometheus reads of a server."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from .turns import Turns
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
+
+Info = dict[str, Any]
+
+# Key of `LatentService.info`, name, help. Of tenants' services, what is shared counts once and the rest is added up.
+_SHARED_GAUGES = (
+    ("rows", "live_rows", "Rows in the tick."),
+    ("waiting", "waiting_rows", "Rows that have no slot yet."),
+)
+_SHARED_COUNTERS = (
+    ("ticks", "ticks", "Forward passes."),
+    ("thoughts", "thoughts", "Latent steps taken."),
+    ("tokens", "tokens", "Tokens decoded."),
+    ("prefilled", "prefilled_positions", "Positions prefilled."),
+)
+_ADDED_GAUGES = (
+    ("kv_bytes", "kv_bytes", "KV kept on the device."),
+    ("kv_budget", "kv_budget_bytes", "KV that may be kept on the device."),
+    ("kv_cpu_bytes", "kv_cpu_bytes", "KV kept in CPU memory."),
+    ("kv_disk_bytes", "kv_disk_bytes", "KV kept on the disk."),
+    ("store_bytes", "store_bytes", "Recipes in the store."),
+)
+_ADDED_COUNTERS = (
+    ("kv_hits", "kv_hits", "Segments whose KV was on the device."),
+    ("kv_cpu_hits", "kv_cpu_hits", "Segments whose KV came from CPU memory."),
+    ("kv_disk_hits", "kv_disk_hits", "Segments whose KV came from the disk."),
+    ("rebuilds", "kv_rebuilds", "Prefills that brought back KV that was nowhere."),
+    ("evictions", "kv_evictions", "Segments whose KV had to leave the device."),
+)
+
+
+class Metrics:
+    """The counters of one server.
+
+    Attributes:
+        registry: Everything that `/metrics` shows.
+        requests: By route and status.
+        seconds: From the request's arrival to the end of the reply, by route.
+        queued: Seconds in the queue.
+        first: Seconds from the arrival to the first latent step or token that the server sends, by route.
+    """
+
+    def __init__(self, turns: Turns, infos: Callable[[], Sequence[Info]]) -> None:
+        """Starts at zero.
+
+        Args:
+            turns: The server's queue.
+            infos: `LatentService.info` of every tenant's service.
+        """
+        self.registry = CollectorRegistry()
+        self.requests = Counter("latentmas_requests", "Requests.", ("route", "status"), registry=self.registry)
+        self.seconds = self._histogram("latentmas_request_seconds", "Seconds that requests took.", ("route",))
+        self.queued = self._histogram("latentmas_queue_seconds", "Seconds that requests waited for a turn.")
+        self.first = self._histogram("latentmas_first_event_seconds", "Seconds to the first step or token.", ("route",))
+        self.registry.register(_Service(turns, infos))
+        ProcessCollector(registry=self.registry)
+
+    def _histogram(self, name: str, what: str, labels: Sequence[str] = ()) -> Histogram:
+        return Histogram(name, what, labels, buckets=SECONDS, registry=self.registry)
+
+
+class _Service(Collector):
+    """Reads queue and services when it is asked."""
+
+    def __init__(self, turns: Turns, infos: Callable[[], Sequence[Info]]) -> None:
+        self.turns, self.infos = turns, infos
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())  # so that registering does not collect
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("latentmas_queue_length", "Requests that wait for a turn.", self.turns.waiting)
+        yield GaugeMetricFamily("latentmas_running_requests", "Requests at work.", self.turns.running)
+        yield CounterMetricFamily("latentmas_refused", "Requests that the full queue sent away.", self.turns.refused)
+        infos = self.infos()
+        for key, name, what in _SHARED_GAUGES:
+            yield GaugeMetricFamily(f"latentmas_{name}", what, infos[0].get(key, 0))
+        for key, name, what in _SHARED_COUNTERS:
+            yield CounterMetricFamily(f"latentmas_{name}", what, infos[0].get(key, 0))
+        for key, name, what in _ADDED_GAUGES:
+            if key in infos[0]:
+                yield GaugeMetricFamily(f"latentmas_{name}", what, sum(info[key] or 0 for info in infos))
+        for key, name, what in _ADDED_COUNTERS:
+            if key in infos[0]:
+                yield CounterMetricFamily(f"latentmas_{name}", what, sum(info[key] or 0 for info in infos))

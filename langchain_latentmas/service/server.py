@@ -1,0 +1,520 @@
+"""`latentmas serve`: a model service behind HTTP."""
+
+import asyncio
+import json
+import logging
+import tempfile
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import uvicorn
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from ..errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    LatentMASError,
+    RequestTooLarge,
+    TamperedReference,
+)
+from .events import Reply
+from .guard import Guard
+from .identity import WireRef
+from .local import LocalService
+from .metrics import Metrics
+from .serving import ServeSettings
+from .turns import Turns
+from .wire import (
+    EVENTS,
+    PROBLEM,
+    TENSORS,
+    Done,
+    ExportRequest,
+    LensReply,
+    LensRequest,
+    MarkerReply,
+    MarkersReply,
+    PinRequest,
+    Problem,
+    RefReply,
+    RefRequest,
+    SpeakRequest,
+    SpokenChunk,
+    Status,
+    Step,
+    Stored,
+    StoredReply,
+    TextRequest,
+    ThinkRequest,
+    Thought,
+)
+
+logger = logging.getLogger(__name__)
+
+PAGE = 1000  # references at a time
+GRACE = 5.0  # seconds after the drain in which replies of what was ended reach their clients
+A = TypeVar("A")
+
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"description": what, "content": {PROBLEM: {"schema": Problem.model_json_schema()}}}
+    for status, what in {
+        "4XX": "The request is at fault, or comes too early (429, with Retry-After).",
+        "5XX": "The server is at fault, or is shutting down (503).",
+    }.items()
+}
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {"schema": {"type": "string"}}}}}
+
+
+class Server:
+    """A model service, its queue, and the application that lets others at it.
+
+    Attributes:
+        app: The ASGI application.
+        address: Where it listens; "" before it does.
+        service: The model service of `token`; those of other tenants share its ticks.
+        settings: Limits and tokens.
+    """
+
+    def __init__(self, service: LocalService, settings: ServeSettings) -> None:
+        """Builds the application; `run` serves it.
+
+        Args:
+            service: A running service.
+            settings: Limits and tokens.
+
+        Raises:
+            InvalidRequest: If there are several tenants and the service's store cannot be shared out.
+        """
+        self.service, self.settings = service, settings
+        self._services: Mapping[str, LocalService] = {"": service}
+        if settings.tokens:
+            self._services = {"": service, **service.tenants(sorted(settings.tokens))}
+        self.turns = Turns(settings.max_running, settings.max_waiting)
+        self.metrics = Metrics(self.turns, lambda: [each.info() for each in self._services.values()])
+        self.guard = Guard(self._routes(), settings, self.metrics)
+        self.app = self.guard
+        self.address = ""
+        self._uvicorn: _Uvicorn | None = None
+
+    def run(self) -> None:
+        """Serves until SIGTERM or SIGINT, then drains, and closes the service."""
+        settings = self.settings
+        config = uvicorn.Config(
+            self.app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            http="h11",  # the one whose limit on headers can be set
+            h11_max_incomplete_event_size=settings.max_headers,
+            ws="none",
+            limit_concurrency=settings.max_connections,
+            timeout_graceful_shutdown=int(settings.drain + GRACE),
+            ssl_certfile=settings.certificate,
+            ssl_keyfile=settings.certificate_key,
+        )
+        try:
+            self._uvicorn = _Uvicorn(config, self)
+            self._uvicorn.run()
+        finally:
+            self.service.close()
+
+    def drain(self) -> None:
+        """Refuses new work from now on, and ends `run` when what has begun is done, or after `drain` seconds."""
+        self.guard.draining = True
+        if self._uvicorn is not None:
+            self._uvicorn.should_exit = True
+
+    def _routes(self) -> FastAPI:
+        app = FastAPI(
+            title="latentmas serve",
+            version=version("langchain-latentmas"),
+            description="Thinks, speaks, and owns the memories; references stand for them.",
+            responses=_PROBLEMS,
+        )
+        app.add_exception_handler(LatentMASError, _problem)
+        app.add_exception_handler(RequestValidationError, _invalid)
+        app.add_exception_handler(HTTPException, _http_problem)
+        app.add_exception_handler(Exception, _unexpected)
+        routed: list[tuple[str, str, Callable[..., Any], dict[str, Any]]] = [
+            ("GET", "/health", self.health, {}),
+            ("GET", "/ready", self.ready, {}),
+            ("GET", "/metrics", self.show_metrics, {"response_class": Response}),
+            ("GET", "/v1/info", self.info, {}),
+            ("POST", "/v1/think", self.think, {"response_model": Thought, "responses": _STREAMED}),
+            ("POST", "/v1/speak", self.speak, {"response_model": SpokenChunk, "responses": _STREAMED}),
+            ("POST", "/v1/lens", self.lens, {}),
+            ("POST", "/v1/markers", self.marker, {}),
+            ("POST", "/v1/markers/take", self.take_markers, {}),
+            ("GET", "/v1/references", self.references, {}),
+            ("POST", "/v1/references/pin", self.pin, {}),
+            ("POST", "/v1/references/drop", self.drop, {}),
+            ("POST", "/v1/memory/export", self.export_memory, {"response_class": _Tensors}),
+            ("POST", "/v1/memory/import", self.import_memory, {"openapi_extra": _TENSOR_BODY}),
+        ]
+        bearer = HTTPBearer(auto_error=False, description="The token, where the server wants one.")
+        for method, path, endpoint, options in routed:
+            open_to_all = path in ("/health", "/ready")
+            app.add_api_route(
+                path,
+                endpoint,
+                methods=[method],
+                operation_id=endpoint.__name__,
+                dependencies=[] if open_to_all else [Depends(bearer)],
+                **options,
+            )
+        return app
+
+    # What is under a route reads like the interface that it serves: see `LatentService`.
+
+    async def health(self) -> Status:
+        """Whether the process is alive."""
+        return Status(status="ok")
+
+    async def ready(self, response: Response) -> Status:
+        """Whether new work is taken; 503 while the server drains."""
+        if self.guard.draining:
+            response.status_code = 503
+            return Status(status="draining")
+        return Status(status="ready")
+
+    async def show_metrics(self) -> Response:
+        """Counters in Prometheus' text format."""
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def info(self, request: Request) -> dict[str, Any]:
+        """The model, and how the service fares."""
+        service = self._service(request)
+        return {
+            **service.info(),
+            "name": service.name,
+            "chat_template": service.chat_template,
+            "queue": {"running": self.turns.running, "waiting": self.turns.waiting},
+            "limits": {
+                "deadline": self.settings.deadline,
+                "max_body": self.settings.max_body,
+                "max_memory": self.settings.max_memory,
+            },
+        }
+
+    async def think(self, request: Request, body: ThinkRequest) -> Reply:
+        """Prefills the messages on top of a memory and takes latent steps; decodes nothing.
+
+        With `stream`, events "step" (with `progress`) and "done".
+        """
+        return self._reply(request, body, self._think(request, body))
+
+    async def speak(self, request: Request, body: SpeakRequest) -> Reply:
+        """Prefills the messages on top of a memory and decodes text.
+
+        With `stream`, events "chunk"; the last one has `ref`, `usage` and `finish_reason`.
+        """
+        return self._reply(request, body, self._speak(request, body))
+
+    async def lens(self, request: Request, body: LensRequest) -> LensReply:
+        """Reads the thoughts of a reference's own segment out in the vocabulary."""
+        rows = await self._in_turn(request, lambda service: service.lens(body.ref.ref, body.top_k))
+        return LensReply.of(rows)
+
+    async def marker(self, request: Request, body: RefRequest) -> MarkerReply:
+        """Writes a reference as a short signed string."""
+        return MarkerReply(marker=await self._at_once(request, lambda service: service.marker(body.ref.ref)))
+
+    async def take_markers(self, request: Request, body: TextRequest) -> MarkersReply:
+        """Takes the markers out of a text."""
+        text, refs = await self._at_once(request, lambda service: service.take_markers(body.text, body.left))
+        return MarkersReply(text=text, refs=[WireRef(**ref) for ref in refs])
+
+    async def references(self, request: Request, after: int = 0) -> StoredReply:
+        """Everything of this tenant that can be read, the latest made first; `after` skips as many."""
+        if not 0 <= after < 2**53:
+            raise InvalidRequest(f"after must be 0 or more, not {after}.")
+        stored = await self._at_once(request, lambda service: service.references())
+        page = [Stored.of(each) for each in stored[after : after + PAGE]]
+        return StoredReply(references=page, next=after + PAGE if len(stored) > after + PAGE else None)
+
+    async def pin(self, request: Request, body: PinRequest) -> Done:
+        """Keeps a reference, and all that it descends from, whatever its age; or no longer."""
+        await self._at_once(request, lambda service: service.pin(body.ref.ref, body.pinned))
+        return Done()
+
+    async def drop(self, request: Request, body: RefRequest) -> Done:
+        """Forgets a reference."""
+        await self._at_once(request, lambda service: service.drop(body.ref.ref))
+        return Done()
+
+    async def export_memory(self, request: Request, body: ExportRequest) -> Response:
+        """A memory as one safetensors file."""
+
+        def begin(service: LocalService) -> Iterator[bytes]:
+            service.verify([body.ref.ref])
+            nbytes = body.ref.positions * service.info()["kv_bytes_per_position"]
+            if body.kv and nbytes > self.settings.max_memory:
+                raise RequestTooLarge(
+                    f"The memory's KV has {nbytes} bytes, this server exports {self.settings.max_memory} at most."
+                )
+            return service.export_memory(body.ref.ref, body.kv)
+
+        return _Tensors(await self._in_turn(request, begin))
+
+    async def import_memory(self, request: Request) -> RefReply:
+        """Takes in a memory that a service of the same model exported."""
+        limit, taken = self.settings.max_memory, 0
+        with tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors") as file:
+            async for chunk in request.stream():
+                taken += len(chunk)
+                if taken > limit:
+                    raise RequestTooLarge(f"The memory is larger than {limit} bytes.")
+                await asyncio.to_thread(file.write, chunk)
+            file.flush()
+            ref = await self._in_turn(request, lambda service: service.import_memory(Path(file.name)))
+        return RefReply(ref=WireRef(**ref))
+
+    async def _think(self, request: Request, body: ThinkRequest) -> AsyncGenerator[tuple[str, BaseModel], None]:
+        service = self._service(request)
+        steps: asyncio.Queue[int] = asyncio.Queue()
+
+        async def work() -> Thought:
+            async with self._turn(request):
+                ref = await service.athink(
+                    body.plain_messages,
+                    body.refs,
+                    steps=body.steps,
+                    agent=body.agent,
+                    on_step=steps.put_nowait if body.stream and body.progress else None,
+                )
+            request.state.reference = ref["id"]
+            return Thought(ref=WireRef(**ref), marker=service.marker(ref))
+
+        task = asyncio.ensure_future(work())
+        try:
+            async for step in _until(steps, task):
+                self._first(request)
+                yield "step", Step(step=step)
+            yield "done", await task
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError, LatentMASError):
+                await task
+
+    async def _speak(self, request: Request, body: SpeakRequest) -> AsyncGenerator[tuple[str, BaseModel], None]:
+        service = self._service(request)
+        pieces: list[str] = []
+        tokens: list[int] = []
+        async with self._turn(request):
+            chunks = service.aspeak(
+                body.plain_messages,
+                body.refs,
+                max_tokens=body.max_tokens,
+                temperature=body.temperature,
+                top_p=body.top_p,
+                top_k=body.top_k,
+                stop=body.stop,
+                seed=body.seed,
+                tools=body.tools,
+                prefix=body.prefix,
+                agent=body.agent,
+            )
+            assert isinstance(chunks, AsyncGenerator)
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    self._first(request)
+                    pieces.append(chunk.text)
+                    tokens += chunk.token_ids
+                    if chunk.ref is None:
+                        if body.stream:
+                            yield "chunk", SpokenChunk.of(chunk)
+                        continue
+                    request.state.reference = chunk.ref["id"]
+                    last = SpokenChunk.of(chunk, service.marker(chunk.ref))
+                    if not body.stream:
+                        last = last.model_copy(update={"text": "".join(pieces), "token_ids": tokens})
+                    yield "chunk", last
+
+    def _reply(
+        self,
+        request: Request,
+        body: ThinkRequest | SpeakRequest,
+        pieces: AsyncGenerator[tuple[str, BaseModel], None],
+    ) -> Reply:
+        request.state.agent = body.agent
+        most = self.settings.deadline
+        seconds = most if body.deadline is None else min(body.deadline, most)
+        return Reply(
+            _by(seconds, pieces),
+            stream=body.stream,
+            keep_alive=self.settings.keep_alive,
+            instance=request.state.id,
+            ended=lambda status: setattr(request.state, "status", status),
+        )
+
+    def _service(self, request: Request) -> LocalService:
+        return self._services[request.state.tenant]
+
+    @asynccontextmanager
+    async def _turn(self, request: Request) -> AsyncIterator[None]:
+        asked = time.monotonic()
+        async with self.turns.turn(request.state.tenant, request.state.client):
+            request.state.queued = round(time.monotonic() - asked, 4)
+            self.metrics.queued.observe(request.state.queued)
+            yield
+
+    async def _in_turn(self, request: Request, call: Callable[[LocalService], A]) -> A:
+        """Calls something that works on the model, within the deadline."""
+        try:
+            async with asyncio.timeout(self.settings.deadline), self._turn(request):
+                return await self._at_once(request, call)
+        except TimeoutError:
+            raise _late(self.settings.deadline) from None
+
+    async def _at_once(self, request: Request, call: Callable[[LocalService], A]) -> A:
+        return await asyncio.to_thread(call, self._service(request))
+
+    def _first(self, request: Request) -> None:
+        if not hasattr(request.state, "first"):
+            request.state.first = time.monotonic() - request.state.begun
+            self.metrics.first.labels(request.scope["route"].path).observe(request.state.first)
+
+
+class _Tensors(StreamingResponse):
+    media_type = TENSORS
+
+
+_TENSOR_BODY = {
+    "requestBody": {"required": True, "content": {TENSORS: {"schema": {"type": "string", "format": "binary"}}}}
+}
+
+
+class _Uvicorn(uvicorn.Server):
+    """Tells the server when to drain, and ends what is not done when that is over."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self.server = server
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.server.drain()
+        super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        for listening in (socket for each in self.servers for socket in each.sockets):
+            host, port = listening.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            self.server.address = f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
+            logger.info("listening", extra={"fields": {"address": self.server.address}})
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        turns = self.server.turns
+        logger.info("draining", extra={"fields": {"running": turns.running, "waiting": turns.waiting}})
+        ending = asyncio.create_task(self._end())
+        await super().shutdown(sockets)
+        ending.cancel()
+        self._captured_signals.clear()  # it has done what they asked for: uvicorn need not raise them again
+        logger.info("ended")
+
+    async def _end(self) -> None:
+        await asyncio.sleep(self.server.settings.drain)
+        logger.warning("the drain is over", extra={"fields": {"running": self.server.turns.running}})
+        # Whatever is left gets ServiceClosed, which clients may retry elsewhere.
+        await asyncio.to_thread(self.server.service.close)
+
+
+async def _until(steps: "asyncio.Queue[int]", task: "asyncio.Future[Any]") -> AsyncIterator[int]:
+    """What is put into a queue until a task is done."""
+    while not (task.done() and steps.empty()):
+        getting = asyncio.ensure_future(steps.get())
+        try:
+            await asyncio.wait((getting, task), return_when=asyncio.FIRST_COMPLETED)
+            if getting.done():
+                yield getting.result()
+        finally:
+            getting.cancel()
+
+
+async def _by(
+    seconds: float, pieces: AsyncGenerator[tuple[str, BaseModel], None]
+) -> AsyncGenerator[tuple[str, BaseModel], None]:
+    """The same pieces, if they come in time."""
+    try:
+        async with asyncio.timeout(seconds), aclosing(pieces):
+            async for piece in pieces:
+                yield piece
+    except TimeoutError:
+        raise _late(seconds) from None
+
+
+def _late(seconds: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"The request was not done within {seconds:g} s, its wait in the queue included.")
+
+
+def _document(request: Request, error: LatentMASError) -> JSONResponse:
+    problem = Problem.of(error, request.state.id)
+    headers = {} if problem.retry_after is None else {"Retry-After": str(int(problem.retry_after))}
+    return JSONResponse(problem.model_dump(exclude_none=True), problem.status, headers, PROBLEM)
+
+
+async def _problem(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, LatentMASError)
+    return _document(request, error)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part != "body"]
+    kind = TamperedReference if {"ref", "latents"} & set(where) else InvalidRequest
+    return _document(request, kind(f"{'.'.join(where) or 'The request'}: {first['msg']}."))
+
+
+async def _http_problem(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    problem = Problem(
+        type="about:blank",
+        title=str(error.detail),
+        status=error.status_code,
+        detail=f"{request.method} {request.url.path}: {error.detail}",
+        instance=request.state.id,
+    )
+    return JSONResponse(problem.model_dump(exclude_none=True), problem.status, error.headers, PROBLEM)
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    logger.exception("a request failed", exc_info=error, extra={"fields": {"id": request.state.id}})
+    problem = Problem.of(EngineFailed("The server met an error that it did not expect; its log names it."))
+    return JSONResponse(
+        problem.model_copy(update={"status": 500, "instance": request.state.id}).model_dump(exclude_none=True),
+        500,
+        media_type=PROBLEM,
+    )
+
+
+class JSONLines(logging.Formatter):
+    """Log records as JSON, one per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)

@@ -1,0 +1,211 @@
+"""A memory as one safetensors file: out of one service, into another one (docs/serving.md has the format)."""
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import ContextTooLong, InvalidRequest
+from .identity import ID, MAX_AGENT, MAX_PARENTS, memory_id
+from .memory import Memory, Recipe, Segment
+
+CHUNK = 1 << 20
+MAX_HEADER = 1 << 26  # bytes; what safetensors reads is bounded by 100 MB
+MAX_SEGMENTS = 1 << 16
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+_Id = Annotated[str, Field(pattern=f"^{ID}$")]
+_Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Segment(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    id: _Id
+    agent: Annotated[str, Field(min_length=1, max_length=MAX_AGENT)]
+    alignment: Literal["realign", "rescale"]
+    parents: Annotated[list[_Id], Field(max_length=MAX_PARENTS)]
+    prompt_ids: list[_Token]
+    steps: Annotated[int, Field(ge=0)]
+    spoken_ids: list[_Token]
+
+
+class _Header(BaseModel):
+    """What the file says of itself, as JSON under "memory" in its metadata."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    format: Literal["latentmas-memory"] = "latentmas-memory"
+    version: Literal[1] = 1
+    model: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    hidden_size: Annotated[int, Field(ge=1, lt=2**20)]
+    merge: Literal["none", "rotated", "rebuilt"] = "none"
+    segments: Annotated[list[_Segment], Field(min_length=1, max_length=MAX_SEGMENTS)]
+
+
+class Exported(NamedTuple):
+    """A memory in a file."""
+
+    model: str
+    """Fingerprint of the model."""
+    recipes: list[Recipe]
+    """Of all its segments, every one after those it was made on."""
+
+    def check(self, vocabulary: int, most_positions: int) -> None:
+        """Checks it against a model.
+
+        Raises:
+            InvalidRequest: If an id is not the digest of its recipe, a token is not in the vocabulary, or it is too
+                long.
+        """
+        for recipe in self.recipes:
+            own = recipe.segment
+            made = memory_id(
+                model=recipe.model,
+                alignment=recipe.alignment,
+                parents=recipe.parents,
+                prompt_ids=own.prompt_ids,
+                steps=len(own.thoughts),
+                spoken_ids=own.spoken_ids,
+            )
+            if made != recipe.id:
+                raise InvalidRequest(f"The segment {recipe.id} is not what its id says; export the memory again.")
+            if not own.prompt_ids or max((*own.prompt_ids, *own.spoken_ids)) >= vocabulary:
+                raise InvalidRequest(f"The segment {recipe.id} has no prompt, or a token beyond the vocabulary.")
+        if sum(recipe.segment.positions for recipe in self.recipes) > most_positions:
+            raise ContextTooLong(f"The memory is longer than the model's {most_positions} positions.")
+
+
+def write_memory(recipes: Sequence[Recipe], memory: Memory | None) -> Iterator[bytes]:
+    """A safetensors file, piece by piece.
+
+    Args:
+        recipes: Of the memory's segments, in order.
+        memory: Its KV, to go along; None for recipes alone.
+
+    Yields:
+        At most a mebibyte at a time.
+    """
+    tensors: dict[str, Tensor] = {}
+    for i, recipe in enumerate(recipes):
+        if len(recipe.segment.thoughts):
+            tensors[f"thoughts.{i}"] = recipe.segment.thoughts
+    if memory is not None:
+        tensors |= {f"keys.{i}": layer for i, layer in enumerate(memory.keys)}
+        tensors |= {f"values.{i}": layer for i, layer in enumerate(memory.values)}
+    about = _Header(
+        model=recipes[0].model,
+        hidden_size=recipes[0].segment.thoughts.shape[1],
+        merge=memory.merge if memory else "none",  # type: ignore[arg-type]
+        segments=[
+            _Segment(
+                id=recipe.id,
+                agent=recipe.segment.agent,
+                alignment="realign" if recipe.alignment == "realign" else "rescale",
+                parents=list(recipe.parents),
+                prompt_ids=list(recipe.segment.prompt_ids),
+                steps=len(recipe.segment.thoughts),
+                spoken_ids=list(recipe.segment.spoken_ids),
+            )
+            for recipe in recipes
+        ],
+    )
+    header: dict[str, Any] = {"__metadata__": {"memory": about.model_dump_json()}}
+    end = 0
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield from _chunks(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        # One tensor at a time leaves the device.
+        yield from _chunks(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def read_memory(path: Path, hidden_size: int, dtype: torch.dtype) -> Exported:
+    """The recipes in a file; a KV in it is not looked at, since nobody could tell whether it is theirs.
+
+    Args:
+        path: A file that `write_memory` wrote, or somebody else.
+        hidden_size: Width of a thought.
+        dtype: That of the model; thoughts are converted to it.
+
+    Raises:
+        InvalidRequest: If it is no such file, or does not fit together.
+    """
+    about = _about(path)
+    recipes = []
+    seen: set[str] = set()
+    try:
+        with safe_open(path, "pt") as file:
+            for i, segment in enumerate(about.segments):
+                thoughts = torch.empty(0, hidden_size, dtype=dtype)
+                if segment.steps:
+                    if file.get_slice(f"thoughts.{i}").get_shape() != [segment.steps, hidden_size]:
+                        raise InvalidRequest(f"The thoughts of segment {i} do not have its steps, or not this width.")
+                    thoughts = file.get_tensor(f"thoughts.{i}").to(dtype)
+                if not thoughts.isfinite().all():
+                    raise InvalidRequest(f"The thoughts of segment {i} are not finite.")
+                if unknown := [parent for parent in segment.parents if parent not in seen]:
+                    raise InvalidRequest(f"Segment {i} was made on {unknown[0]}, which is not among those before it.")
+                seen.add(segment.id)
+                made = Segment(segment.agent, tuple(segment.prompt_ids), thoughts, tuple(segment.spoken_ids))
+                recipes.append(Recipe(segment.id, about.model, segment.alignment, tuple(segment.parents), made))
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise InvalidRequest(f"This is no memory that was exported: {error}") from error
+    return Exported(about.model, recipes)
+
+
+def read_kv(path: Path) -> Memory:
+    """The memory in a file that was exported with its KV.
+
+    Raises:
+        InvalidRequest: If it is no such file.
+    """
+    about = _about(path)
+    segments = []
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            layers = sum(name.startswith("keys.") for name in names)
+            keys = [file.get_tensor(f"keys.{i}") for i in range(layers)]
+            values = [file.get_tensor(f"values.{i}") for i in range(layers)]
+            for i, each in enumerate(about.segments):
+                none = torch.empty(0, about.hidden_size, dtype=keys[0].dtype if keys else None)
+                thoughts = file.get_tensor(f"thoughts.{i}") if each.steps else none
+                segments.append(Segment(each.agent, tuple(each.prompt_ids), thoughts, tuple(each.spoken_ids)))
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise InvalidRequest(f"This is no memory that was exported: {error}") from error
+    return Memory(tuple(segments), keys[0].shape[1] if keys else 0, keys, values, about.merge)
+
+
+def _about(path: Path) -> _Header:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+    if not 2 <= length <= MAX_HEADER:
+        raise InvalidRequest(f"This is no memory that was exported: its header has {length} bytes.")
+    try:
+        with safe_open(path, "pt") as file:
+            return _Header.model_validate_json((file.metadata() or {}).get("memory", ""))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "memory"
+        raise InvalidRequest(f"This is no memory that was exported ({where}: {first['msg']}).") from error
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise InvalidRequest(f"This is no memory that was exported: {error}") from error
+
+
+def _chunks(data: bytes) -> Iterator[bytes]:
+    view = memoryview(data)
+    for start in range(0, len(data), CHUNK):
+        yield bytes(view[start : start + CHUNK])
