@@ -105,7 +105,7 @@ def evaluate(
         if as_json:
             print_json(model=about, **summary.as_json())
         else:
-            open_console().print(_picture(summary, about))
+            open_console().print(picture(summary, about))
 
 
 def _listed(names: str) -> list[str]:
@@ -156,7 +156,8 @@ def _progress(show: bool) -> "Iterator[Callable[[str, str, int, int], None]]":
         yield on_answer
 
 
-def _picture(summary: "Summary", about: dict[str, Any]) -> RenderableType:
+def picture(summary: "Summary", about: dict[str, Any]) -> RenderableType:
+    """The closing table, with everything it takes to repeat it."""
     settings = summary.settings
     sampling = (
         "greedy"
@@ -246,6 +247,11 @@ def _notes(summary: "Summary") -> Iterator[RenderableType]:
             style="dim",
         )
     last = summary.sessions[-1]
+    if last.get("sandbox_missing"):
+        yield Text(
+            f"The sandbox could not guarantee here: {'; '.join(last['sandbox_missing'])}. Run it in a container.",
+            style="yellow",
+        )
     packages = ", ".join(f"{name} {version}" for name, version in last["packages"].items())
     yield Text(f"{last['processor']}, {last['cores']} cores, Python {last['python']}, {packages}.", style="dim")
     yield Text(f"Every answer: {summary.answers}", style="dim", no_wrap=True, overflow="fold")

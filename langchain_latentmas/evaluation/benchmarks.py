@@ -56,6 +56,7 @@ class RowTask(Task):
             raise MissingExtra("Grading numbers needs math-verify: pip install 'langchain-latentmas[eval]'.")
         self.name, self.steps, self.max_tokens = name, steps, max_tokens
         self.grader, self._load, self._read, self._roles = grader, load, read, roles
+        self.runs_code = grader == "code"
 
     @cached_property
     def _questions(self) -> list[Question]:

@@ -17,6 +17,7 @@ from langchain_core.runnables import RunnableConfig
 
 from ..errors import EngineFailed, InvalidRequest, ServiceClosed
 from ..service import LatentService
+from . import sandbox
 from .benchmarks import Published, published
 from .journal import Journal
 from .machine import machine, version_of
@@ -265,15 +266,16 @@ class Evaluation:
 
         Raises:
             InvalidRequest: If the file was begun with other settings.
+            SandboxUnavailable: If the grader has to run code, which cannot be done here.
         """
         return asyncio.run(self.arun(path, on_answer))
 
     async def arun(self, path: str | Path | None = None, on_answer: "OnAnswer | None" = None) -> Summary:
         """Like `run`, for a running event loop."""
-        session = {
-            "begun": time.strftime("%Y-%m-%d %H:%M:%S"),
-            **machine(str(self.service.info().get("device", "cpu"))),
-        }
+        device = self.service.info().get("device", "cpu")
+        session: dict[str, Any] = {"begun": time.strftime("%Y-%m-%d %H:%M:%S"), **machine(device)}
+        if self.task.runs_code:
+            session["sandbox_missing"] = list(await asyncio.to_thread(sandbox.missing))
         if path is None:
             return await self._run(None, [], session, on_answer)
         with Journal(path, self.settings) as journal:

@@ -108,6 +108,16 @@ def run(*programs: str, limits: Limits | None = None) -> list[Outcome]:
     return outcomes
 
 
+@functools.cache
+def missing() -> tuple[str, ...]:
+    """What this platform cannot guarantee; empty on a current Linux.
+
+    Raises:
+        SandboxUnavailable: If untrusted code cannot be run here at all.
+    """
+    return run("pass")[0].missing
+
+
 class _Program:
     """One program at work, in a folder that goes with it."""
 

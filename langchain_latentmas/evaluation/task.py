@@ -42,11 +42,13 @@ class Task(ABC):
         name: What the command line and the tables call it.
         steps: Latent steps of a thinker, where nobody says how many.
         max_tokens: Most tokens that one agent decodes, where nobody says how many.
+        runs_code: Whether its grader runs what the agents wrote.
     """
 
     name: str
     steps: int
     max_tokens: int
+    runs_code: bool = False
 
     @abstractmethod
     def questions(self, n: int | None = None, seed: int = 0) -> list[Question]:

@@ -2,12 +2,17 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from langchain_latentmas.errors import InvalidRequest
+from langchain_latentmas.commands.evaluate import picture
+from langchain_latentmas.errors import InvalidRequest, SandboxUnavailable
+from langchain_latentmas.evaluation import sandbox
+from langchain_latentmas.evaluation.benchmarks import Published, task_named
 from langchain_latentmas.evaluation.run import Answer, Comparison, Evaluation, Row, Summary
 from langchain_latentmas.evaluation.task import Question, Split, Words
 from langchain_latentmas.service.local import LocalService
@@ -223,6 +228,41 @@ def test_a_sample_can_be_drawn_again(fresh: LocalService, tmp_path: Path) -> Non
 def test_wrong_options_are_refused_before_work_starts(bundled: LocalService, wrong: dict[str, Any], why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
         Evaluation(bundled, Words(), **{**QUICK, **wrong})
+
+
+def test_what_the_sandbox_cannot_guarantee_is_in_the_result(
+    fresh: LocalService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"question": "Double it.", "entry_point": "f", "test": "assert f(2) == 4"}))
+    summary = Evaluation(fresh, task_named(str(path), "code"), modes=["single"], max_tokens=8).run()
+    assert summary.rows[0].accuracy == 0
+    assert summary.sessions[0]["sandbox_missing"] == list(sandbox.missing())
+
+    def unavailable() -> None:
+        raise SandboxUnavailable("not here")
+
+    monkeypatch.setattr(sandbox, "missing", unavailable)
+    with pytest.raises(SandboxUnavailable):
+        Evaluation(fresh, task_named(str(path), "code"), modes=["single"], max_tokens=8).run()
+
+
+def test_published_figures_stand_beside_ours() -> None:
+    rows = [
+        Row("text", "sequential", 90.0, 85.0, 94.0, 3000.0, 0.0, 100.0, {}, Published(92.3, 2324.0, 1739.0)),
+        Row("latent", "sequential", 91.0, 86.0, 95.0, 800.0, 120.0, 30.0, {"ContextTooLong": 2}, None),
+    ]
+    settings = {"temperature": 0.6, "top_p": 0.95, "seed": 7, "steps": 40, "max_tokens": 2048, "batch": 64}
+    about = {"processor": "CPU", "cores": 2, "python": "3.11", "packages": {"torch": "2.13"}}
+    compared = {"sequential": Comparison(1.0, -2.0, 4.0, 3.75, 3.3)}
+    summary = Summary("gsm8k", 1319, rows, compared, settings, [about, about], "a.jsonl")
+    console = Console(width=100, file=StringIO())
+    console.print(picture(summary, {"name": "Qwen/Qwen3-8B"}))
+    shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    for text in ("92.3 %", "2,324", "1,739", "paper", "3.8×", "3.3×", "+1.0", "-2.0 to +4.0", "seed 7", "2 sessions"):
+        assert text in shown, text
+    assert "2 ContextTooLong" in shown
+    assert "temperature 0.6, top-p 0.95" in shown
 
 
 def test_rows_and_comparisons_are_what_the_answers_say() -> None:
