@@ -46,5 +46,6 @@ def shared_service(name: str | None = None, device: str | None = None, dtype: st
     key = (name or settings.service, device or settings.device, dtype or settings.dtype)
     with _lock:
         if key not in _services:
-            _services[key] = LatentService.load(key[0], device=key[1], dtype=key[2], store=settings.store)
+            own = {"device": key[1], "dtype": key[2], "store": settings.store}
+            _services[key] = LatentService.load(key[0], **({} if "://" in key[0] else own))  # a server has its own
         return _services[key]
