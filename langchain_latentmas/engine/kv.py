@@ -32,6 +32,11 @@ class KV(NamedTuple):
         values = [[part.clone() for part in t.split(list(lengths), dim=1)] for t in self.values]
         return [KV([k[i] for k in keys], [v[i] for v in values]) for i in range(len(lengths))]
 
+    def to(self, devices: Sequence[torch.device]) -> "KV":
+        """The same KV with each layer on its device; what is there already is not copied."""
+        keys = [t.to(device) for t, device in zip(self.keys, devices, strict=True)]
+        return KV(keys, [t.to(device) for t, device in zip(self.values, devices, strict=True)])
+
     @classmethod
     def join(cls, parts: Sequence["KV"]) -> "KV":
         """Lays parts one behind the other, in new storage."""

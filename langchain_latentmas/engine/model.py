@@ -35,6 +35,7 @@ class LanguageModel:
         fingerprint: 32 hex digits over weights and vocabulary.
         max_positions: Positions a memory can have.
         bytes_per_position: Bytes of KV per position.
+        kv_devices: Device of each layer's KV.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class LanguageModel:
             cache = self.new_cache()
             self._compare_with_plain_forward(cache)
             self.bytes_per_position = cache.bytes_per_position
+            self.kv_devices = [layer.keys.device for layer in cache.layers]
             # transformers computes the angles in float32 whatever the model's dtype.
             tolerance = max(self._tolerance, float(torch.finfo(torch.float32).eps) ** 0.5)
             self.rotary = Rotary.probe(model, self._probe_keys, min(64, self.max_positions - 3), tolerance)

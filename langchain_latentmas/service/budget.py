@@ -36,19 +36,34 @@ class Budget(Generic[Value]):
                 self._values.move_to_end(key)
             return self._values.get(key)
 
-    def put(self, key: str, value: Value) -> None:
-        """Adds a value and forgets others, or the value itself if it is larger than the limit."""
+    def put(self, key: str, value: Value) -> list[tuple[str, Value]]:
+        """Adds a value and forgets others, or the value itself if it is larger than the limit.
+
+        Returns:
+            What was forgotten for it, the least recently used first.
+        """
         with self._lock:
             if key in self._values:
                 self.used -= self._size(self._values.pop(key))
             if self._size(value) > self.limit:  # it would push out all others, and then go as well
                 self.evictions += 1
-                return
+                return [(key, value)]
             self._values[key] = value
             self.used += self._size(value)
+            forgotten = []
             while self.used > self.limit:
-                self.used -= self._size(self._values.popitem(last=False)[1])
-                self.evictions += 1
+                forgotten.append(self._values.popitem(last=False))
+                self.used -= self._size(forgotten[-1][1])
+            self.evictions += len(forgotten)
+            return forgotten
+
+    def pop(self, key: str) -> Value | None:
+        """Takes a value out, which is no eviction; None if it is not there."""
+        with self._lock:
+            value = self._values.pop(key, None)
+            if value is not None:
+                self.used -= self._size(value)
+            return value
 
     def clear(self) -> None:
         """Forgets everything; not counted as evictions."""

@@ -1,19 +1,23 @@
-"""The KV of memories on the device, under a byte budget; what was evicted is rebuilt from its recipe."""
+"""The KV of memories: on the device, else in CPU memory, else on the disk, else rebuilt from the recipe."""
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
+import torch
+
 from ..engine.kv import KV, Placed
 from ..engine.scheduler import Scheduler
 from ..engine.tick import Result, Row
-from ..errors import EngineFailed
+from ..errors import EngineFailed, ServiceClosed
 from .alteration import alter, unaltered
 from .budget import Budget
 from .memory import Layout, Lineage, MergeMode, Piece, Recipe
+from .spill import Spill
 
 logger = logging.getLogger(__name__)
 
@@ -25,30 +29,69 @@ class KVPool:
     """Hands out the KV of whole memories, segment by segment, shared between all memories that contain them.
 
     A segment is kept once, with the keys of where it was computed; whoever reads it elsewhere turns them on the way
-    into a slot. Nothing here blocks: what has to be rebuilt first arrives through the futures.
+    into a slot. What leaves the device for want of room goes to CPU memory, from there to the disk, and comes back to
+    the device when somebody reads it. Nothing here waits for a disk or for the model: what has to be read or rebuilt
+    first arrives through the futures.
 
     Attributes:
-        kept: KV by memory id.
-        rebuilds: Prefills that brought back what was evicted.
+        kept: KV on the device, by memory id.
+        spilled: KV in CPU memory, by memory id.
+        hits: Segments found "device", "cpu" or "disk".
+        rebuilds: Prefills that brought back what was nowhere.
     """
 
     def __init__(
-        self, scheduler: Scheduler, lineage: Lineage, recipe: Callable[[str], Recipe], limit: int, mode: MergeMode
+        self,
+        scheduler: Scheduler,
+        lineage: Lineage,
+        recipe: Callable[[str], Recipe],
+        limit: int,
+        mode: MergeMode,
+        *,
+        cpu_limit: int = 0,
+        disk: Spill | None = None,
+        devices: Sequence[torch.device] = (),
     ) -> None:
-        """Starts empty.
+        """Starts empty, but for what `disk` holds.
 
         Args:
             scheduler: Computes what is missing.
             lineage: Where the segments of a memory stand.
             recipe: Returns the recipe of an id, or raises.
-            limit: Bytes of KV to keep; what is in use may exceed it.
+            limit: Bytes of KV to keep on the device; what is in use may exceed it.
             mode: What happens to segments that a merge moves.
+            cpu_limit: Bytes of KV to keep in CPU memory besides.
+            disk: Where KV goes that has no room there either.
+            devices: Device of each layer.
         """
         self.kept: Budget[KV] = Budget(limit, lambda kv: kv.nbytes)
+        self.spilled: Budget[KV] = Budget(cpu_limit, lambda kv: kv.nbytes)
         self.mode, self.rebuilds = mode, 0
+        self.hits: Counter[str] = Counter()
+        self.disk, self._devices = disk, list(devices)
         self._scheduler, self._lineage, self._recipe = scheduler, lineage, recipe
-        self._rebuilding: dict[str, Future[KV]] = {}
+        self._coming: dict[str, Future[KV]] = {}  # read from the disk, or rebuilt
         self._lock = threading.RLock()
+
+    def keep(self, key: str, kv: KV) -> None:
+        """Takes in the KV of a new memory, or of one that came back; others may have to leave the device for it."""
+        with self._lock:
+            self.spilled.pop(key)
+            leaving = self.kept.put(key, kv)
+            if self.spilled.limit:
+                cpu = [torch.device("cpu")] * len(kv.keys)
+                leaving = [left for key, kv in leaving for left in self.spilled.put(key, kv.to(cpu))]
+            if self.disk is not None:
+                for old, gone in leaving:
+                    self.disk.put(old, gone)
+
+    def forget(self, key: str) -> None:
+        """Removes the KV of a memory, wherever it is."""
+        with self._lock:
+            self.kept.pop(key)
+            self.spilled.pop(key)
+            if self.disk is not None:
+                self.disk.drop(key)
 
     def place(self, layout: Layout) -> "Future[list[Placed]]":
         """The KV of a memory, ready to be written to a slot.
@@ -82,22 +125,63 @@ class KVPool:
         if whole := unaltered(key):
             return _then(self._kv(whole), partial(alter, key=key))
         with self._lock:
-            if key in self._rebuilding:
-                return self._rebuilding[key]
+            if key in self._coming:
+                return self._coming[key]
             if (kv := self.kept.get(key)) is not None:
-                done: Future[KV] = Future()
-                done.set_result(kv)
-                return done
-            # One prefill brings back a whole run of segments, each made on the one before it.
-            run = [self._recipe(key)]
-            while len(run[0].parents) == 1 and not {*run[0].parents} & self._rebuilding.keys():
-                if run[0].parents[0] in self.kept or unaltered(run[0].parents[0]):
-                    break
-                run.insert(0, self._recipe(run[0].parents[0]))
-            seen = self._lineage.layout(run[0].parents)
-            futures = {recipe.id: Future[KV]() for recipe in run}
-            self._rebuilding |= futures
-            self.rebuilds += 1
+                self.hits["device"] += 1
+                return _done(kv)
+            if (kv := self.spilled.get(key)) is not None:
+                self.hits["cpu"] += 1
+                kv = kv.to(self._devices)
+                self.keep(key, kv)
+                return _done(kv)
+            if self.disk is not None and key in self.disk:
+                return self._read(key, self.disk)
+            return self._rebuilt(key)
+
+    def _read(self, key: str, disk: Spill) -> "Future[KV]":
+        """A segment's KV from the disk, or rebuilt if that fails."""
+        reading = disk.get(key, self._recipe(key).segment.positions)
+        future = self._coming[key] = Future[KV]()
+
+        def follow(_: "Future[KV]") -> None:
+            if reading.cancelled():
+                future.set_exception(ServiceClosed("The service was closed while it worked on this request."))
+                return
+            try:
+                kv = reading.result().to(self._devices)
+            except Exception as error:
+                logger.warning("%s", error)
+                with self._lock:
+                    del self._coming[key]
+                    try:
+                        rebuilt = self._rebuilt(key)
+                    except Exception as lost:  # a future swallows what its callbacks raise
+                        future.set_exception(lost)
+                        return
+                rebuilt.add_done_callback(partial(_hand_on, future))
+                return
+            with self._lock:
+                self.hits["disk"] += 1
+                self.keep(key, kv)
+                del self._coming[key]
+            future.set_result(kv)
+
+        reading.add_done_callback(follow)
+        return future
+
+    def _rebuilt(self, key: str) -> "Future[KV]":
+        """A segment's KV from its recipe; one prefill brings back a whole run of segments, each made on the one before.
+
+        Whoever calls holds the lock.
+        """
+        run = [self._recipe(key)]
+        while len(run[0].parents) == 1 and not self._is_somewhere(run[0].parents[0]):
+            run.insert(0, self._recipe(run[0].parents[0]))
+        seen = self._lineage.layout(run[0].parents)
+        futures = {recipe.id: Future[KV]() for recipe in run}
+        self._coming |= futures
+        self.rebuilds += 1
         logger.info("rebuilding %d segments that end in %s", len(run), key)
 
         def deliver(result: Result) -> None:
@@ -108,15 +192,15 @@ class KVPool:
                 return
             with self._lock:
                 for recipe, kv in zip(run, parts, strict=True):
-                    self.kept.put(recipe.id, kv)
-                    del self._rebuilding[recipe.id]
+                    self.keep(recipe.id, kv)
+                    del self._coming[recipe.id]
             for future, kv in zip(futures.values(), parts, strict=True):
                 future.set_result(kv)
 
         def fail(error: BaseException) -> None:
             with self._lock:
                 for recipe in run:
-                    del self._rebuilding[recipe.id]
+                    del self._coming[recipe.id]
             for future in futures.values():
                 future.set_exception(error)
 
@@ -127,6 +211,11 @@ class KVPool:
         except Exception as error:  # a recipe that is gone: whoever else waits for this segment must hear of it
             fail(error)
         return futures[key]
+
+    def _is_somewhere(self, key: str) -> bool:
+        """Whether a segment need not be rebuilt: it is altered from another one, kept, spilled, or on its way."""
+        somewhere = key in self.kept or key in self.spilled or key in self._coming
+        return bool(unaltered(key)) or somewhere or (self.disk is not None and key in self.disk)
 
     def _unaltered_at(self, line: Layout, starts: Mapping[str, int]) -> "Future[Placed]":
         """The last segment of an altered memory as it was before, computed anew where a merge puts it."""
@@ -196,6 +285,19 @@ class _Place:
 
     def __call__(self, kv: KV) -> Placed:
         return Placed(kv, self.start, self.shift)
+
+
+def _done(value: A) -> "Future[A]":
+    future: Future[A] = Future()
+    future.set_result(value)
+    return future
+
+
+def _hand_on(to: "Future[A]", done: "Future[A]") -> None:
+    if (error := done.exception()) is not None:
+        to.set_exception(error)
+    else:
+        to.set_result(done.result())
 
 
 def _then(future: "Future[A]", function: Callable[[A], B]) -> "Future[B]":

@@ -9,16 +9,17 @@ import secrets
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import jinja2
 import psutil
 import torch
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.stores import BaseStore, InMemoryByteStore
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import bundled
@@ -40,20 +41,33 @@ from ..errors import (
 )
 from ..state import LatentRef
 from .alteration import original
-from .base import READING, Chunk, LatentService, LensRow, Usage
+from .base import READING, Chunk, LatentService, LensRow, StoredReference, Usage
 from .budget import Budget
 from .identity import KEY_BYTES, MAX_AGENT, MAX_PARENTS, Signer, checked_ref, key_ring, memory_id
 from .kv_pool import KVPool
 from .marker import Marker, take_markers
-from .memory import Layout, Lineage, Memory, Recipe, Segment
+from .memory import Layout, Lineage, Memory, MergeMode, Recipe, Segment
 from .messages import as_openai
-from .store import FolderStore, RecipeStore
+from .retention import Retention
+from .spill import Spill
+from .store import DROPPED, PINNED, FolderStore, RecipeStore
+from .transfer import read_memory, write_memory
 
 logger = logging.getLogger(__name__)
+
+
+def _bytes(value: object) -> object:
+    """A number with a unit, such as "4GiB" or "500 MB", as a number."""
+    return TypeAdapter(ByteSize).validate_python(value) if isinstance(value, str) else value
+
 
 RECIPES_KEPT = 4096  # decoded ones; all others are read from the store again
 KV_FRACTION = 0.4  # of the device memory that is free once the model is loaded
 LIVE_FRACTION = 0.4
+CPU_FRACTION = 0.2
+COLLECT_SECONDS = 3600.0
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
 
 
 class LocalSettings(BaseModel):
@@ -68,11 +82,20 @@ class LocalSettings(BaseModel):
         template_args: Passed to the chat template, say `{"enable_thinking": False}`.
         max_positions: A lower limit of positions than the model's own.
         store: Where recipes go: None keeps them in this process, a folder makes them durable, and any LangChain byte
-            store does what it does.
+            store does what it does. Several processes may share a folder.
+        store_budget: Most bytes of recipes in a folder, such as "2GiB"; what would exceed it is refused before it is
+            worked on. None for as many as the disk has.
+        keep_for: How long after its last use a reference may be removed from a folder: seconds, or ISO 8601 such as
+            "P30D"; pinned ones, and what others that stay descend from, are spared. None removes none for its age.
         key: Signing key; None takes the one in the store's folder (mode 600, made if missing), else a fresh one, whose
             references end with the process.
-        kv_budget: Bytes of KV to keep for later readers; None takes 40 % of the free device memory.
-        live_budget: Bytes of slots for the rows that are at work; None takes as much.
+        kv_budget: Bytes of KV to keep on the device for later readers, a number or such as "4GiB"; None takes 40 % of
+            the free device memory.
+        kv_cpu_budget: Bytes of KV to keep in CPU memory when there is no room on the device; None takes 20 % of what is
+            free, and nothing where the CPU is the device.
+        kv_disk_budget: Bytes of KV to keep on the disk when there is no room there either.
+        kv_folder: Where that is; None takes the folder `kv` of a store that is a folder. One process at a time.
+        live_budget: Bytes of slots for the rows that are at work; None takes as much as `kv_budget`.
         max_rows: Most rows in a tick.
         prefill_chunk: Most positions of one row that a tick prefills.
         merge: "rotate" re-rotates the keys of moved segments, "rebuild" computes them anew; "auto" rotates where the
@@ -89,8 +112,13 @@ class LocalSettings(BaseModel):
     max_positions: int | None = None
     store: str | Path | BaseStore | None = None
     key: bytes | None = None
-    kv_budget: int | None = Field(None, ge=0)
-    live_budget: int | None = Field(None, ge=0)
+    store_budget: Bytes | None = None
+    keep_for: timedelta | None = Field(None, ge=timedelta(0))
+    kv_budget: Bytes | None = None
+    kv_cpu_budget: Bytes | None = None
+    kv_disk_budget: Bytes = 0
+    kv_folder: Path | None = None
+    live_budget: Bytes | None = None
     max_rows: int = Field(32, ge=1)
     prefill_chunk: int = Field(512, ge=1)
     merge: Literal["auto", "rotate", "rebuild"] = "auto"
@@ -118,6 +146,8 @@ class LocalService(LatentService):
         Raises:
             ModelNotSupported: If the tokenizer has no chat template, or `merge="rotate"` is asked of a model whose keys
                 cannot be rotated.
+            InvalidRequest: If a budget is given for a store or a disk that is not there, or the key file is readable
+                for others.
         """
         self.model, self.settings = model, settings
         self.name = model.name
@@ -138,7 +168,8 @@ class LocalService(LatentService):
             logger.warning("no key=... for the store: references will not outlive this process")
         self._signer = signer or Signer(secrets.token_bytes(KEY_BYTES))
         shelf, signs = store or InMemoryByteStore(), self._signer.timeless()
-        self._store = RecipeStore(shelf, signs, model.config.hidden_size, model.dtype)
+        self._store = RecipeStore(shelf, signs, model.config.hidden_size, model.dtype, settings.store_budget)
+        self._retention = Retention(self._store, settings.keep_for)
         self._recipes: Budget[Recipe] = Budget(RECIPES_KEPT, lambda recipe: 1)
         free = _free_bytes(model.device)
         live = int(free * LIVE_FRACTION) if settings.live_budget is None else settings.live_budget
@@ -151,10 +182,26 @@ class LocalService(LatentService):
             self._ticker, self._scheduler = host._ticker, host._scheduler
         self._lineage = Lineage(self._recipe)
         rotates = model.rotary is not None and settings.merge != "rebuild"
-        self._pool = KVPool(self._scheduler, self._lineage, self._recipe, kept, "rotate" if rotates else "rebuild")
+        mode: MergeMode = "rotate" if rotates else "rebuild"
+        disk = self._spill(signs, mode) if settings.kv_disk_budget else None
+        self._pool = KVPool(
+            self._scheduler,
+            self._lineage,
+            self._recipe,
+            kept,
+            mode,
+            cpu_limit=_cpu_budget(model.device) if settings.kv_cpu_budget is None else settings.kv_cpu_budget,
+            disk=disk,
+            devices=model.kv_devices,
+        )
+        closed = threading.Event()
         # Also runs when the service is forgotten, and at exit: a tick must not outlive the interpreter.
-        self._keeping = threading.Lock()
-        self._finalizer = weakref.finalize(self, _close, None if host else self._scheduler, self._pool.kept)
+        scheduler = None if host else self._scheduler
+        self._finalizer = weakref.finalize(self, _close, scheduler, self._pool.kept, disk, closed)
+        if settings.keep_for is not None:
+            often = min(COLLECT_SECONDS, settings.keep_for.total_seconds() + 1)
+            collecting = (weakref.ref(self), closed, often)
+            threading.Thread(target=_collect, args=collecting, name="latentmas-collect", daemon=True).start()
 
     @classmethod
     def load(cls, model: str = "bundled", **settings: Any) -> Self:
@@ -193,7 +240,8 @@ class LocalService(LatentService):
         """The same model for others, once: to each, references, markers, recipes and KV of their own.
 
         Nobody can read, list or drop what another one made, and nobody's KV is evicted for another one's: the budget
-        for it is shared out evenly, this service itself included. All rows share the ticks.
+        for it is shared out evenly, this service itself included, and so are those of store, CPU memory and disk. All
+        rows share the ticks.
 
         Args:
             names: Whose services; the same name finds its memories again in a durable store.
@@ -208,10 +256,24 @@ class LocalService(LatentService):
         if isinstance(store, BaseStore):
             raise InvalidRequest("A service for several tenants takes a folder as its store, or none.")
         self._pool.kept.limit //= parts
+        self._pool.spilled.limit //= parts
+        if self._pool.disk is not None:
+            self._pool.disk.files.limit //= parts
+        if self._store.budget is not None:
+            self._store.budget //= parts
         made = {}
         for name in names:
-            folder = store and Path(store) / "tenants" / hashlib.sha256(name.encode()).hexdigest()[:32]
-            own = {"store": folder, "key": None, "kv_budget": self._pool.kept.limit}
+            folder_name = Path("tenants") / hashlib.sha256(name.encode()).hexdigest()[:32]
+            folder = store and Path(store) / folder_name
+            own = {
+                "store": folder,
+                "key": None,
+                "store_budget": self._store.budget,
+                "kv_budget": self._pool.kept.limit,
+                "kv_cpu_budget": self._pool.spilled.limit,
+                "kv_disk_budget": self.settings.kv_disk_budget // parts,
+                "kv_folder": self.settings.kv_folder and self.settings.kv_folder / folder_name,
+            }
             settings = self.settings.model_copy(update=own)
             made[name] = LocalService(self.model, settings, signer=self._signer.derived(name), host=self)
         return made
@@ -268,6 +330,8 @@ class LocalService(LatentService):
     ) -> Iterator[Chunk]:
         """See `LatentService.speak`."""
         request = _Request(self, messages, latents, agent, sampling=_sampling(sampling), tools=tools, prefix=prefix)
+        with request.room():
+            pass  # a store that is full is known at the call
 
         def chunks() -> Iterator[Chunk]:
             for event in request.events(notify=True):
@@ -290,6 +354,8 @@ class LocalService(LatentService):
     ) -> AsyncIterator[Chunk]:
         """See `LatentService.aspeak`."""
         request = _Request(self, messages, latents, agent, sampling=_sampling(sampling), tools=tools, prefix=prefix)
+        with request.room():
+            pass  # a store that is full is known at the call
 
         async def chunks() -> AsyncIterator[Chunk]:
             async for event in request.aevents(notify=True):
@@ -308,6 +374,29 @@ class LocalService(LatentService):
         kv = KV.join([rotary.turn(kv, shift) if shift and rotary else kv for kv, _, shift in placed])
         segments = tuple(self._recipe(piece.id).segment for piece in layout)
         return Memory(segments, kv.positions, kv.keys, kv.values, self._merge_of(layout))
+
+    def export_memory(self, ref: LatentRef, kv: bool = False) -> Iterator[bytes]:
+        """See `LatentService.export_memory`."""
+        recipes = [self._recipe(piece.id) for piece in self._lineage.layout(self.verify([ref]))]
+        return write_memory(recipes, self.memory(ref) if kv else None)
+
+    def import_memory(self, file: str | Path) -> LatentRef:
+        """See `LatentService.import_memory`."""
+        model = self.model
+        model.refresh_if_changed()
+        if (exported := read_memory(Path(file), model.config.hidden_size, model.dtype)).model != model.fingerprint:
+            raise WrongModel(
+                f"The memory in {Path(file).name} belongs to model {exported.model}, but this service runs "
+                f"{model.name} ({model.fingerprint}); load that model."
+            )
+        exported.check(model.config.vocab_size, model.max_positions)
+        for recipe in exported.recipes:
+            own = recipe.segment
+            sizes = len(own.prompt_ids), len(own.thoughts), len(own.spoken_ids)
+            with self._store.room(self._store.most_bytes(own.agent, recipe.parents, *sizes)):
+                self._store.put(recipe)  # what is known here already stays as it is (design, rule 4)
+        last = exported.recipes[-1]
+        return self.signed_ref(last.id, last.segment.agent, last.parents, len(last.segment.thoughts))
 
     def lens(self, ref: LatentRef, top_k: int = 5) -> list[LensRow]:
         """See `LatentService.lens`."""
@@ -357,9 +446,44 @@ class LocalService(LatentService):
         suffix = ".zeroed" if how == "zeroed" else f".random{seed}"
         return self.signed_ref(key + suffix, ref["agent"], [parent + suffix for parent in ref["parents"]], ref["steps"])
 
+    def references(self) -> list[StoredReference]:
+        """See `LatentService.references`."""
+        listed = []
+        for key, header in self._retention.headers().items():
+            if header.model != self.model.fingerprint or self._store.marked(key, DROPPED):
+                continue
+            with suppress(UnknownReference, StoreCorrupted):  # it, or what it descends from, is gone by now or damaged
+                ref = self.signed_ref(key, header.agent, header.parents, header.steps)
+                made, used = (datetime.fromtimestamp(at, UTC) for at in (header.made, self._retention.used(key)))
+                pinned = self._store.marked(key, PINNED)
+                listed.append(StoredReference(ref, made, used, self._store.size_of(key), pinned))
+        return sorted(listed, key=lambda stored: stored.made, reverse=True)
+
+    def pin(self, ref: LatentRef, pinned: bool = True) -> None:
+        """See `LatentService.pin`."""
+        self._retention.pin(_stored(self.verify([ref])[0]), pinned)
+
+    def drop(self, ref: LatentRef) -> None:
+        """See `LatentService.drop`."""
+        try:
+            key = _stored(self.verify([ref])[0])
+        except UnknownReference:
+            return
+        self._forget([key, *self._retention.drop(key)])
+
+    def collect(self) -> int:
+        """Removes references that have not been used for `keep_for`; runs by itself, at the start and every hour.
+
+        Returns:
+            How many were removed.
+        """
+        removed = self._retention.collect()
+        self._forget(removed)
+        return len(removed)
+
     def info(self) -> dict[str, Any]:
         """See `LatentService.info`."""
-        model, ticker, kept = self.model, self._ticker, self._pool.kept
+        model, ticker, kept, pool = self.model, self._ticker, self._pool.kept, self._pool
         return {
             "model": model.name,
             "fingerprint": model.fingerprint,
@@ -375,14 +499,26 @@ class LocalService(LatentService):
             "kv_budget": kept.limit,
             "kv_bytes": kept.used,
             "kv_segments": len(kept),
+            "kv_hits": pool.hits["device"],
             "evictions": kept.evictions,
-            "rebuilds": self._pool.rebuilds,
+            "kv_cpu_budget": pool.spilled.limit,
+            "kv_cpu_bytes": pool.spilled.used,
+            "kv_cpu_hits": pool.hits["cpu"],
+            "kv_cpu_evictions": pool.spilled.evictions,
+            "kv_disk_budget": pool.disk.files.limit if pool.disk else 0,
+            "kv_disk_bytes": pool.disk.files.used if pool.disk else 0,
+            "kv_disk_hits": pool.hits["disk"],
+            "kv_disk_evictions": pool.disk.files.evictions if pool.disk else 0,
+            "kv_disk_refused": pool.disk.refused if pool.disk else 0,
+            "rebuilds": pool.rebuilds,
+            "store_bytes": self._store.nbytes or 0,
             "waiting": self._scheduler.waiting,
             "rows": len(ticker.rows),
             "ticks": ticker.ticks,
             "thoughts": ticker.thoughts,
             "tokens": ticker.spoken,
             "prefilled": ticker.prefilled,
+            **({} if self._store.budget is None else {"store_budget": self._store.budget}),
         }
 
     def close(self) -> None:
@@ -396,6 +532,7 @@ class LocalService(LatentService):
             WrongModel: If one belongs to another model.
             TamperedReference: If one is malformed or its signature does not match.
             UnknownReference: If the recipe of one is not in the store.
+            DroppedReference: If one was dropped.
         """
         self.model.refresh_if_changed()
         refs = _listed(latents)
@@ -413,6 +550,7 @@ class LocalService(LatentService):
                     "another service made it with another key (key=..., or the key file of store=...)."
                 )
             self._recipe(ref["id"])
+        self._store.check([original(ref["id"]) for ref in refs])
         return [ref["id"] for ref in refs]
 
     def encode(
@@ -475,6 +613,7 @@ class LocalService(LatentService):
             )
         how = marker.id.removeprefix(original(marker.id))
         parents = [parent + how for parent in self._recipe(marker.id).parents]
+        self._store.check([original(marker.id)])
         return self.signed_ref(marker.id, marker.agent, parents, marker.steps)
 
     def _recipe(self, key: str) -> Recipe:
@@ -485,6 +624,21 @@ class LocalService(LatentService):
                 raise UnknownReference(f"The memory {key} was made by another model ({recipe.model}).")
             self._recipes.put(key, recipe)
         return recipe
+
+    def _spill(self, signer: Signer, mode: MergeMode) -> Spill:
+        store, folder = self.settings.store, self.settings.kv_folder
+        if folder is None and isinstance(store, (str, Path)):
+            folder = Path(store) / "kv"
+        if folder is None:
+            raise InvalidRequest("kv_disk_budget needs a folder: kv_folder=..., or a folder as store.")
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        made_for = {"model": self.model.fingerprint, "dtype": dtype, "merge": mode}
+        return Spill(folder, self.settings.kv_disk_budget, signer, made_for, self.model.bytes_per_position)
+
+    def _forget(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._recipes.pop(key)
+            self._pool.forget(key)
 
     def _merge_of(self, layout: Layout) -> Literal["none", "rotated", "rebuilt"]:
         if all(piece.start == self._lineage.line(piece.id)[-1].start for piece in layout):
@@ -542,6 +696,7 @@ class _Request:
         key = self._id(spoken_ids)
         try:
             self.service._recipe(key)
+            self.service._store.renew(key)
         except (UnknownReference, StoreCorrupted):  # what is damaged is made again
             return None
         return self._ref(key)
@@ -549,15 +704,16 @@ class _Request:
     def events(self, notify: bool) -> Iterator[int | Spoken | Result]:
         """Does the work; yields steps and tokens if `notify`, then the result. Closing it frees the slot."""
         inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        row = self._begin(inbox.put, notify)
-        try:
-            while not isinstance(event := inbox.get(), (Result, BaseException)):
+        with self.room():
+            row = self._begin(inbox.put, notify)
+            try:
+                while not isinstance(event := inbox.get(), (Result, BaseException)):
+                    yield event
+                if isinstance(event, BaseException):
+                    raise event
                 yield event
-            if isinstance(event, BaseException):
-                raise event
-            yield event
-        finally:
-            row.cancelled = True
+            finally:
+                row.cancelled = True
 
     async def aevents(self, notify: bool) -> AsyncIterator[int | Spoken | Result]:
         """Like `events`, for `async for`."""
@@ -568,29 +724,38 @@ class _Request:
             with suppress(RuntimeError):  # the loop was closed while the row was at work; nobody waits any more
                 loop.call_soon_threadsafe(inbox.put_nowait, event)
 
-        row = self._begin(put, notify)
-        try:
-            while not isinstance(event := await inbox.get(), (Result, BaseException)):
+        with self.room():
+            row = self._begin(put, notify)
+            try:
+                while not isinstance(event := await inbox.get(), (Result, BaseException)):
+                    yield event
+                if isinstance(event, BaseException):
+                    raise event
                 yield event
-            if isinstance(event, BaseException):
-                raise event
-            yield event
-        finally:
-            row.cancelled = True
+            finally:
+                row.cancelled = True
 
     def keep(self, result: Result) -> LatentRef:
         """Stores recipe and KV of a finished row; returns its reference."""
         key = self._id(result.tokens)
         segment = Segment(self.agent, self.prompt_ids, result.thoughts.cpu(), tuple(result.tokens))
         recipe = Recipe(key, self.model, self.alignment, tuple(self.parents), segment)
-        with self.service._keeping:
-            # The same call gives the same id, but in another batch its floats may differ in their last bits: what has a
-            # reference stays as it was (design, rule 4).
-            if self.known(result.tokens) is None:
-                self.service._store.put(recipe)
-                self.service._recipes.put(key, recipe)
-                self.service._pool.kept.put(key, result.kv)
+        service = self.service
+        if service._store.put(recipe) is recipe:  # else somebody was faster, and his stays
+            service._forget([key])
+            service._recipes.put(key, recipe)
+            service._pool.keep(key, result.kv)
         return self._ref(key)
+
+    def room(self) -> AbstractContextManager[None]:
+        """Holds room in the store for what comes of it.
+
+        Raises:
+            StoreFull: If there is not that much.
+        """
+        spoken = self.sampling.max_tokens if self.sampling else 0
+        store = self.service._store
+        return store.room(store.most_bytes(self.agent, self.parents, len(self.prompt_ids), self.steps, spoken))
 
     def last_chunk(self, result: Result) -> Chunk:
         """What closes a stream of chunks."""
@@ -681,7 +846,30 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _close(scheduler: Scheduler | None, kept: Budget[KV]) -> None:
+def _cpu_budget(device: torch.device) -> int:
+    return 0 if device.type == "cpu" else int(psutil.virtual_memory().available * CPU_FRACTION)
+
+
+def _stored(key: str) -> str:
+    if original(key) != key:
+        raise InvalidRequest(f"{key} is an altered memory, which is never stored; name the one it was made of.")
+    return key
+
+
+def _collect(service_ref: "weakref.ref[LocalService]", closed: threading.Event, seconds: float) -> None:
+    while (service := service_ref()) is not None and not closed.is_set():
+        try:
+            service.collect()
+        except Exception:  # a disk that does not answer today
+            logger.exception("old references could not be removed; they are tried again later")
+        del service
+        closed.wait(seconds)
+
+
+def _close(scheduler: Scheduler | None, kept: Budget[KV], disk: Spill | None, closed: threading.Event) -> None:
+    closed.set()
     if scheduler is not None:
         scheduler.close()
+    if disk is not None:
+        disk.close()
     kept.clear()

@@ -1,39 +1,79 @@
-"""Recipes on a shelf: any LangChain byte store, a manifest in JSON and the thoughts in safetensors."""
+"""Recipes on a shelf: one value per recipe, in a folder or in any LangChain byte store (docs/store-format.md)."""
 
 import contextlib
-import hashlib
+import errno
+import logging
 import os
 import re
 import secrets
+import shutil
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from filelock import FileLock, Timeout
 from langchain_core.stores import BaseStore
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
+from torch import Tensor
 
-from ..errors import InvalidRequest, StoreCorrupted, UnknownReference
+from ..errors import DroppedReference, InvalidRequest, StoreBusy, StoreCorrupted, StoreFull, UnknownReference
+from .alteration import original
+from .envelope import OVERHEAD, Envelope, Kind
 from .identity import MAX_AGENT, MAX_PARENTS, Signer, memory_id
 from .memory import Recipe, Segment
 
+logger = logging.getLogger(__name__)
+
 MAX_VALUE = 1 << 26  # bytes: 80 thoughts of a 14B model in float32 are a fortieth of it
+DISK_RESERVE = 1 << 24  # bytes of the disk that are left free
+LOCK_SECONDS = 60.0
+RECIPE, PINNED, DROPPED = ".recipe", ".pinned", ".dropped"
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FolderStore(BaseStore[str, bytes]):
-    """A folder with one file per key; a file is there whole or not at all, also after a crash."""
+    """A folder with one file per key; a file is there whole or not at all, also after a crash.
+
+    Several processes may share one folder: they write and delete in turns, under a lock that ends with its holder.
+    """
 
     def __init__(self, folder: str | Path) -> None:
-        """Opens the folder, making it if need be.
+        """Opens the folder, making it if need be, and removes what a crash left half-written.
 
         Args:
             folder: Where the files lie.
+
+        Raises:
+            StoreBusy: If another process holds its lock for a minute.
         """
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS, mode=0o600)
+        with self.locked():
+            for half in self.folder.glob(".*.part"):
+                half.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps all others, threads and processes, from writing; may be nested.
+
+        Raises:
+            StoreBusy: If it does not become free within a minute.
+        """
+        try:
+            self._lock.acquire(poll_interval=0.002)
+        except Timeout as error:
+            raise StoreBusy(f"Another process has held {self.folder} for {LOCK_SECONDS:.0f} s; try again.") from error
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
         """Reads files; None for a key that is not there.
@@ -44,34 +84,98 @@ class FolderStore(BaseStore[str, bytes]):
         return [self._read(self._path(key)) for key in keys]
 
     def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
-        """Writes files, one after the other, each flushed to the disk before the next begins."""
-        for key, value in key_value_pairs:
-            path = self._path(key)
-            fresh = path.with_name(f".{secrets.token_hex(8)}")
-            try:
-                with fresh.open("xb") as file:
-                    file.write(value)
-                    file.flush()
-                    os.fsync(file.fileno())
-                fresh.replace(path)
-            finally:
-                fresh.unlink(missing_ok=True)
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        """Writes files, one after the other, each flushed to the disk before the next begins.
+
+        Raises:
+            StoreFull: If the disk is full; what is there stays.
+        """
+        with self.locked(), _full_disk(self.folder):
+            for key, value in key_value_pairs:
+                path = self._path(key)
+                fresh = path.with_name(f".{secrets.token_hex(8)}.part")
+                try:
+                    with fresh.open("xb") as file:
+                        file.write(value)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    fresh.replace(path)
+                finally:
+                    fresh.unlink(missing_ok=True)
+            self._sync()
 
     def mdelete(self, keys: Sequence[str]) -> None:
         """Removes files; a key that is not there is no error."""
-        for key in keys:
-            self._path(key).unlink(missing_ok=True)
+        with self.locked():
+            for key in keys:
+                self._path(key).unlink(missing_ok=True)
+            self._sync()
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
         """All keys, or those that begin with `prefix`."""
         for path in sorted(self.folder.iterdir()):
             if _KEY.fullmatch(path.name) and path.name.startswith(prefix or ""):
                 yield path.name
+
+    def has(self, key: str) -> bool:
+        """Whether there is such a file."""
+        return self._path(key).exists()
+
+    def touch(self, key: str) -> None:
+        """Notes that a file was used just now; one that is not there is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self._path(key))
+
+    def touched(self, key: str) -> float:
+        """Unix time of its last use."""
+        return self._path(key).stat().st_mtime
+
+    def size_of(self, key: str) -> int | None:
+        """Bytes of a file; None if it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._path(key).stat().st_size
+        return None
+
+    def set_aside(self, key: str) -> Path:
+        """Moves a file that cannot be read to the folder `<folder>.aside`, where nobody looks for it.
+
+        Returns:
+            Where it lies now.
+        """
+        aside = self.folder.with_name(f"{self.folder.name}.aside")
+        aside.mkdir(exist_ok=True)
+        to = aside / key
+        if to.exists():
+            to = aside / f"{key}.{secrets.token_hex(4)}"
+        with contextlib.suppress(FileNotFoundError):
+            self._path(key).replace(to)
+        return to
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        total = 0
+        with os.scandir(self.folder) as files:
+            for file in files:
+                with contextlib.suppress(FileNotFoundError):
+                    total += file.stat().st_size
+        return total
+
+    @property
+    def changed(self) -> int:
+        """Moves on whenever a file comes or goes, whoever did it."""
+        return self.folder.stat().st_mtime_ns
+
+    @property
+    def free(self) -> int:
+        """Bytes that the disk has left."""
+        return shutil.disk_usage(self.folder).free
+
+    def _sync(self) -> None:
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def _path(self, key: str) -> Path:
         if not _KEY.fullmatch(key):
@@ -80,128 +184,307 @@ class FolderStore(BaseStore[str, bytes]):
 
     @staticmethod
     def _read(path: Path) -> bytes | None:
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size > MAX_VALUE:
-                raise StoreCorrupted(f"{path} has {path.stat().st_size} bytes, more than any recipe; remove it.")
-            return path.read_bytes()
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_VALUE:
+                raise StoreCorrupted(f"it has {size} bytes, more than any recipe")
+            return file.read(size)
         return None
 
 
-class _Manifest(BaseModel):
-    """The JSON part of a stored recipe."""
+class Header(BaseModel):
+    """The JSON part of a stored recipe; everything else is in its tensors."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    format: Literal["latentmas-recipe"] = "latentmas-recipe"
-    version: Literal[1] = 1
     id: str
     agent: str = Field(max_length=MAX_AGENT)
     model: str
     alignment: Literal["realign", "rescale"]
     parents: list[str] = Field(max_length=MAX_PARENTS)
-    prompt_ids: list[Annotated[int, Field(ge=0)]]
-    steps: int = Field(ge=0)
-    spoken_ids: list[Annotated[int, Field(ge=0)]]
-    thoughts_sha256: str | None
-    mac: str = ""
+    prompt: Annotated[int, Field(ge=0)]
+    """Tokens of the prompt."""
+    steps: Annotated[int, Field(ge=0)]
+    spoken: Annotated[int, Field(ge=0)]
+    """Tokens that were spoken."""
+    made: float
+    """Unix time."""
 
 
 class RecipeStore:
     """Puts recipes into a byte store and takes them out again, trusting nothing that it reads.
 
-    A recipe is two values: `<id>.safetensors` with the thoughts, if there are any, and `<id>.json`, written last.
+    A recipe is the value of `<id>.recipe`. `<id>.pinned` and `<id>.dropped` are marks without content. Whatever has a
+    recipe here has those of its parents here too.
     """
 
-    def __init__(self, store: BaseStore[str, bytes], signer: Signer, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        store: BaseStore[str, bytes],
+        signer: Signer,
+        hidden_size: int,
+        dtype: torch.dtype,
+        budget: int | None = None,
+    ) -> None:
         """Wraps a store.
 
         Args:
             store: Where the bytes go.
-            signer: Signs the manifests.
+            signer: Signs the recipes.
             hidden_size: Width of a thought.
             dtype: Dtype of a thought.
-        """
-        self.store, self.signer, self.hidden_size, self.dtype = store, signer, hidden_size, dtype
+            budget: Most bytes of all files together; None for as many as the disk has.
 
-    def put(self, recipe: Recipe) -> None:
+        Raises:
+            InvalidRequest: If a budget is asked of a store that is no folder.
+        """
+        self.store, self.signer, self.hidden_size, self.dtype, self.budget = store, signer, hidden_size, dtype, budget
+        self.folder = store if isinstance(store, FolderStore) else None
+        if budget is not None and self.folder is None:
+            raise InvalidRequest("store_budget needs a folder as store; other stores have limits of their own.")
+        self._thread_lock = threading.RLock()
+        self._reserved = self._used = 0
+        self._counted = -1  # the folder's `changed` that `_used` belongs to
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps all other writers out: the threads of this process, and for a folder other processes too."""
+        with self._thread_lock, self.folder.locked() if self.folder else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def room(self, nbytes: int) -> Iterator[None]:
+        """Holds room for a recipe that is still being made.
+
+        Args:
+            nbytes: From `most_bytes`.
+
+        Raises:
+            StoreFull: If there is not that much.
+        """
+        with self._thread_lock:
+            self._check_room(nbytes + self._reserved)
+            self._reserved += nbytes
+        try:
+            yield
+        finally:
+            with self._thread_lock:
+                self._reserved -= nbytes
+
+    def most_bytes(self, agent: str, parents: Sequence[str], prompt: int, steps: int, spoken: int) -> int:
+        """The most bytes that a recipe with so many parts takes."""
+        header = 400 + 6 * len(agent) + sum(len(parent) + 3 for parent in parents)
+        tensors = 400 + 4 * (prompt + spoken) + steps * self.hidden_size * self.dtype.itemsize
+        return OVERHEAD + header + tensors
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes of all files of a folder; None for other stores."""
+        if self.folder is None:
+            return None
+        with self._thread_lock:
+            if self._counted != (changed := self.folder.changed):
+                self._counted, self._used = changed, self.folder.nbytes
+            return self._used
+
+    def put(self, recipe: Recipe) -> Recipe:
         """Writes a recipe; when this returns, a durable store has it.
+
+        Returns:
+            What the store has under this id: the recipe, or the one that somebody put there before. Floats differ in
+            their last bits from batch to batch, and what has a reference stays as it was (design, rule 4).
 
         Raises:
             InvalidRequest: If it is larger than `get` would read.
+            DroppedReference: If a parent is no longer there.
+            StoreFull: If there is no room.
         """
         segment = recipe.segment
-        values: list[tuple[str, bytes]] = []
-        if len(segment.thoughts):
-            values.append((f"{recipe.id}.safetensors", safetensors.save({"thoughts": segment.thoughts.contiguous()})))
-        manifest = _Manifest(
+        header = Header(
             id=recipe.id,
             agent=segment.agent,
             model=recipe.model,
             alignment="realign" if recipe.alignment == "realign" else "rescale",
             parents=list(recipe.parents),
-            prompt_ids=list(segment.prompt_ids),
+            prompt=len(segment.prompt_ids),
             steps=len(segment.thoughts),
-            spoken_ids=list(segment.spoken_ids),
-            thoughts_sha256=hashlib.sha256(values[0][1]).hexdigest() if values else None,
+            spoken=len(segment.spoken_ids),
+            made=time.time(),
         )
-        manifest.mac = self.signer.sign(manifest.model_dump())
-        values.append((f"{recipe.id}.json", manifest.model_dump_json().encode()))
-        if any(len(value) > MAX_VALUE for _, value in values):
+        tensors = {"thoughts": segment.thoughts.contiguous(), "prompt_ids": _ids(segment.prompt_ids)}
+        if segment.spoken_ids:
+            tensors["spoken_ids"] = _ids(segment.spoken_ids)
+        envelope = Envelope(Kind.RECIPE, header.model_dump_json().encode(), safetensors.save(tensors))
+        value = b"".join(envelope.sealed(self.signer))
+        if len(value) > MAX_VALUE:
             raise InvalidRequest(
                 f"The recipe of {recipe.id} takes more than {MAX_VALUE} bytes; take fewer latent steps."
             )
-        self.store.mset(values)
+        with self.locked():
+            with contextlib.suppress(UnknownReference, StoreCorrupted):
+                there = self.get(recipe.id)
+                self.renew(recipe.id)
+                return there
+            if gone := [parent for parent in map(original, recipe.parents) if not self._has(parent + RECIPE)]:
+                raise DroppedReference(f"The memory {gone[0]} was dropped while agent {segment.agent!r} read it.")
+            self._check_room(len(value))
+            self.store.mset([(recipe.id + RECIPE, value)])
+            self.renew(recipe.id)
+        return recipe
 
     def get(self, key: str) -> Recipe:
-        """Reads and verifies a recipe.
+        """Reads and verifies a recipe; one that cannot be read is set aside.
 
         Raises:
             UnknownReference: If it is not there.
             StoreCorrupted: If it is not what was put in.
         """
-        written = self._value(f"{key}.json")
-        if written is None:
-            raise UnknownReference(
-                f"The memory {key} is not in this service's store. Load the service with the store it was made in "
-                "(store=...), or run the graph again."
-            )
         try:
-            manifest = _Manifest.model_validate_json(written)
+            header, payload = self._open(key)
+            return Recipe(key, header.model, header.alignment, tuple(header.parents), self._segment(header, payload))
+        except StoreCorrupted as error:
+            raise StoreCorrupted(
+                f"The stored recipe {key} cannot be read: {error}. {self._set_aside(key)}Run the graph again."
+            ) from error
+
+    def header(self, key: str) -> Header:
+        """Reads what a recipe says of itself, of whichever model.
+
+        Raises:
+            UnknownReference: If it is not there.
+            StoreCorrupted: If it is not what was put in.
+        """
+        return self._open(key)[0]
+
+    def check(self, keys: Sequence[str]) -> None:
+        """Makes sure that references can be used, and notes that they are.
+
+        Raises:
+            UnknownReference: If a recipe is not there.
+            DroppedReference: If one was dropped.
+        """
+        for key in keys:
+            if self._has(key + DROPPED):
+                raise DroppedReference(f"The memory {key} was dropped; run the graph again to make it anew.")
+            if self.folder:
+                if not self._has(key + RECIPE):
+                    raise self._unknown(key)
+                self.folder.touch(key + RECIPE)
+
+    def renew(self, key: str) -> None:
+        """Makes a reference as good as one just made: used now, and no longer dropped.
+
+        Raises:
+            UnknownReference: If the recipe is not there.
+        """
+        with self.locked():
+            if not self._has(key + RECIPE):
+                raise self._unknown(key)
+            if self._has(key + DROPPED):
+                self.store.mdelete([key + DROPPED])
+            if self.folder:
+                self.folder.touch(key + RECIPE)
+
+    def size_of(self, key: str) -> int:
+        """Bytes that a recipe takes.
+
+        Raises:
+            UnknownReference: If it is not there.
+        """
+        if self.folder is not None and (size := self.folder.size_of(key + RECIPE)) is not None:
+            return size
+        if (value := self.store.mget([key + RECIPE])[0]) is None:
+            raise self._unknown(key)
+        return len(value)
+
+    def marked(self, key: str, mark: str) -> bool:
+        """Whether a recipe is `PINNED` or `DROPPED`."""
+        return self._has(key + mark)
+
+    def _open(self, key: str) -> tuple[Header, bytes]:
+        value = self.store.mget([key + RECIPE])[0]
+        if value is None:
+            raise self._unknown(key)
+        if len(value) > MAX_VALUE:
+            raise StoreCorrupted(f"it has {len(value)} bytes, more than any recipe")
+        _, written, payload = Envelope.opened(value, Kind.RECIPE, self.signer)
+        try:
+            header = Header.model_validate_json(written)
         except ValidationError as error:
-            raise self._corrupted(key, str(error.errors()[0]["msg"])) from error
-        made = memory_id(
-            model=manifest.model,
-            alignment=manifest.alignment,
-            parents=manifest.parents,
-            prompt_ids=manifest.prompt_ids,
-            steps=manifest.steps,
-            spoken_ids=manifest.spoken_ids,
-        )
-        if made != key or manifest.id != key or not self.signer.matches(manifest.model_dump()):
-            raise self._corrupted(key, "its content does not match its id and signature")
-        thoughts = torch.empty(0, self.hidden_size, dtype=self.dtype)
-        if manifest.steps:
-            thoughts = self._thoughts(key, manifest)
-        segment = Segment(manifest.agent, tuple(manifest.prompt_ids), thoughts, tuple(manifest.spoken_ids))
-        return Recipe(key, manifest.model, manifest.alignment, tuple(manifest.parents), segment)
+            raise StoreCorrupted(str(error.errors()[0]["msg"])) from error
+        if header.id != key:
+            raise StoreCorrupted(f"it is that of {header.id}")
+        return header, payload
 
-    def _thoughts(self, key: str, manifest: _Manifest) -> torch.Tensor:
-        value = self._value(f"{key}.safetensors")
-        if value is None or hashlib.sha256(value).hexdigest() != manifest.thoughts_sha256:
-            raise self._corrupted(key, "its thoughts are missing or fail their checksum")
+    def _segment(self, header: Header, payload: bytes) -> Segment:
         try:
-            thoughts = safetensors.load(value)["thoughts"]
+            tensors = safetensors.load(payload)
+            thoughts, prompt = tensors["thoughts"], tensors["prompt_ids"]
+            spoken = tensors["spoken_ids"] if header.spoken else torch.empty(0, dtype=torch.int32)
         except (SafetensorError, KeyError, ValueError) as error:
-            raise self._corrupted(key, "its thoughts cannot be read") from error
-        if thoughts.shape != (manifest.steps, self.hidden_size):
-            raise self._corrupted(key, f"its thoughts have the shape {tuple(thoughts.shape)}")
-        return thoughts
+            raise StoreCorrupted("its tensors cannot be read") from error
+        if thoughts.shape != (header.steps, self.hidden_size) or [len(prompt), len(spoken)] != [
+            header.prompt,
+            header.spoken,
+        ]:
+            raise StoreCorrupted("its tensors have other shapes than it says")
+        segment = Segment(header.agent, tuple(prompt.tolist()), thoughts, tuple(spoken.tolist()))
+        made = memory_id(
+            model=header.model,
+            alignment=header.alignment,
+            parents=header.parents,
+            prompt_ids=segment.prompt_ids,
+            steps=header.steps,
+            spoken_ids=segment.spoken_ids,
+        )
+        if made != header.id:
+            raise StoreCorrupted("its content does not match its id")
+        return segment
 
-    def _value(self, name: str) -> bytes | None:
-        value = self.store.mget([name])[0]
-        if value is not None and len(value) > MAX_VALUE:
-            raise StoreCorrupted(f"The stored value {name} has {len(value)} bytes, more than any recipe; remove it.")
-        return value
+    def _set_aside(self, key: str) -> str:
+        """Takes a recipe that cannot be read out of the way, if it still cannot; says where it is."""
+        with self.locked():
+            with contextlib.suppress(StoreCorrupted, UnknownReference):
+                self._segment(*self._open(key))
+                return ""  # another process has just made it anew
+            if self.folder is None:
+                return ""
+            if not self._has(key + RECIPE):
+                return ""
+            to = self.folder.set_aside(key + RECIPE)
+        logger.warning("the recipe of %s cannot be read and was moved to %s", key, to)
+        return f"It was moved to {to}. "
+
+    def _has(self, name: str) -> bool:
+        return self.folder.has(name) if self.folder else self.store.mget([name])[0] is not None
+
+    def _check_room(self, nbytes: int) -> None:
+        if self.folder is None:
+            return
+        used = self.nbytes if self.budget is not None else None
+        if self.budget is not None and used is not None and used + nbytes > self.budget:
+            raise StoreFull(
+                f"The store has {used} of its {self.budget} bytes in use, and this request may need {nbytes}, those at "
+                "work included; drop references, or raise store_budget."
+            )
+        if (free := self.folder.free) < nbytes + DISK_RESERVE:
+            raise StoreFull(f"The disk of the store has {free} bytes left; make room, or drop references.")
 
     @staticmethod
-    def _corrupted(key: str, why: str) -> StoreCorrupted:
-        return StoreCorrupted(f"The stored recipe {key} is damaged: {why}. Remove it and run the graph again.")
+    def _unknown(key: str) -> UnknownReference:
+        return UnknownReference(
+            f"The memory {key} is not in this service's store: it was made elsewhere, or dropped, or grew too old. "
+            "Load the service with the store it was made in (store=...), or run the graph again."
+        )
+
+
+def _ids(ids: Sequence[int]) -> Tensor:
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+@contextlib.contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StoreFull(f"The disk of {folder} is full; make room, or drop references.") from error

@@ -25,6 +25,7 @@ from langchain_latentmas.errors import (
     ServiceClosed,
     StoreCorrupted,
     TamperedReference,
+    UnknownReference,
 )
 from langchain_latentmas.service.local import LocalService
 
@@ -86,7 +87,7 @@ def test_the_same_think_from_many_threads_is_one_memory(fresh_service: Fresh) ->
     service = fresh_service(dtype="float32")
     refs = at_once([lambda: service.think(PROMPT, steps=6)] * 6)
     assert refs == [refs[0]] * 6
-    assert len(list(service._store.store.yield_keys())) == 2  # a manifest and its thoughts
+    assert len(list(service._store.store.yield_keys())) == 1
 
 
 async def test_requests_of_an_event_loop_share_ticks(fresh_service: Fresh) -> None:
@@ -124,7 +125,7 @@ def test_a_stream_that_was_given_up_stores_nothing(fresh_service: Fresh) -> None
     stream.close()  # type: ignore[attr-defined]
     service.think(PROMPT, steps=2)
     assert service.info()["rows"] == 0
-    assert len(list(service._store.store.yield_keys())) == 2  # what was thought
+    assert len(list(service._store.store.yield_keys())) == 1  # what was thought
 
 
 async def test_leaving_an_async_stream_frees_its_slot(fresh_service: Fresh) -> None:
@@ -432,17 +433,24 @@ def test_an_emptied_key_file_is_refused(fresh_service: Fresh, tmp_path: Path) ->
         fresh_service(store=tmp_path)
 
 
-@pytest.mark.parametrize("suffix", ["json", "safetensors"])
-def test_a_damaged_store_is_noticed_and_thinking_again_mends_it(
-    fresh_service: Fresh, tmp_path: Path, suffix: str
+@pytest.mark.parametrize("read", [True, False])
+def test_a_damaged_recipe_is_set_aside_and_thinking_again_mends_it(
+    fresh_service: Fresh, tmp_path: Path, read: bool
 ) -> None:
     ref = fresh_service(store=tmp_path).think(PROMPT, steps=3)
-    (damaged,) = (tmp_path / "recipes").glob(f"*.{suffix}")
-    damaged.write_bytes(damaged.read_bytes()[:-7])
+    (path,) = (tmp_path / "recipes").glob("*.recipe")
+    damaged = path.read_bytes()[:-7]
+    path.write_bytes(damaged)
     service = fresh_service(store=tmp_path)
-    with pytest.raises(StoreCorrupted, match="run the graph again"):
-        service.memory(ref)
+    other = service.think(messages("Something else."), steps=1)
+    if read:
+        with pytest.raises(StoreCorrupted, match="Run the graph again"):
+            service.memory(ref)
+        with pytest.raises(UnknownReference):
+            service.memory(ref)
+    assert service.memory(other).positions == other["positions"]
     assert service.think(PROMPT, steps=3) == ref
+    assert (tmp_path / "recipes.aside" / path.name).read_bytes() == damaged
     assert fresh_service(store=tmp_path).memory(ref).positions == ref["positions"]
 
 

@@ -1,0 +1,117 @@
+"""What stays in a store: pins, drops and age."""
+
+import logging
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from graphlib import TopologicalSorter
+
+from ..errors import InvalidRequest, StoreCorrupted, UnknownReference
+from .alteration import original
+from .store import DROPPED, PINNED, RECIPE, Header, RecipeStore
+
+logger = logging.getLogger(__name__)
+
+
+class Retention:
+    """Knows what every recipe of a store descends from, and removes what nobody can use any more.
+
+    A recipe is removed when it was dropped or grew too old, and no recipe that stays descends from it; children before
+    their parents, so that a crash leaves no child without.
+    """
+
+    def __init__(self, store: RecipeStore, keep_for: timedelta | None = None) -> None:
+        """Takes a store.
+
+        Args:
+            store: What is looked after.
+            keep_for: How long after its last use a reference may be removed; None removes none for its age.
+
+        Raises:
+            InvalidRequest: If an age is asked of a store that is no folder.
+        """
+        if keep_for is not None and store.folder is None:
+            raise InvalidRequest("keep_for needs a folder as store; other stores know no age.")
+        self.store, self.keep_for = store, keep_for
+        self._headers: dict[str, Header] = {}
+
+    def headers(self) -> dict[str, Header]:
+        """By id, all recipes that can be read, of whichever model; those seen before are not read again."""
+        self._read_new()  # what takes long is done before anybody has to wait for the lock
+        with self.store.locked():
+            self._read_new()
+            return dict(self._headers)
+
+    def used(self, key: str) -> float:
+        """Unix time of a recipe's last use; for a store that is no folder, of when it was made."""
+        return self.store.folder.touched(key + RECIPE) if self.store.folder else self._headers[key].made
+
+    def pin(self, key: str, pinned: bool) -> None:
+        """Sets or takes away the mark that spares a recipe from age."""
+        with self.store.locked():
+            if pinned:
+                self.store.store.mset([(key + PINNED, b"")])
+            else:
+                self.store.store.mdelete([key + PINNED])
+
+    def drop(self, key: str) -> list[str]:
+        """Drops a recipe.
+
+        Returns:
+            Ids of all recipes that were removed because of it.
+
+        Raises:
+            InvalidRequest: If it is pinned.
+        """
+        self._read_new()
+        with self.store.locked():
+            if self.store.marked(key, PINNED):
+                raise InvalidRequest(f"The memory {key} is pinned; pin(ref, False) first.")
+            if key not in self.headers():
+                return []
+            self.store.store.mset([(key + DROPPED, b"")])
+            return self._remove(key for key in self._headers if not self.store.marked(key, DROPPED))
+
+    def collect(self) -> list[str]:
+        """Removes what grew too old.
+
+        Returns:
+            The ids of what was removed.
+        """
+        if self.keep_for is None:
+            return []
+        self._read_new()
+        with self.store.locked():
+            since = time.time() - self.keep_for.total_seconds()
+            return self._remove(
+                key
+                for key in self.headers()
+                if not self.store.marked(key, DROPPED) and (self.store.marked(key, PINNED) or self.used(key) >= since)
+            )
+
+    def _remove(self, staying: Iterable[str]) -> list[str]:
+        """Removes all but these and what they descend from."""
+        needed, stack = set[str](), list(staying)
+        while stack:
+            key = stack.pop()
+            if key not in needed and key in self._headers:
+                needed.add(key)
+                stack += map(original, self._headers[key].parents)
+        parents = {key: map(original, self._headers[key].parents) for key in self._headers.keys() - needed}
+        order = [key for key in TopologicalSorter(parents).static_order() if key in parents]
+        for key in reversed(order):
+            self.store.store.mdelete([key + RECIPE, key + DROPPED, key + PINNED])
+            del self._headers[key]
+        return order
+
+    def _read_new(self) -> None:
+        found = {key.removesuffix(RECIPE) for key in self.store.store.yield_keys() if key.endswith(RECIPE)}
+        for key in found - self._headers.keys():
+            try:
+                self._headers[key] = self.store.header(key)
+            except UnknownReference:
+                pass
+            except StoreCorrupted as error:  # whoever asks for it by its id finds out
+                logger.warning("the recipe of %s is passed over: %s", key, error)
+        for key in self._headers.keys() - found:
+            self._headers.pop(key, None)

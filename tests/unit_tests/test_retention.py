@@ -1,0 +1,161 @@
+"""What stays in a store, and that whatever stays can be read."""
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from langchain_core.stores import InMemoryByteStore
+
+from langchain_latentmas.errors import InvalidRequest
+from langchain_latentmas.service.retention import Retention
+from langchain_latentmas.service.store import DROPPED, RECIPE, FolderStore, RecipeStore
+
+from .test_store import recipe, recipe_store
+
+DAY = 86400.0
+
+
+def family(store: RecipeStore) -> dict[str, str]:
+    """plan <- critique <- answer, plan <- aside, and a loner; ids by name."""
+    made: dict[str, str] = {}
+    for steps, (name, parents) in enumerate(
+        {"plan": [], "critique": ["plan"], "answer": ["critique"], "aside": ["plan"], "loner": []}.items()
+    ):
+        made[name] = store.put(recipe(steps, parents=tuple(made[parent] for parent in parents))).id
+    return made
+
+
+def left(store: RecipeStore, made: dict[str, str]) -> set[str]:
+    return {name for name, key in made.items() if store.store.mget([key + RECIPE])[0] is not None}
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_others_descend_from_outlives_its_drop_and_goes_with_the_last_of_them(
+    tmp_path: Path, folder: bool
+) -> None:
+    store = recipe_store(tmp_path if folder else None)
+    made, retention = family(store), Retention(store)
+    assert retention.drop(made["plan"]) == []
+    assert retention.drop(made["critique"]) == []
+    assert left(store, made) == set(made)
+    assert set(retention.drop(made["answer"])) == {made["answer"], made["critique"]}
+    assert left(store, made) == {"plan", "aside", "loner"}
+    assert set(retention.drop(made["aside"])) == {made["aside"], made["plan"]}
+    assert left(store, made) == {"loner"}
+    assert list(store.store.yield_keys()) == [made["loner"] + RECIPE]  # no mark stays behind
+    assert retention.drop(made["plan"]) == []
+
+
+def test_what_is_read_as_altered_is_an_ancestor_too(tmp_path: Path) -> None:
+    store = recipe_store(tmp_path)
+    plan = store.put(recipe())
+    reader = store.put(recipe(1, parents=(plan.id + ".zeroed",)))
+    retention = Retention(store)
+    assert retention.drop(plan.id) == []
+    assert retention.drop(reader.id) == [plan.id, reader.id]
+
+
+def test_age_counts_from_the_last_use_and_spares_pins_and_ancestors(tmp_path: Path) -> None:
+    store = recipe_store(tmp_path)
+    made, retention = family(store), Retention(store, timedelta(days=30))
+    for key in made.values():
+        os.utime(tmp_path / (key + RECIPE), (0, time.time() - 31 * DAY))
+    store.check([made["critique"]])  # used
+    retention.pin(made["loner"], True)
+    assert set(retention.collect()) == {made["answer"], made["aside"]}
+    assert left(store, made) == {"plan", "critique", "loner"}
+    retention.pin(made["loner"], False)
+    assert retention.collect() == [made["loner"]]
+    store.check([made["plan"]])  # kept for its descendant, it is as good as ever
+
+
+def test_without_an_age_nothing_grows_old(tmp_path: Path) -> None:
+    store = recipe_store(tmp_path)
+    os.utime(tmp_path / (store.put(recipe()).id + RECIPE), (0, 0))
+    assert Retention(store).collect() == []
+
+
+def test_what_is_pinned_is_not_dropped(tmp_path: Path) -> None:
+    store = recipe_store(tmp_path)
+    retention, key = Retention(store), store.put(recipe()).id
+    retention.pin(key, True)
+    with pytest.raises(InvalidRequest, match="pinned"):
+        retention.drop(key)
+    assert not store.marked(key, DROPPED)
+
+
+def test_what_another_process_makes_and_removes_is_seen(tmp_path: Path) -> None:
+    store = recipe_store(tmp_path)
+    retention = Retention(store)
+    made = family(recipe_store(tmp_path))
+    assert set(retention.headers()) == set(made.values())
+    Retention(recipe_store(tmp_path)).drop(made["loner"])
+    assert set(retention.headers()) == set(made.values()) - {made["loner"]}
+
+
+def test_what_cannot_be_read_is_passed_over_and_left_where_it_is(tmp_path: Path) -> None:
+    """The key may be the wrong one: then nothing here can be read, and all of it is still wanted."""
+    store = recipe_store(tmp_path)
+    made = family(store)
+    path = tmp_path / (made["loner"] + RECIPE)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert set(Retention(store).headers()) == set(made.values()) - {made["loner"]}
+    assert path.exists()
+
+
+def test_age_needs_a_folder() -> None:
+    with pytest.raises(InvalidRequest, match="keep_for"):
+        Retention(recipe_store(), timedelta(days=1))
+
+
+class Crash(Exception):
+    pass
+
+
+@given(st.data())
+def test_whenever_it_is_stopped_every_recipe_that_is_left_has_its_parents(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    store = recipe_store()
+    ids: list[str] = []
+    for steps in range(data.draw(st.integers(1, 8))):
+        parents = data.draw(st.lists(st.sampled_from(ids), max_size=3, unique=True)) if ids else []
+        ids.append(store.put(recipe(steps, parents=tuple(parents))).id)
+    retention = Retention(store)
+    live = set(ids)
+    removals = data.draw(st.integers(0, 6))
+
+    class Crashing(InMemoryByteStore):
+        def mdelete(self, keys: object) -> None:
+            nonlocal removals
+            removals -= 1
+            if removals < 0:
+                raise Crash
+            super().mdelete(keys)  # type: ignore[arg-type]
+
+    store.store.__class__ = Crashing
+    for key in data.draw(st.lists(st.sampled_from(ids), unique=True)):
+        live.discard(key)
+        try:
+            retention.drop(key)
+        except Crash:
+            break
+    there = {key.removesuffix(RECIPE) for key in store.store.yield_keys() if key.endswith(RECIPE)}
+    assert live <= there
+    for key in there:
+        assert set(store.get(key).parents) <= there
+
+
+def test_a_folder_opened_again_knows_pins_and_drops(tmp_path: Path) -> None:
+    store = recipe_store(tmp_path)
+    made = family(store)
+    Retention(store).pin(made["answer"], True)
+    Retention(store).drop(made["plan"])
+    again = RecipeStore(FolderStore(tmp_path), store.signer, store.hidden_size, store.dtype)
+    assert again.marked(made["plan"], DROPPED)
+    with pytest.raises(InvalidRequest, match="pinned"):
+        Retention(again).drop(made["answer"])
