@@ -254,6 +254,16 @@ def test_root_becomes_nobody_where_landlock_is_missing(monkeypatch: pytest.Monke
     assert (outcome.output, outcome.status, outcome.missing) == ("65534\n", 0, ())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+@pytest.mark.parametrize(
+    "call", ["time.clock_settime(time.CLOCK_REALTIME, time.time())", "os.chroot('.')", "os.setuid(1)"]
+)
+def test_root_is_no_longer_root(call: str) -> None:
+    if NETWORK in run("pass")[0].missing:
+        pytest.skip("this platform cannot guarantee it")
+    assert "PermissionError" in run(f"import os, time\n{call}")[0].errors
+
+
 def test_a_program_ends_as_it_would_anywhere() -> None:
     assert run("print('hello')")[0][:3] == ("by itself", 0, "hello\n")
     assert run("import sys\nsys.exit(7)")[0].status == 7
