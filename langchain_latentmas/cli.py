@@ -3,6 +3,7 @@
 import typer
 
 from .commands.ask import ask
+from .commands.audit import audit
 from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.serve import rotate_key, serve
@@ -18,6 +19,7 @@ def main() -> None:
 app.command()(demo)
 app.command()(ask)
 app.command("eval")(evaluate)
+app.command()(audit)
 app.command()(serve)
 app.command("rotate-key")(rotate_key)
 

@@ -1,0 +1,311 @@
+"""`latentmas audit`: what is the content of an edge worth?"""
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import InvalidEdge, InvalidRequest
+from .options import AsJson, Model
+from .session import describe, load, loading, print_json, reported
+from .terminal import headline, open_console, printable
+
+if TYPE_CHECKING:
+    from ..evaluation.worth import Audit
+    from ..modes import Edge
+
+EFFECTS = {
+    "content": "intact - swapped",
+    "presence": "swapped - cut",
+    "worth": "intact - cut",
+    "against_text": "intact - text",
+}
+
+
+def audit(
+    graph: Annotated[
+        str | None, typer.Argument(help="module:name of a graph of yours, or of a function that makes one.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Without a graph: words, relay, split, a benchmark, or a path ending in .jsonl.")
+    ] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="For a graph: a .jsonl file with `input` (text or state) and `answer`.")
+    ] = None,
+    grader: Annotated[
+        str | None, typer.Option(help="For files: number, letter, exact, or module:function of state and answer.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Questions; by default 100, or all that there are.")] = None,
+    model: Model = "bundled",
+    arrangement: Annotated[
+        Literal["sequential", "hierarchical"], typer.Option(help="For a task: who works on it.")
+    ] = "sequential",
+    edge: Annotated[
+        list[str] | None, typer.Option(help="Such as planner->critic; may be given again. All at once otherwise.")
+    ] = None,
+    each: Annotated[bool, typer.Option("--each", help="Also every edge by itself.")] = False,
+    conditions: Annotated[
+        str, typer.Option(help="Of intact, swapped, zeroed, random, cut and text, with commas.")
+    ] = "intact,swapped,zeroed,random,cut,text",
+    steps: Annotated[int | None, typer.Option(help="For a task: latent steps of each thinker.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="For a task: most tokens that one agent decodes.")] = None,
+    seed: Annotated[int, typer.Option(help="Which questions; and of swaps, noise and intervals.")] = 0,
+    level: Annotated[float, typer.Option(help="Confidence of intervals and tests.")] = 0.95,
+    batch: Annotated[int, typer.Option(help="Questions at work at a time.")] = 32,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for answers.jsonl and audit.json; a run that is there goes on.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw a picture: a .png or .svg file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What the content of latent edges is worth: a graph with its edges intact, swapped, zeroed, noisy, cut, as text.
+
+    Every answer is written down as it comes: the same command goes on where an interrupted one stopped.
+    """
+    with reported(as_json):
+        edges = _edges(edge, each)
+        if (graph is None) == (task is None):
+            raise InvalidRequest("Name a graph (module:name, with --examples) or a --task; one of them.")
+        if graph is not None and (examples is None or model != "bundled"):
+            raise InvalidRequest("A graph needs --examples, and brings its own model (or LATENTMAS_SERVICE).")
+        if plot is not None:
+            from ..evaluation.pictures import check_path
+
+            check_path(plot)
+        with loading(show=not as_json):
+            from ..auditing import audit as run
+
+            service = None
+            if task is not None:
+                from ..evaluation.benchmarks import task_named
+
+                asked = task_named(task, grader)
+                questions = asked.questions(n, seed)  # a data set that is not there is found before the model is loaded
+                service = load(model)
+                built: Any = asked.graph(service, arrangement, steps=steps, max_tokens=max_tokens)
+                pairs: list[tuple[Any, Any]] = [(asked.input(question), question) for question in questions]
+                grade: Callable[[Any, Any], bool] = lambda state, question: asked.grade(_text(state), question)  # noqa: E731
+                name, about = asked.name, {**describe(service, model), "arrangement": arrangement}
+                about |= {"steps": asked.steps if steps is None else steps, "max_tokens": max_tokens}
+            else:
+                assert graph is not None
+                assert examples is not None
+                built, pairs, grade = _named_graph(graph), _pairs(examples, n), _grader(grader or "number")
+                name, about = graph, {"graph": graph, "examples": str(examples), "grader": grader or "number"}
+        folder = _default_folder(name, [about, len(pairs), seed, level]) if out is None else out
+        journal = folder / "answers.jsonl"
+        try:
+            with _progress(show=not as_json) as on_answer:
+                result = run(
+                    built,
+                    pairs,
+                    grade,
+                    edges=edges,
+                    conditions=[word.strip() for word in conditions.split(",") if word.strip()],
+                    seed=seed,
+                    level=level,
+                    concurrency=batch,
+                    journal=journal,
+                    task=name,
+                    about=about,
+                    on_answer=on_answer,
+                )
+        except KeyboardInterrupt:
+            Console(stderr=True).print(f"Interrupted. The answers are in {journal}; the same command goes on there.")
+            raise typer.Exit(130) from None
+        finally:
+            if service is not None:
+                service.close()
+        if out is None:
+            # Nobody asked for this folder: it is there for interrupted runs, and the next run shall measure anew.
+            journal = journal.replace(folder / "answers-last.jsonl")
+        (folder / "audit.json").write_text(json.dumps(result.to_json(), indent=2), encoding="utf-8")
+        if plot is not None:
+            result.plot(plot)
+        if as_json:
+            print_json(**result.to_json())
+        else:
+            open_console().print(picture(result, journal))
+
+
+def picture(result: "Audit", journal: Path) -> RenderableType:
+    """What the terminal shows of an audit."""
+    about = {"name": "own", **result.about}
+    rest = f"{result.task}, {result.n} questions, seed {result.seed}"
+    if "steps" in about:
+        rest += f"; {about['arrangement']}, {about['steps']} latent steps a thinker, greedy"
+    parts: list[RenderableType] = [headline("audit", about, rest), Text(), _table(result), Text()]
+    width = max(len(each.edge) for each in result.edges) + 2
+    for each in result.edges:
+        line = Table.grid(padding=(0, 0))
+        line.add_column(width=width, no_wrap=True)
+        line.add_column()
+        line.add_row(Text(each.edge, "dim"), Text(each.verdict, "bold green" if each.has_content else "bold yellow"))
+        parts.append(line)
+    parts.append(Text())
+    for each in result.edges:
+        for note in each.notes:
+            parts.append(Text(f"{each.edge}: {note}.", "yellow"))
+        for condition, outcome in each.outcomes.items():
+            for error, count in outcome.errors.items():
+                text = f"{each.edge}, {condition}: {count} counted as wrong: {printable(error)}"
+                parts.append(Text(text, "yellow"))
+    parts.append(Text(_footnote(result), "dim"))
+    parts.append(Text(f"Every answer: {journal}", "dim", no_wrap=True, overflow="fold"))
+    return Group(*parts)
+
+
+def _table(result: "Audit") -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="dim", expand=False)
+    table.add_column()
+    for name in ("right", f"{100 * result.level:.0f} %", "p", "output\ntokens", "latent\nsteps", "seconds"):
+        table.add_column(name, justify="right")
+    for each in result.edges:
+        crossed = "" if each.crossed == each.n else f" (crossed on {each.crossed} of {each.n})"
+        table.add_row(Text(f"{each.edge}{crossed}", "bold"))
+        for name, o in each.outcomes.items():
+            table.add_row(
+                f"  {name}",
+                f"{o.accuracy:.1f} %",
+                f"{o.low:.0f} to {o.high:.0f}",
+                "" if name == "intact" else _p(o.p),
+                f"{o.output_tokens:,.1f}",
+                f"{o.latent_steps:,.0f}",
+                f"{o.seconds:.2f}",
+            )
+        for name, effect in each.effects.items():
+            shown = "as latent" if name == "against_text" else name
+            table.add_row(
+                f"  {shown}: {EFFECTS[name]}",
+                f"{effect.points:+.1f}",
+                f"{effect.low:+.0f} to {effect.high:+.0f}",
+                _p(effect.p),
+                style="green" if name == "content" else "dim",
+            )
+    return table
+
+
+def _p(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _footnote(result: "Audit") -> str:
+    adjusted = " (Holm-adjusted over the edges below the conditions)" if len(result.edges) > 1 else ""
+    return (
+        "Tokens, steps and seconds are per question; what the service still knew from the intact run took no time. "
+        "Intervals: Wilson for a share, paired bootstrap for a difference. p: McNemar's exact test, against intact"
+        f"{adjusted}; content is what lies below {1 - result.level:.2g}."
+    )
+
+
+def _edges(named: Sequence[str] | None, each: bool) -> "list[Edge] | Literal['all', 'each']":
+    if not named:
+        return "each" if each else "all"
+    pairs = []
+    for name in named:
+        source, arrow, target = name.partition("->")
+        if not (source.strip() and arrow and target.strip()):
+            raise InvalidEdge(f"An edge is written planner->critic (in quotes, for the shell's sake), not {name!r}.")
+        pairs.append((source.strip(), target.strip()))
+    return pairs
+
+
+def _attribute(path: str) -> Any:
+    """What `module:name` names, with modules of the working directory too."""
+    module, _, name = path.partition(":")
+    if not (module and name):
+        raise InvalidRequest(f"{path!r} is not of the form module:name.")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InvalidRequest(f"There is no {path}: {error}") from error
+
+
+def _named_graph(path: str) -> Any:
+    from langgraph.graph import StateGraph
+    from langgraph.pregel import Pregel
+
+    found = _attribute(path)
+    made = found if isinstance(found, (StateGraph, Pregel)) or not callable(found) else found()
+    if not isinstance(made, (StateGraph, Pregel)):
+        raise InvalidRequest(f"{path} is no graph but a {type(made).__name__}; name a StateGraph, compiled or not.")
+    return made
+
+
+def _pairs(path: Path, n: int | None) -> list[tuple[Any, Any]]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"The examples cannot be read: {error}") from error
+    if n is not None and n > len(lines):
+        raise InvalidRequest(f"{path} has {len(lines)} examples, not {n}.")
+    pairs = []
+    for number, line in enumerate(lines[:n], 1):
+        try:
+            row = json.loads(line)
+            asked, answer = row["input"], row["answer"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidRequest(
+                f'{path}, example {number}: a line has "input" and "answer" ({type(error).__name__}: {error}).'
+            ) from error
+        pairs.append(({"messages": [("human", asked)]} if isinstance(asked, str) else asked, answer))
+    return pairs
+
+
+def _grader(name: str) -> Callable[[Any, Any], bool]:
+    if ":" in name:
+        found = _attribute(name)
+        if not callable(found):
+            raise InvalidRequest(f"{name} is no function of a state and an answer.")
+        return found
+    from ..evaluation import graders
+
+    known: dict[str, Callable[[str, str], bool]] = {
+        "number": graders.number,
+        "letter": graders.letter,
+        "exact": graders.exact,
+    }
+    if name not in known:
+        raise InvalidRequest(f"There is no grader {name!r}; take one of {', '.join(known)}, or module:function.")
+    return lambda state, answer: known[name](_text(state), str(answer))
+
+
+def _text(state: Any) -> str:
+    """The answer in a graph's last state: the text of its last message, or its field `answer`."""
+    said = state["messages"][-1].text if "messages" in state else state["answer"]
+    return str(said)
+
+
+def _default_folder(name: str, settings: Any) -> Path:
+    """In the cache, by task and settings."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    return cache / "latentmas" / "audit" / f"{Path(name.replace(':', '-')).name}-{digest}"
+
+
+@contextmanager
+def _progress(show: bool) -> "Iterator[Callable[[str, int, int], None]]":
+    """One bar on stderr per condition."""
+    columns = (TextColumn("{task.description:<28}"), BarColumn(28), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def on_answer(name: str, done: int, total: int) -> None:
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=total)
+            progress.update(bars[name], completed=done)
+
+        yield on_answer
