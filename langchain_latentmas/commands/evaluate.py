@@ -5,6 +5,8 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,22 +88,8 @@ def evaluate(
                 top_p=top_p,
                 batch=batch,
             )
-            folder = _default_folder(evaluation) if out is None else out
-            answers = folder / "answers.jsonl"
-            try:
-                with _progress(show=not as_json) as on_answer:
-                    summary = evaluation.run(answers, on_answer)
-            except KeyboardInterrupt:
-                Console(stderr=True).print(
-                    f"Interrupted. The answers are in {answers}; the same command goes on from there."
-                )
-                raise typer.Exit(130) from None
+            summary = _measure(evaluation, out, show=not as_json)
             about = describe(service, model)
-        if out is None:
-            # Nobody asked for this folder: it is there for interrupted runs, and the next run shall measure anew.
-            answers.replace(folder / "answers-last.jsonl")
-            summary = _moved(summary, folder / "answers-last.jsonl")
-        (folder / "summary.json").write_text(json.dumps({"model": about, **summary.as_json()}, indent=2))
         if as_json:
             print_json(model=about, **summary.as_json())
         else:
@@ -112,23 +100,56 @@ def _listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
+def _measure(evaluation: "Evaluation", out: Path | None, show: bool) -> "Summary":
+    """Runs the evaluation in its folder, with a bar per mode and arrangement."""
+    with _claimed(out or _default_folder(evaluation), named=out is not None) as folder:
+        answers = folder / "answers.jsonl"
+        try:
+            with _progress(show) as on_answer:
+                summary = evaluation.run(answers, on_answer)
+            if out is None:
+                # Nobody asked for this folder: it is there for interrupted runs, and the next one measures anew.
+                summary = replace(summary, answers=str(answers.replace(folder / "answers-last.jsonl")))
+            (folder / "summary.json").write_text(json.dumps(summary.as_json(), indent=2, ensure_ascii=False))
+        except KeyboardInterrupt:
+            Console(stderr=True).print(f"Interrupted; the same command goes on from {answers}.")
+            raise typer.Exit(130) from None
+        except OSError as error:
+            raise InvalidRequest(f"{answers} cannot be written ({error}); see to it, and call again.") from error
+    return summary
+
+
 def _default_folder(evaluation: "Evaluation") -> Path:
     """In the cache, by task and settings."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     settings = json.dumps([evaluation.settings, evaluation.cells], sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    folder = cache / "latentmas" / "eval" / f"{evaluation.task.name}-{digest}"
+    return cache / "latentmas" / "eval" / f"{evaluation.task.name}-{digest}"
+
+
+@contextmanager
+def _claimed(folder: Path, named: bool) -> Iterator[Path]:
+    """The folder, for this process alone; another one beside it, where that is taken and nobody named it."""
+    from filelock import FileLock, Timeout
+
+    for i in count(2):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / ".lock")
+            lock.acquire(blocking=False)
+            break
+        except OSError as error:
+            if not isinstance(error, Timeout):
+                raise InvalidRequest(
+                    f"{folder} cannot be written ({error}); name another folder with --out."
+                ) from error
+            if named:
+                raise InvalidRequest(f"Another run is at work in {folder}; name another folder with --out.") from error
+            folder = folder.with_name(f"{folder.name.removesuffix(f'_{i - 1}')}_{i}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidRequest(f"Answers cannot be written to {folder} ({error}); name a folder with --out.") from error
-    return folder
-
-
-def _moved(summary: "Summary", answers: Path) -> "Summary":
-    from dataclasses import replace
-
-    return replace(summary, answers=str(answers))
+        yield folder
+    finally:
+        lock.release()
 
 
 @contextmanager

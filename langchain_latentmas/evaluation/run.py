@@ -7,8 +7,9 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,6 +221,8 @@ class Evaluation:
         _check("arrangement", arrangements, TEAMS)
         if batch < 1:
             raise InvalidRequest(f"batch must be at least 1, not {batch}.")
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise InvalidRequest(f"temperature must be at least 0 and top_p in (0, 1], not {temperature} and {top_p}.")
         self.service, self.task, self.batch = service, task, batch
         self.questions = task.questions(n, seed)
         self.steps = task.steps if steps is None else steps
@@ -276,19 +279,13 @@ class Evaluation:
         session: dict[str, Any] = {"begun": time.strftime("%Y-%m-%d %H:%M:%S"), **machine(device)}
         if self.task.runs_code:
             session["sandbox_missing"] = list(await asyncio.to_thread(sandbox.missing))
-        if path is None:
-            return await self._run(None, [], session, on_answer)
-        with Journal(path, self.settings) as journal:
-            return await self._run(journal, journal.lines, session, on_answer, str(path))
+        with nullcontext() if path is None else Journal(path, self.settings) as journal:
+            return await self._run(journal, session, on_answer or (lambda *progress: None), path)
 
     async def _run(
-        self,
-        journal: Journal | None,
-        lines: Iterable[Mapping[str, Any]],
-        session: dict[str, Any],
-        on_answer: "OnAnswer | None",
-        path: str | None = None,
+        self, journal: Journal | None, session: dict[str, Any], on_answer: "OnAnswer", path: str | Path | None
     ) -> Summary:
+        lines = journal.lines if journal else []
         sessions = [line["session"] for line in lines if "session" in line]
         answers = {
             (answer.mode, answer.arrangement, answer.id): answer
@@ -305,8 +302,7 @@ class Evaluation:
                 journal.add({"session": session})
         for cell, questions in pending.items():
             done = len(self.questions) - len(questions)
-            if on_answer:
-                on_answer(*cell, done, len(self.questions))
+            on_answer(*cell, done, len(self.questions))
 
             def keep(answer: Answer) -> None:
                 answers[answer.mode, answer.arrangement, answer.id] = answer
@@ -314,13 +310,15 @@ class Evaluation:
                     journal.add(asdict(answer))
                 nonlocal done
                 done += 1
-                if on_answer:
-                    on_answer(answer.mode, answer.arrangement, done, len(self.questions))
+                on_answer(answer.mode, answer.arrangement, done, len(self.questions))
 
             if questions:
                 await self._warm_up(cell, questions[0])
-                await self._ask(cell, questions, keep)
-        return self._summary(answers, sessions, path)
+                try:
+                    await self._ask(cell, questions, keep)
+                except ExceptionGroup as group:  # say, a disk that is full
+                    raise group.exceptions[0] from None
+        return self._summary(answers, sessions, None if path is None else str(path))
 
     async def _ask(
         self, cell: tuple[str, str], questions: Sequence[Question], keep: "Callable[[Answer], None]"
@@ -336,36 +334,34 @@ class Evaluation:
             if not answer.error:
                 async with graders:
                     try:
-                        answer = _with(
+                        answer = replace(
                             answer, right=bool(await asyncio.to_thread(self.task.grade, answer.text, question))
                         )
                     except Exception as error:
-                        answer = _with(answer, error=_named(error))
+                        answer = replace(answer, error=_named(error))
             keep(answer)
 
+        inputs = [self.task.input(question) for question in questions]
+        config = _config(mode, self.batch)
         last = time.perf_counter()
         async with asyncio.TaskGroup() as grading:
-            inputs = [self.task.input(question) for question in questions]
-            config = RunnableConfig(
-                max_concurrency=self.batch, configurable={"edges": "text" if mode == "text" else "latent"}
-            )
             async for i, state in graph.abatch_as_completed(inputs, config, return_exceptions=True):
                 now = time.perf_counter()
                 answer = Answer(mode, arrangement, questions[i].id, seconds=now - last)
                 last = now
                 if isinstance(state, Exception):
-                    answer = _with(answer, error=_named(state))
+                    answer = replace(answer, error=_named(state))
                 else:
                     spent = cost(state)
                     taken += spent.latent_steps
-                    answer = _with(
+                    answer = replace(
                         answer,
                         text=state["messages"][-1].text,
                         output_tokens=spent.output_tokens,
                         latent_steps=spent.latent_steps,
                     )
                 grading.create_task(grade(answer, questions[i]))
-        if self.service.info().get("thoughts", taken) - before < 0.99 * taken:
+        if self.service.info().get("thoughts", taken) - before < 0.9 * taken:
             logger.warning(
                 "%s, %s: the service knew some thoughts from before, so that its seconds are too few; "
                 "measure on a fresh service",
@@ -379,8 +375,7 @@ class Evaluation:
             text=f"Warm up. {question.text}", facts={name: f"Warm up. {fact}" for name, fact in question.facts.items()}
         )
         graph = self._graph(cell[1], steps=min(self.steps, 2), max_tokens=2).compile()
-        config = RunnableConfig(configurable={"edges": "text" if cell[0] == "text" else "latent"})
-        await graph.abatch([self.task.input(other)], config, return_exceptions=True)
+        await graph.abatch([self.task.input(other)], _config(cell[0], 1), return_exceptions=True)
 
     def _graph(self, arrangement: str, **options: Any) -> Any:
         return self.task.graph(self.service, arrangement, **{"steps": self.steps, **self.options, **options})
@@ -420,8 +415,8 @@ def _check(what: str, named: Sequence[str], known: Sequence[str]) -> None:
             raise InvalidRequest(f"There is no {what} {name!r}; take of {', '.join(known)}.")
 
 
-def _with(answer: Answer, **changes: Any) -> Answer:
-    return Answer(**{**asdict(answer), **changes})
+def _config(mode: str, batch: int) -> RunnableConfig:
+    return {"max_concurrency": batch, "configurable": {"edges": "text" if mode == "text" else "latent"}}
 
 
 def _named(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 LATENTMAS = [sys.executable, "-m", "langchain_latentmas.cli", "eval"]
 SMALL = ["--task", "relay", "--n", "12", "--steps", "6", "--max-tokens", "24", "--batch", "4"]
@@ -53,7 +54,7 @@ def test_one_json_document(cache: Path) -> None:
     assert made["sessions"][0]["packages"]["torch"]
     # The next run measures anew.
     assert document(*SMALL)["sessions"][0]["begun"] >= made["sessions"][0]["begun"]
-    assert len(list(cache.rglob("answers*.jsonl"))) == 1
+    assert len(list(cache.rglob("*.jsonl"))) == 1
 
 
 def test_the_table(tmp_path: Path) -> None:
@@ -114,6 +115,19 @@ def test_wrong_calls_end_with_one_line(args: list[str], error: str) -> None:
     done = call(*args, "--json")
     assert done.returncode == 2
     assert json.loads(done.stdout)["error"] == error
+
+
+def test_two_runs_at_once_keep_out_of_each_others_way(tmp_path: Path, cache: Path) -> None:
+    command = [*LATENTMAS, *SMALL, "--modes", "latent", "--json"]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as one,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other,
+    ):
+        made = [json.loads(process.communicate(timeout=240)[0]) for process in (one, other)]
+    assert plain(made[0]["rows"]) == plain(made[1]["rows"])
+    with FileLock(tmp_path / ".lock"):
+        refused = call(*SMALL, "--out", str(tmp_path), "--json")
+    assert "Another run is at work" in json.loads(refused.stdout)["message"]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="POSIX")

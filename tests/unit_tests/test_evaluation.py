@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from langchain_latentmas.commands.evaluate import picture
 from langchain_latentmas.errors import InvalidRequest, SandboxUnavailable
 from langchain_latentmas.evaluation import sandbox
 from langchain_latentmas.evaluation.benchmarks import Published, task_named
+from langchain_latentmas.evaluation.journal import Journal
 from langchain_latentmas.evaluation.run import Answer, Comparison, Evaluation, Row, Summary
 from langchain_latentmas.evaluation.task import Question, Split, Words
 from langchain_latentmas.service.local import LocalService
@@ -195,6 +197,24 @@ def test_what_a_retry_can_mend_is_asked_again(fresh: LocalService, tmp_path: Pat
     assert again.rows[0].accuracy == whole.rows[0].accuracy
 
 
+def test_a_file_that_cannot_be_written_ends_the_run(
+    fresh: LocalService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Journal.add
+
+    def full(journal: Journal, line: dict[str, Any]) -> None:
+        if line.get("id") == "words-0-2":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(journal, line)
+
+    path = tmp_path / "answers.jsonl"
+    monkeypatch.setattr(Journal, "add", full)
+    with pytest.raises(OSError, match="No space"):
+        Evaluation(fresh, Words(), modes=["single"], **QUICK).run(path)
+    monkeypatch.setattr(Journal, "add", add)
+    assert len(Evaluation(fresh, Words(), modes=["single"], **QUICK).run(path).sessions) == 2
+
+
 def test_thoughts_that_were_known_before_are_noticed(fresh: LocalService, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         Evaluation(fresh, Words(), modes=["latent"], arrangements=["sequential"], **QUICK).run()
@@ -221,6 +241,8 @@ def test_a_sample_can_be_drawn_again(fresh: LocalService, tmp_path: Path) -> Non
         ({"modes": []}, "nothing to evaluate"),
         ({"batch": 0}, "batch"),
         ({"n": 0}, "at least 1"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
         ({"steps": -1}, "steps"),
         ({"max_tokens": 0}, "max_tokens"),
     ],
