@@ -112,7 +112,7 @@ def _measure(evaluation: "Evaluation", out: Path | None, show: bool) -> "Summary
                 summary = replace(summary, answers=str(answers.replace(folder / "answers-last.jsonl")))
             (folder / "summary.json").write_text(json.dumps(summary.as_json(), indent=2, ensure_ascii=False))
         except KeyboardInterrupt:
-            Console(stderr=True).print(f"Interrupted; the same command goes on from {answers}.")
+            Console(stderr=True).print(f"Interrupted; the same command goes on from {answers}.", markup=False)
             raise typer.Exit(130) from None
         except OSError as error:
             raise InvalidRequest(f"{answers} cannot be written ({error}); see to it, and call again.") from error

@@ -16,6 +16,7 @@ from . import harness, sandbox
 
 HARNESS = Path(harness.__file__)
 MATH_SECONDS = 15.0
+BOXES = 10  # that are looked at, from the end; a model that goes round in circles opens thousands
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TAIL = 2000  # characters at the end of a text in which an answer is looked for that no \boxed{} marks
 NUMBER = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d/^])"
@@ -24,7 +25,8 @@ MARKED_NUMBER = re.compile(rf"(?:####|answer(?:\s+is)?\s*:?)\s*[*_$€£\s]*({NU
 
 def boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...}, braces in it balanced; None where there is none."""
-    for begin in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+    begins = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
+    for begin in begins[: -BOXES - 1 : -1]:
         depth = 1
         for at in range(begin, len(text)):
             depth += {"{": 1, "}": -1}.get(text[at], 0)

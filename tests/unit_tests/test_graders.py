@@ -149,7 +149,7 @@ def test_numbers_are_compared_by_value(text: str, answer: str) -> None:
         ("\\boxed{12345678901234567890124}", "12345678901234567890123"),
         ("I do not know.", "18"),
         ("", "18"),
-        ("\\boxed{" * 1000, "18"),
+        ("\\boxed{" * 100_000, "18"),
         ("\\boxed{__import__('os').system('false')}", "0"),
     ],
 )
