@@ -1,7 +1,7 @@
 """What comes from outside, changed at random: `python -m tests.mutations` prints what became of 10,000 of each kind.
 
-Every mutant must be refused with an error of `langchain_latentmas.errors`, and nothing may allocate more than 64 MiB: the
-process may not grow by more than that from the first mutant on (`RLIMIT_DATA`), so whatever tries gets a `MemoryError`.
+Every mutant must be refused with an error of `langchain_latentmas.errors`, and nothing may allocate more than 64 MiB:
+the process may not grow by more than that from the first mutant on (`RLIMIT_DATA`), so what tries gets a `MemoryError`.
 """
 
 import argparse
