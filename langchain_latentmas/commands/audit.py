@@ -1,22 +1,19 @@
 """`latentmas audit`: what is the content of an edge worth?"""
 
-import hashlib
 import importlib
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidEdge, InvalidRequest
+from .folder import ANSWERS, run_bars, run_folder
 from .options import AsJson, Model
 from .session import describe, load, loading, print_json, reported
 from .terminal import headline, open_console, printable
@@ -25,6 +22,7 @@ if TYPE_CHECKING:
     from ..evaluation.worth import Audit
     from ..modes import Edge
 
+RESULT = "audit.json"
 EFFECTS = {
     "content": "intact - swapped",
     "presence": "swapped - cut",
@@ -103,10 +101,12 @@ def audit(
                 assert examples is not None
                 built, pairs, grade = _named_graph(graph), _pairs(examples, n), _grader(grader or "number")
                 name, about = graph, {"graph": graph, "examples": str(examples), "grader": grader or "number"}
-        folder = _default_folder(name, [about, len(pairs), seed, level]) if out is None else out
-        journal = folder / "answers.jsonl"
         try:
-            with _progress(show=not as_json) as on_answer:
+            with (
+                run_folder(out, "audit", name, [about, len(pairs), seed, level], RESULT) as folder,
+                run_bars(show=not as_json) as on_answer,
+            ):
+                journal = folder / ANSWERS
                 result = run(
                     built,
                     pairs,
@@ -121,16 +121,10 @@ def audit(
                     about=about,
                     on_answer=on_answer,
                 )
-        except KeyboardInterrupt:
-            Console(stderr=True).print(f"Interrupted. The answers are in {journal}; the same command goes on there.")
-            raise typer.Exit(130) from None
+                (folder / RESULT).write_text(json.dumps(result.to_json(), indent=2), encoding="utf-8")
         finally:
             if service is not None:
                 service.close()
-        if out is None:
-            # Nobody asked for this folder: it is there for interrupted runs, and the next run shall measure anew.
-            journal = journal.replace(folder / "answers-last.jsonl")
-        (folder / "audit.json").write_text(json.dumps(result.to_json(), indent=2), encoding="utf-8")
         if plot is not None:
             result.plot(plot)
         if as_json:
@@ -287,25 +281,3 @@ def _text(state: Any) -> str:
     """The answer in a graph's last state: the text of its last message, or its field `answer`."""
     said = state["messages"][-1].text if "messages" in state else state["answer"]
     return str(said)
-
-
-def _default_folder(name: str, settings: Any) -> Path:
-    """In the cache, by task and settings."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    return cache / "latentmas" / "audit" / f"{Path(name.replace(':', '-')).name}-{digest}"
-
-
-@contextmanager
-def _progress(show: bool) -> "Iterator[Callable[[str, int, int], None]]":
-    """One bar on stderr per condition."""
-    columns = (TextColumn("{task.description:<28}"), BarColumn(28), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as progress:
-        bars: dict[str, TaskID] = {}
-
-        def on_answer(name: str, done: int, total: int) -> None:
-            if name not in bars:
-                bars[name] = progress.add_task(name, total=total)
-            progress.update(bars[name], completed=done)
-
-        yield on_answer

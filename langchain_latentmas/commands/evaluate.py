@@ -1,36 +1,24 @@
 """`latentmas eval`: a task under several modes and arrangements, with what the paper reports beside it."""
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from itertools import count
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import InvalidRequest
+from .folder import ANSWERS, run_bars, run_folder
 from .options import AsJson, Model
 from .session import describe, load, loading, print_json, reported
 from .terminal import headline, open_console
 
 if TYPE_CHECKING:
-    from ..evaluation.run import Evaluation, Row, Summary
+    from ..evaluation.run import Row, Summary
+
+RESULT = "summary.json"
 
 
 def evaluate(
@@ -88,7 +76,14 @@ def evaluate(
                 top_p=top_p,
                 batch=batch,
             )
-            summary = _measure(evaluation, out, show=not as_json)
+            settings = [evaluation.settings, evaluation.cells]
+            with run_folder(out, "eval", asked.name, settings, RESULT) as folder:
+                with run_bars(show=not as_json) as bars:
+                    summary = evaluation.run(
+                        folder / ANSWERS,
+                        lambda mode, arrangement, *done: bars(_name(mode, arrangement), *done),
+                    )
+                (folder / RESULT).write_text(json.dumps(summary.as_json(), indent=2, ensure_ascii=False))
             about = describe(service, model)
         if as_json:
             print_json(model=about, **summary.as_json())
@@ -100,81 +95,8 @@ def _listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
-def _measure(evaluation: "Evaluation", out: Path | None, show: bool) -> "Summary":
-    """Runs the evaluation in its folder, with a bar per mode and arrangement."""
-    with _claimed(out or _default_folder(evaluation), named=out is not None) as folder:
-        answers = folder / "answers.jsonl"
-        try:
-            with _progress(show) as on_answer:
-                summary = evaluation.run(answers, on_answer)
-            if out is None:
-                # Nobody asked for this folder: it is there for interrupted runs, and the next one measures anew.
-                summary = replace(summary, answers=str(answers.replace(folder / "answers-last.jsonl")))
-            (folder / "summary.json").write_text(json.dumps(summary.as_json(), indent=2, ensure_ascii=False))
-        except KeyboardInterrupt:
-            Console(stderr=True).print(f"Interrupted; the same command goes on from {answers}.", markup=False)
-            raise typer.Exit(130) from None
-        except OSError as error:
-            raise InvalidRequest(f"{answers} cannot be written ({error}); see to it, and call again.") from error
-    return summary
-
-
-def _default_folder(evaluation: "Evaluation") -> Path:
-    """In the cache, by task and settings."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    settings = json.dumps([evaluation.settings, evaluation.cells], sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    return cache / "latentmas" / "eval" / f"{evaluation.task.name}-{digest}"
-
-
-@contextmanager
-def _claimed(folder: Path, named: bool) -> Iterator[Path]:
-    """The folder, for this process alone; another one beside it, where that is taken and nobody named it."""
-    from filelock import FileLock, Timeout
-
-    for i in count(2):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / ".lock")
-            lock.acquire(blocking=False)
-            break
-        except OSError as error:
-            if not isinstance(error, Timeout):
-                raise InvalidRequest(
-                    f"{folder} cannot be written ({error}); name another folder with --out."
-                ) from error
-            if named:
-                raise InvalidRequest(f"Another run is at work in {folder}; name another folder with --out.") from error
-            folder = folder.with_name(f"{folder.name.removesuffix(f'_{i - 1}')}_{i}")
-    try:
-        yield folder
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _progress(show: bool) -> "Iterator[Callable[[str, str, int, int], None]]":
-    """One bar on stderr per mode and arrangement."""
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(28),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as progress:
-        bars: dict[tuple[str, str], TaskID] = {}
-
-        def on_answer(mode: str, arrangement: str, done: int, total: int) -> None:
-            cell = mode, arrangement
-            if cell not in bars:
-                name = "single agent" if mode == "single" else f"{arrangement}, {mode}"
-                note = f"{done} from before" if done else ""
-                bars[cell] = progress.add_task(name, total=total, note=note)
-            progress.update(bars[cell], completed=done)
-
-        yield on_answer
+def _name(mode: str, arrangement: str) -> str:
+    return "single agent" if mode == "single" else f"{arrangement}, {mode}"
 
 
 def picture(summary: "Summary", about: dict[str, Any]) -> RenderableType:
