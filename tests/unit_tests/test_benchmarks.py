@@ -9,6 +9,8 @@ from typing import Any
 
 import datasets
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from langchain_latentmas.errors import BadRow, DatasetNotFound, InvalidRequest, MissingExtra
 from langchain_latentmas.evaluation import benchmarks
@@ -124,6 +126,13 @@ def test_options_get_letters_in_their_order(hub: list[tuple[Any, ...]]) -> None:
     assert letters.text == "Which of these is a planet?\nA. the Sun\nB. the Moon\nC. Mars\nD. Sirius"
     assert (letters.answer, digits.answer) == ("C", "C")
     assert digits.text.endswith("\nC. wood")
+
+
+@given(st.lists(st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1), min_size=1, max_size=10))
+def test_options_are_read_back_from_the_question(options: list[str]) -> None:
+    texts = [" ".join(option.split()) for option in options]
+    assume(all(texts))
+    assert benchmarks._options_in(benchmarks._with_options("Which?", options)) == texts
 
 
 def test_the_right_option_of_gpqa_is_not_always_at_the_same_place(hub: list[tuple[Any, ...]]) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from langchain_latentmas.errors import GraderFailed
 from langchain_latentmas.evaluation.graders import Checks, Mathematics, boxed, chosen, code, exact, letter, number
@@ -155,6 +157,25 @@ def test_numbers_are_compared_by_value(text: str, answer: str) -> None:
 )
 def test_other_numbers_are_wrong(text: str, answer: str) -> None:
     assert not number(text, answer)
+
+
+@given(
+    st.integers(-(10**40), 10**40), st.integers(1, 10**6), st.sampled_from(["\\boxed{%s}", "#### %s", "Answer: %s."])
+)
+def test_whole_numbers_equal_themselves_and_nothing_else(value: int, offset: int, said: str) -> None:
+    assert number(said % value, str(value))
+    assert number(said % f"{value:,}", str(value))
+    assert not number(said % (value + offset), str(value))
+
+
+@given(
+    st.text(alphabet="ab {}\\", max_size=30).filter(lambda text: text.count("{") == text.count("}")),
+    st.text(max_size=20),
+)
+def test_what_is_boxed_is_found(content: str, before: str) -> None:
+    depths = [content[: i + 1].count("{") - content[: i + 1].count("}") for i in range(len(content))]
+    assume(all(depth >= 0 for depth in depths))
+    assert boxed(f"{before}\\boxed{{{content}}}") == content.strip()
 
 
 def test_mathematics_that_hangs_is_a_failed_grader_and_the_next_one_works() -> None:
