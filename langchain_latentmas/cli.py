@@ -6,6 +6,8 @@ from .commands.ask import ask
 from .commands.audit import audit
 from .commands.demo import demo
 from .commands.evaluate import evaluate
+from .commands.lens import lens
+from .commands.picture import picture
 from .commands.serve import rotate_key, serve
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
@@ -20,6 +22,8 @@ app.command()(demo)
 app.command()(ask)
 app.command("eval")(evaluate)
 app.command()(audit)
+app.command()(lens)
+app.add_typer(picture, name="picture")
 app.command()(serve)
 app.command("rotate-key")(rotate_key)
 

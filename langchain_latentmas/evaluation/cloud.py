@@ -15,13 +15,13 @@ Points = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Cloud:
-    """Points in the two first principal components of a model's token embeddings.
+    """Points in the two first principal components of the tokens that agents say; thoughts do not shape the plane.
 
     Attributes:
         vocabulary: All token embeddings, [tokens, 2].
         spoken: Those of the distinct tokens that agents said when the same edges carried text, [distinct, 2].
         thoughts: [thoughts, 2].
-        explained: Shares of the vocabulary's variance in the two components.
+        explained: Shares of the spoken tokens' variance in the two components.
         coverage: Share of the spoken tokens that have a thought within the distance of their fifth-nearest spoken
             neighbour, in all dimensions (Naeem and others 2020, arXiv 2002.09797, equation 7): how much of what text
             says the thoughts reach.
@@ -60,8 +60,8 @@ class Cloud:
                 f"A picture of thoughts takes at least one and more than {NEIGHBOURS} distinct spoken tokens, not "
                 f"{len(thoughts)} and {len(distinct)}; ask more questions."
             )
-        middle = embeddings.mean(0)
-        _, strengths, axes = np.linalg.svd(embeddings - middle, full_matrices=False)
+        middle = embeddings[distinct].mean(0)
+        _, strengths, axes = np.linalg.svd(embeddings[distinct] - middle, full_matrices=False)
         shares = strengths**2 / (strengths**2).sum()
 
         def drawn(points: Points) -> Points:

@@ -142,25 +142,25 @@ def draw_thoughts(cloud: "Cloud", path: str | Path, *, about: str) -> None:
         MissingExtra: If matplotlib is not installed.
         InvalidRequest: If the path ends otherwise.
     """
-    figure = _figure(path, 4.8)
+    figure = _figure(path, 5.2)
     axes = figure.subplots()
     layers = (
-        (cloud.vocabulary, LIGHT, ".", 8, 1.0, f"all {len(cloud.vocabulary)} tokens of the vocabulary"),
+        (cloud.vocabulary, LIGHT, ".", 8, 1.0, f"all {len(cloud.vocabulary)} tokens"),
         (cloud.thoughts, BLUE, "o", 9, 0.25, f"{len(cloud.thoughts)} thoughts"),
-        (cloud.spoken, ORANGE, "^", 34, 1.0, f"the {len(cloud.spoken)} tokens that text agents said"),
+        (cloud.spoken, ORANGE, "^", 34, 1.0, f"{len(cloud.spoken)} tokens that text agents said"),
     )
     for points, colour, marker, size, alpha, label in layers:
         x, y = points[:, 0], points[:, 1]
         axes.scatter(x, y, s=size, c=colour, marker=marker, alpha=alpha, linewidths=0, label=label, rasterized=True)
     one, two = (100 * share for share in cloud.explained)
-    axes.set_xlabel(f"first principal component of the vocabulary ({one:.0f} % of its variance)")
-    axes.set_ylabel(f"second ({two:.0f} %)")
+    axes.set_xlabel(f"first principal component of the tokens said ({one:.0f} % of their variance)")
+    axes.set_ylabel(f"second one ({two:.0f} %)")
     figures = (
         f"coverage {100 * cloud.coverage:.0f} % (noise {100 * cloud.noise_coverage:.0f} %), "
         f"overlap {100 * cloud.overlap:.0f} % (noise {100 * cloud.noise_overlap:.0f} %)"
     )
     axes.set_title(f"{about}\n{figures}", loc="left", fontsize=10)
-    legend = axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend = figure.legend(frameon=False, loc="outside lower center", ncols=3, columnspacing=1.0, handletextpad=0.1)
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)

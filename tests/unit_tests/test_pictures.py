@@ -60,7 +60,7 @@ def test_every_picture_is_drawn_and_says_what_it_shows(tmp_path: Path, suffix: s
         ],
         "steps": ["latent steps of each thinker", "right answers, %", "sequential", "text"],
         "bars": ["output tokens per question", "seconds for 100 questions", "18× less", "latent 89 % right"],
-        "thoughts": ["120 thoughts", "the 40 tokens that text agents said", "coverage 100 % (noise"],
+        "thoughts": ["120 thoughts", "40 tokens that text agents said", "coverage 100 % (noise"],
     }
     for name, function in draw.items():
         path = tmp_path / "new" / f"{name}{suffix}"
