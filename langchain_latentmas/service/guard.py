@@ -75,6 +75,9 @@ class Guard:
             self._note(scope, state.get("status", status))
 
     def _admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
+        # The parser checks this only for headers that do not come at once.
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self.settings.max_headers:
+            raise RequestTooLarge(f"The headers are larger than {self.settings.max_headers} bytes.")
         if scope["path"] in OPEN:
             return
         if self.draining:

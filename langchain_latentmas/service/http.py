@@ -550,7 +550,7 @@ class _Wait(wait_base):
     """As long as the server advises, else a little longer each time; jitter spreads those who were refused at once."""
 
     def __init__(self) -> None:
-        self.backoff = tenacity.wait_exponential_jitter(initial=0.1, max=5, jitter=0.2)
+        self.backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5)
         self.spread = tenacity.wait_random(0, 0.5)
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> float:

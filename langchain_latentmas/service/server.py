@@ -305,7 +305,9 @@ class Server:
             async for step in _until(steps, task):
                 self._first(request)
                 yield "step", Step(step=step)
-            yield "done", await task
+            thought = await task
+            self._first(request)
+            yield "done", thought
         finally:
             task.cancel()
             with suppress(asyncio.CancelledError, LatentMASError):

@@ -1,0 +1,514 @@
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from langchain_latentmas import LatentService
+from langchain_latentmas.errors import (
+    AccessDenied,
+    ContextTooLong,
+    DeadlineExceeded,
+    DroppedReference,
+    EngineFailed,
+    InvalidRequest,
+    RequestTooLarge,
+    ServiceBusy,
+    ServiceClosed,
+    ServiceUnreachable,
+    TamperedReference,
+    UnknownReference,
+    WrongModel,
+)
+from langchain_latentmas.service import Chunk
+from langchain_latentmas.service.local import LocalService
+from langchain_latentmas.service.server import Server
+from langchain_latentmas.service.wire import PROBLEM
+from tests.served import TOKEN, client, serving
+from tests.support import FIELDS, Gate, kv_difference, messages, say, wait_for
+
+PROMPT = messages("What is 12 plus 30?")
+BODY = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.fixture(scope="module")
+def server(parity_service: Callable[..., LatentService]) -> Iterator[Server]:
+    """One for tests that need no settings and count nothing; on a service of its own."""
+    from tests.conftest import load_parts
+
+    with serving(LocalService.from_model(*load_parts("qwen3-tied", "float64"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def remote(server: Server) -> Iterator[LatentService]:
+    with client(server) as service:
+        yield service
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[LocalService], Gate]]:
+    gates: list[Gate] = []
+
+    def close(service: LocalService) -> Gate:
+        """Holds every tick of a service until the gate is opened."""
+        gates.append(Gate())
+        step = service._ticker.step
+        monkeypatch.setattr(service._ticker, "step", lambda: (gates[-1].wait(), step()))
+        return gates[-1]
+
+    yield close
+    for each in gates:
+        each.open()
+
+
+# The same interface.
+
+
+def test_results_are_those_of_the_service_itself(remote: LatentService, service: LatentService) -> None:
+    here, there = (each.think(PROMPT, steps=5, agent="planner") for each in (service, remote))
+    assert {**here, "mac": ""} == {**there, "mac": ""}
+    assert set(there) == set(FIELDS)
+    again = say(remote, "And then?", [there], temperature=1.0, seed=7)
+    expected = say(service, "And then?", [here], temperature=1.0, seed=7)
+    assert again.token_ids == expected.token_ids
+    assert again.text == expected.text
+    assert again.usage == expected.usage
+    assert again.finish == expected.finish
+    assert again.ref["id"] == expected.ref["id"]
+    assert remote.lens(there, 3) == service.lens(here, 3)
+    memory = remote.memory(again.ref)
+    assert kv_difference(memory, service.memory(expected.ref)) == 0
+    assert [each.agent for each in memory.segments] == ["planner", "agent"]
+    assert memory.segments[0].thoughts.shape == (5, memory.segments[0].thoughts.shape[1])
+    assert remote.name == service.name
+    assert remote.chat_template == service.chat_template
+
+
+async def test_the_asynchronous_half_gives_the_same(remote: LatentService) -> None:
+    ref = await remote.athink(PROMPT, steps=3)
+    assert ref == remote.think(PROMPT, steps=3)
+    chunks = [chunk async for chunk in remote.aspeak("And?", [ref], max_tokens=4)]
+    assert chunks == list(remote.speak("And?", [ref], max_tokens=4))
+    assert isinstance(chunks[0], Chunk)
+
+
+def test_steps_are_reported_in_the_callers_thread(remote: LatentService) -> None:
+    seen: list[Any] = []
+    remote.think(messages("a question of its own"), steps=4, on_step=lambda n: seen.append((n, threading.get_ident())))
+    assert seen == [(n, threading.get_ident()) for n in (1, 2, 3, 4)]
+
+
+def test_markers_go_through_and_are_known_again(remote: LatentService, server: Server) -> None:
+    ref = remote.think(PROMPT, steps=2)
+    text = f"a {remote.marker(ref)} b"
+    assert remote.take_markers(text, "-") == ("a - b", [ref])
+    with client(server) as other:  # never saw it
+        assert other.take_markers(text, "-") == ("a - b", [ref])
+        assert other.marker(ref) == remote.marker(ref)
+        assert other.take_markers("none here") == ("none here", [])
+
+
+def test_references_are_listed_pinned_and_dropped(fresh_service: Any) -> None:
+    with serving(fresh_service()) as server, client(server) as remote:
+        kept, dropped = (remote.think(PROMPT, steps=steps) for steps in (1, 2))
+        assert {each.ref["id"] for each in remote.references()} == {kept["id"], dropped["id"]}
+        remote.pin(kept)
+        remote.drop(dropped)
+        (left,) = remote.references()
+        assert left.ref["id"] == kept["id"]
+        assert left.pinned
+        assert left.made.tzinfo is not None
+        with pytest.raises((DroppedReference, UnknownReference)):
+            remote.memory(dropped)
+        with pytest.raises(InvalidRequest):
+            remote.drop(kept)
+
+
+def test_a_memory_moves_to_another_server(remote: LatentService, fresh_service: Any, tmp_path: Path) -> None:
+    first = remote.think(PROMPT, steps=3, agent="planner")
+    last = say(remote, "And?", [first], max_tokens=3).ref
+    file = tmp_path / "memory.safetensors"
+    file.write_bytes(b"".join(remote.export_memory(last)))
+    with serving(fresh_service()) as server, client(server) as other:
+        with pytest.raises(TamperedReference):
+            other.memory(last)
+        moved = other.import_memory(file)
+        assert moved["id"] == last["id"]
+        assert moved["mac"] != last["mac"]
+        assert kv_difference(other.memory(moved), remote.memory(last)) < 1e-8
+        assert say(other, "So?", [moved]).token_ids == say(remote, "So?", [last]).token_ids
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda s, ref: s.think(PROMPT, steps=-1), InvalidRequest),
+        (lambda s, ref: s.think(PROMPT, steps=10**6), ContextTooLong),
+        (lambda s, ref: s.think([]), InvalidRequest),
+        (lambda s, ref: s.think(PROMPT, agent=""), InvalidRequest),
+        (lambda s, ref: s.think(PROMPT, [{**ref, "agent": "other"}]), TamperedReference),
+        (lambda s, ref: s.think(PROMPT, [{**ref, "model": "0" * 32}]), WrongModel),
+        (lambda s, ref: s.think(PROMPT, ["lat_"]), TamperedReference),
+        (lambda s, ref: s.speak(PROMPT, temperature=-1), InvalidRequest),
+        (lambda s, ref: s.speak(PROMPT, nonsense=1), InvalidRequest),
+        (lambda s, ref: s.speak(PROMPT, stop=[""]), InvalidRequest),
+        (lambda s, ref: list(s.speak(PROMPT, max_tokens=10**6)), ContextTooLong),
+        (lambda s, ref: list(s.speak(PROMPT, [{**ref, "steps": 9}])), TamperedReference),
+        (lambda s, ref: s.lens(ref, top_k=0), InvalidRequest),
+        (lambda s, ref: s.lens(ref, top_k=10**6), InvalidRequest),
+        (lambda s, ref: s.memory({**ref, "positions": 1}), TamperedReference),
+        (lambda s, ref: s.marker({**ref, "steps": 7}), TamperedReference),
+        (lambda s, ref: s.take_markers(s.marker(ref).replace(" 2 ", " 3 ")), TamperedReference),
+        (lambda s, ref: s.take_markers(s.marker(ref)[:-9] + "]"), TamperedReference),
+        (lambda s, ref: s.pin({**ref, "mac": "0" * 64}), TamperedReference),
+        (lambda s, ref: s.drop({**ref, "mac": "0" * 64}), TamperedReference),
+        (lambda s, ref: list(s.export_memory({**ref, "mac": "0" * 64})), TamperedReference),
+    ],
+)
+def test_errors_are_those_of_the_service_itself(
+    remote: LatentService, service: LatentService, call: Callable[..., Any], kind: type[Exception]
+) -> None:
+    for each in (service, remote):
+        ref = each.think(PROMPT, steps=2)
+        with pytest.raises(kind) as raised:
+            call(each, ref)
+        assert type(raised.value) is kind
+
+
+def test_on_the_wire_they_are_problem_details(server: Server) -> None:
+    reply = httpx.post(f"{server.address}/v1/think", json={**BODY, "steps": 10**6})
+    assert reply.status_code == 422
+    assert reply.headers["content-type"] == PROBLEM
+    problem = reply.json()
+    assert problem["type"] == "urn:latentmas:error:ContextTooLong"
+    assert problem["status"] == 422
+    assert "positions" in problem["detail"]
+    assert problem["instance"] == reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (("GET", "/nothing", {}), 404),
+        (("GET", "/v1/think", {}), 405),
+        (("POST", "/v1/think", {"content": b"{", "headers": {"content-type": "application/json"}}), 422),
+        (("POST", "/v1/think", {"content": b"{}", "headers": {"content-type": "text/plain"}}), 422),
+        (("POST", "/v1/think", {"json": []}), 422),
+        (("POST", "/v1/think", {"json": {**BODY, "model": "/etc/passwd"}}), 422),
+        (("POST", "/v1/think", {"json": {**BODY, "latents": [{}]}}), 403),
+        (("GET", "/v1/references?after=-1", {}), 422),
+        (("GET", "/v1/references?after=x", {}), 422),
+        (("POST", "/v1/memory/import", {"content": b""}), 422),
+        (("POST", "/v1/memory/import", {"content": b"\xff" * 100}), 422),
+        (("POST", "/v1/think", {"json": BODY, "headers": {"host": "evil.example"}}), 401),
+    ],
+)
+def test_whatever_is_asked_there_is_a_problem_document(server: Server, request_: Any, status: int) -> None:
+    method, path, options = request_
+    reply = httpx.request(method, server.address + path, **options)
+    assert reply.status_code == status
+    assert reply.headers["content-type"] == PROBLEM
+    assert reply.json()["status"] == status
+
+
+def test_what_the_server_did_not_expect_says_nothing_of_its_inside(
+    server: Server, remote: LatentService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(server.service, "lens", broken)
+    monkeypatch.setattr(server.service, "athink", broken)
+    with pytest.raises(EngineFailed, match="its log"):
+        remote.think(PROMPT)
+    ref = {"ref": remote.references()[0].ref}
+    reply = httpx.post(f"{server.address}/v1/lens", json=ref)
+    assert reply.status_code == 500
+    assert "secret" not in reply.text
+
+
+def test_nobody_there_is_said_so() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ServiceUnreachable, match="latentmas serve"):
+        LatentService.load(f"http://127.0.0.1:{port}", patience=0)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://user:secret@127.0.0.1:1", "http://127.0.0.1:1/?a=b", "http://[::1"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(InvalidRequest):
+        LatentService.load(url, patience=0)
+
+
+@pytest.mark.parametrize("settings", [{"device": "cpu"}, {"patience": -1}, {"deadline": 0}])
+def test_settings_that_are_none_of_a_client_are_refused(server: Server, settings: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        LatentService.load(server.address, **settings)
+
+
+def test_a_closed_client_is_closed(server: Server) -> None:
+    remote = client(server)
+    spoken = remote.speak(PROMPT)
+    remote.close()
+    remote.close()
+    for call in (lambda: remote.think(PROMPT), lambda: next(spoken), remote.info):
+        with pytest.raises(ServiceClosed):
+            call()
+
+
+# Load.
+
+
+def test_a_client_that_hangs_up_frees_its_slot(fresh_service: Any) -> None:
+    service = fresh_service()
+    with serving(service) as server, client(server) as remote:
+        spoken = remote.speak(PROMPT, max_tokens=400)
+        next(spoken)
+        assert service.info()["rows"] == 1
+        spoken.close()
+        wait_for(lambda: service.info()["rows"] == 0, 10)
+        assert service.info()["tokens"] < 400
+        assert server.turns.running == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_also_one_that_hangs_up_before_it_heard_anything(fresh_service: Any, gate: Any, stream: bool) -> None:
+    service = fresh_service()
+    held = gate(service)
+    with serving(service) as server:
+        with httpx.Client(base_url=server.address, timeout=0.5) as http, pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/think", json={**BODY, "steps": 300, "stream": stream})
+        wait_for(lambda: server.turns.running == 0, 10)
+        held.open()
+        wait_for(lambda: service.info()["rows"] == 0 and service.info()["waiting"] == 0, 10)
+        assert service.info()["thoughts"] < 300
+
+
+async def test_cancelling_the_task_ends_the_work(fresh_service: Any, gate: Any) -> None:
+    service = fresh_service()
+    held = gate(service)
+    with serving(service) as server, client(server) as remote:
+        task = asyncio.create_task(remote.athink(PROMPT, steps=300))
+        await asyncio.to_thread(wait_for, lambda: server.turns.running == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(wait_for, lambda: server.turns.running == 0)
+        held.open()
+
+
+def test_a_full_queue_says_when_to_come_again_and_the_client_does(fresh_service: Any, gate: Any) -> None:
+    service = fresh_service()
+    held = gate(service)
+    with (
+        serving(service, max_running=1, max_waiting=1) as server,
+        client(server) as remote,
+        client(server, patience=0) as hasty,
+        ThreadPoolExecutor(8) as threads,
+    ):
+        same = [messages(f"question {i}") for i in range(6)]
+        running = [threads.submit(remote.think, prompt, steps=2) for prompt in same[:2]]
+        wait_for(lambda: server.turns.waiting == 1)
+        reply = httpx.post(f"{server.address}/v1/think", json=BODY, headers={"latentmas-client": "third"})
+        assert reply.status_code == 429
+        assert 1 <= int(reply.headers["retry-after"]) <= 60
+        with pytest.raises(ServiceBusy) as busy:
+            hasty.think(PROMPT)
+        assert busy.value.retry_after is not None
+        running += [threads.submit(remote.think, prompt, steps=2) for prompt in same[2:]]
+        wait_for(lambda: server.turns.refused >= 6)
+        held.open()
+        assert len({future.result(60)["id"] for future in running}) == 6
+
+
+def test_a_deadline_includes_the_wait(fresh_service: Any, gate: Any) -> None:
+    service = fresh_service()
+    held = gate(service)
+    with (
+        serving(service, max_running=1, deadline=30, keep_alive=0.1) as server,
+        client(server, deadline=0.3) as hasty,
+        client(server) as remote,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        with pytest.raises(DeadlineExceeded, match=r"0\.3 s"):
+            hasty.think(PROMPT, steps=5)
+        first = threads.submit(remote.think, PROMPT, steps=1)
+        wait_for(lambda: server.turns.running == 1)
+        with pytest.raises(DeadlineExceeded):
+            list(hasty.speak(PROMPT, max_tokens=5))
+        assert server.turns.waiting == 0
+        reply = httpx.post(f"{server.address}/v1/think", json={**BODY, "deadline": 0.2})
+        assert reply.status_code == 504
+        held.open()
+        assert first.result(30)["steps"] == 1
+
+
+def test_the_server_s_deadline_is_the_longest(fresh_service: Any, gate: Any) -> None:
+    service = fresh_service()
+    held = gate(service)
+    with serving(service, deadline=0.2) as server:
+        assert httpx.post(f"{server.address}/v1/think", json={**BODY, "deadline": 1000}).status_code == 504
+        held.open()
+
+
+def test_a_stream_shows_that_it_lives(fresh_service: Any, gate: Any) -> None:
+    service = fresh_service()
+    held = gate(service)
+    with (
+        serving(service, keep_alive=0.05) as server,
+        httpx.stream("POST", f"{server.address}/v1/think", json={**BODY, "stream": True}) as reply,
+    ):
+        lines = reply.iter_lines()
+        assert [next(lines) for _ in range(4)] == [": working", ""] * 2
+        held.open()
+        assert [line for line in lines if line.startswith("event")] == ["event: done"]
+
+
+def test_draining_lets_what_has_begun_end_and_takes_nothing_new(fresh_service: Any, gate: Any) -> None:
+    service = fresh_service()
+    held = gate(service)
+    with serving(service) as server, client(server) as remote, ThreadPoolExecutor(1) as threads:
+        with httpx.Client(base_url=server.address) as other:
+            assert other.get("/ready").json() == {"status": "ready"}
+            first = threads.submit(remote.think, PROMPT, steps=2)
+            wait_for(lambda: server.turns.running == 1)
+            server.guard.draining = True
+            assert other.get("/ready").status_code == 503
+            assert other.get("/health").status_code == 200
+            refused = other.post("/v1/think", json=BODY)
+            assert refused.status_code == 503
+            assert refused.json()["type"].endswith("ServiceClosed")
+        server.drain()
+        time.sleep(0.3)
+        held.open()
+        assert first.result(30)["steps"] == 2
+
+
+def test_when_the_drain_is_over_the_rest_is_told(fresh_service: Any) -> None:
+    with serving(fresh_service(), drain=0.2) as server, client(server, patience=0) as remote:
+        spoken = remote.speak(PROMPT, max_tokens=490, temperature=1)
+        next(spoken)
+        server.drain()
+        with pytest.raises((ServiceClosed, ServiceUnreachable)):
+            list(spoken)
+
+
+# Security.
+
+
+def test_tenants_see_nothing_of_each_other(fresh_service: Any) -> None:
+    tokens = {name: f"{name} {TOKEN}" for name in ("anne", "bert")}
+    with serving(fresh_service(), tokens=tokens, token=TOKEN) as server:
+        anne, bert, owner = (client(server, token=token) for token in (*tokens.values(), TOKEN))
+        ref = anne.think(PROMPT, steps=2)
+        marker = anne.marker(ref)
+        for other in (bert, owner):
+            assert other.references() == []
+            for call in (
+                lambda o=other: o.think("And?", [ref]),
+                lambda o=other: list(o.speak("And?", [ref])),
+                lambda o=other: o.memory(ref),
+                lambda o=other: o.lens(ref),
+                lambda o=other: o.marker(ref),
+                lambda o=other: o.take_markers(f"copied {marker}"),
+                lambda o=other: o.pin(ref),
+                lambda o=other: o.drop(ref),
+                lambda o=other: list(o.export_memory(ref)),
+            ):
+                with pytest.raises(TamperedReference):
+                    call()
+            other.think(PROMPT, steps=2)  # of its own: what the other one thought is no news to it
+        assert server.service.info()["thoughts"] == 6
+        assert [each.ref for each in anne.references()] == [ref]
+        assert anne.take_markers(marker)[1] == [ref]
+        for each in (anne, bert, owner):
+            each.close()
+
+
+def test_without_the_token_nothing_is_told(fresh_service: Any) -> None:
+    with serving(fresh_service(), token=TOKEN) as server:
+        for settings in ({}, {"token": "x" * 20}, {"token": TOKEN + "x"}, {"token": TOKEN.upper()}):
+            with pytest.raises(AccessDenied):
+                client(server, **settings)
+        for path in ("/v1/info", "/metrics", "/docs", "/openapi.json", "/nothing"):
+            reply = httpx.get(server.address + path)
+            assert reply.status_code == 401
+            assert reply.headers["www-authenticate"] == "Bearer"
+        assert httpx.get(f"{server.address}/ready").status_code == 200
+        with client(server, token=TOKEN) as remote:
+            assert remote.think(PROMPT, steps=0)
+
+
+def test_metrics_are_for_who_runs_the_server(fresh_service: Any) -> None:
+    with serving(fresh_service(), tokens={"anne": f"anne {TOKEN}"}, token=TOKEN) as server:
+        with client(server, token=f"anne {TOKEN}") as remote:
+            remote.think(PROMPT, steps=3)
+        headers = {"authorization": f"Bearer {TOKEN}"}
+        shown = httpx.get(f"{server.address}/metrics", headers=headers).text
+        assert "latentmas_thoughts_total 3.0" in shown
+        assert 'latentmas_requests_total{route="/v1/think",status="200"} 1.0' in shown
+        for name in ("queue_length", "live_rows", "ticks_total", "tokens_total", "kv_bytes", "kv_hits_total"):
+            assert f"latentmas_{name} " in shown
+        for name in ("kv_rebuilds_total", "kv_evictions_total", "request_seconds_bucket", "first_event_seconds_bucket"):
+            assert f"latentmas_{name}" in shown
+        other = httpx.get(f"{server.address}/metrics", headers={"authorization": f"Bearer anne {TOKEN}"})
+        assert other.status_code == 401
+
+
+def test_sizes_are_checked_before_anything_is_kept(fresh_service: Any) -> None:
+    with serving(fresh_service(), max_body=2048, max_depth=8, max_memory=2048, max_headers=2048) as server:
+        with client(server) as remote:
+            with pytest.raises(RequestTooLarge, match="2048 bytes"):
+                remote.think("x" * 3000)
+            with pytest.raises(RequestTooLarge, match="2048 bytes"):
+                list(remote.speak("x" * 3000))
+            ref = remote.think(PROMPT, steps=8)
+            with pytest.raises(RequestTooLarge, match="KV"):
+                remote.memory(ref)
+        http = httpx.Client(base_url=server.address)
+        chunked = http.post("/v1/think", content=iter([b"x" * 1500] * 2), headers={"content-type": "application/json"})
+        assert chunked.status_code == 413
+        deep = json.dumps(BODY)[:-1] + ', "tools": ' + "[" * 20 + "]" * 20 + "}"
+        nested = http.post("/v1/speak", content=deep, headers={"content-type": "application/json"})
+        assert nested.status_code == 413
+        assert "deeper" in nested.json()["detail"]
+        assert http.post("/v1/memory/import", content=b"x" * 3000).status_code == 413
+        assert http.get("/ready", headers={"x": "y" * 5000}).status_code == 413
+        assert http.get("/ready").status_code == 200
+
+
+def test_a_body_that_announces_too_much_is_not_waited_for(fresh_service: Any) -> None:
+    with serving(fresh_service(), body_seconds=0.3) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        for length, expected in ((10**12, b" 413 "), (50, b" 422 ")):
+            with socket.create_connection((host, int(port)), 5) as raw:
+                raw.sendall(f"POST /v1/think HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n{{".encode())
+                assert expected in raw.recv(4096)
+
+
+def test_requests_are_logged_as_data(fresh_service: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from langchain_latentmas.service.server import JSONLines
+
+    caplog.set_level("INFO", "langchain_latentmas.access")
+    with serving(fresh_service()) as server, client(server) as remote:
+        ref = remote.think(messages("a secret question"), steps=1, agent="planner")
+        wait_for(lambda: any("/v1/think" in record.getMessage() for record in caplog.records))
+    lines = [json.loads(JSONLines().format(record)) for record in caplog.records]
+    (line,) = [line for line in lines if line.get("route") == "/v1/think"]
+    assert line["status"] == 200
+    assert line["agent"] == "planner"
+    assert line["reference"] == ref["id"]
+    assert line["seconds"] > 0
+    assert "secret" not in json.dumps(lines)
