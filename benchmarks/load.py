@@ -1,0 +1,165 @@
+"""Many graphs against one server: `python -m benchmarks.load`; for the long one, `--graphs 200 --seconds 120`."""
+
+import asyncio
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import httpx
+import typer
+from langchain_core.messages import HumanMessage
+from prometheus_client.parser import text_string_to_metric_families
+from rich.table import Table
+
+from benchmarks.report import machine, show
+from langchain_latentmas import LatentService, teams
+from langchain_latentmas.bundled.tasks import problem
+
+SAMPLE_SECONDS = 1.0
+
+
+@dataclass
+class Load:
+    """What a number of graphs did to a server, each starting over when it is done."""
+
+    graphs: int
+    seconds: float = 0.0
+    done: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    memory: list[float] = field(default_factory=list)
+    longest: float = 0.0
+
+    @property
+    def per_second(self) -> float:
+        return self.done / self.seconds
+
+    @property
+    def quarters(self) -> tuple[float, float]:
+        """Mean resident bytes of the server in the first and in the last quarter."""
+        part = max(1, len(self.memory) // 4)
+        return sum(self.memory[:part]) / part, sum(self.memory[-part:]) / part
+
+    async def run(self, service: LatentService, seconds: float, steps: int, questions: random.Random) -> None:
+        graph = teams.sequential(service, agents=teams.SEQUENTIAL, steps=steps, max_tokens=24).compile()
+        begun = time.perf_counter()
+
+        async def one() -> None:
+            while time.perf_counter() - begun < seconds:
+                asked = problem(questions, "test").question + f" ({questions.random():.6f})"  # never asked before
+                at = time.perf_counter()
+                try:
+                    await graph.ainvoke({"messages": [HumanMessage(asked)], "latents": []})
+                    self.done += 1
+                except Exception as error:  # what a user would have met
+                    self.errors[type(error).__name__] += 1
+                self.longest = max(self.longest, time.perf_counter() - at)
+
+        watching = asyncio.create_task(self._watch(service))
+        await asyncio.gather(*(one() for _ in range(self.graphs)))
+        self.seconds = time.perf_counter() - begun
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+
+    async def _watch(self, service: LatentService) -> None:
+        while True:
+            self.memory.append((await asyncio.to_thread(counters, service))["process_resident_memory_bytes"])
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+
+def counters(service: Any) -> dict[str, float]:
+    """The server's own figures, by name; those with labels are added up."""
+    found: Counter[str] = Counter()
+    for family in text_string_to_metric_families(httpx.get(f"{service.url}/metrics", timeout=30).text):
+        for sample in family.samples:
+            found[sample.name] += sample.value
+    return dict(found)
+
+
+def started(folder: str, max_running: int, max_waiting: int) -> tuple["subprocess.Popen[str]", str]:
+    """A server on a free port, and its address."""
+    port = free_port()  # the server names the one it takes at the level "info" only
+    command = [sys.executable, "-m", "langchain_latentmas.cli", "serve", "--port", str(port), "--store", folder]
+    command += ["--max-running", str(max_running), "--max-waiting", str(max_waiting), "--log-level", "warning"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert process.stderr is not None
+    threading.Thread(target=lambda: [print(line, end="", file=sys.stderr) for line in process.stderr or ()]).start()
+    return process, f"http://127.0.0.1:{port}"
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def main(
+    graphs: Annotated[int, typer.Option(help="Graphs at a time.")] = 20,
+    seconds: Annotated[float, typer.Option(help="For how long new ones are begun.")] = 15,
+    steps: Annotated[int, typer.Option(help="Latent steps of each of the three thinkers.")] = 8,
+    max_running: Annotated[int, typer.Option(help="Requests that the server works on at a time.")] = 32,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; fewer make more 429s.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the questions.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+) -> None:
+    """A server of the bundled model, a single graph, then many at once, each asking new questions until time is up."""
+    questions = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        process, address = started(folder, max_running, max_waiting)
+        try:
+            with LatentService.load(address, patience=600) as service:
+                runs = []
+                for load, length in ((Load(1), max(5.0, seconds / 4)), (Load(graphs), seconds)):
+                    before = counters(service)
+                    asyncio.run(load.run(service, length, steps, questions))
+                    after = counters(service)
+                    refused = after["latentmas_refused_total"] - before["latentmas_refused_total"]
+                    ticks = after["latentmas_ticks_total"] - before["latentmas_ticks_total"]
+                    runs.append((load, int(refused), ticks / load.seconds))
+        finally:
+            process.terminate()
+            process.wait(60)
+    alone = runs[0][0]
+    table = Table("graphs", "seconds", "done", "per second", "times one", "429s retried", "errors", "ticks/s", "MiB")
+    results = []
+    for load, refused, ticks in runs:
+        first, last = load.quarters
+        errors = ", ".join(f"{count} {name}" for name, count in load.errors.items()) or "none"
+        grown = f"{first / 2**20:.0f} to {last / 2**20:.0f} ({last / first - 1:+.1%})"
+        times = load.per_second / alone.per_second
+        cells = (load.graphs, f"{load.seconds:.1f}", load.done, f"{load.per_second:.2f}", f"{times:.1f}", refused)
+        table.add_row(*map(str, cells), errors, f"{ticks:.0f}", grown)
+        results.append(
+            {
+                "graphs": load.graphs,
+                "seconds": load.seconds,
+                "done": load.done,
+                "per_second": load.per_second,
+                "times_one": times,
+                "refused_and_retried": refused,
+                "errors": dict(load.errors),
+                "longest_seconds": load.longest,
+                "ticks_per_second": ticks,
+                "resident_first_quarter": first,
+                "resident_last_quarter": last,
+            }
+        )
+    run = {
+        "graph": f"sequential, three thinkers of {steps} steps and a judger, bundled model, one server process",
+        "server": f"{max_running} requests at work, {max_waiting} may wait",
+        "machine": machine(),
+    }
+    show(run, table, as_json=as_json, results={"runs": results})
+
+
+if __name__ == "__main__":
+    typer.run(main)
