@@ -11,9 +11,11 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 from langchain_core.language_models import LanguageModelInput
 from typing_extensions import TypedDict
 
-from ..errors import InvalidRequest, ModelNotFound
+from ..errors import InvalidRequest, MissingExtra, ModelNotFound
 from ..state import LatentRef
 from .memory import Memory
+
+Merge = Literal["none", "rotated", "rebuilt", "chained"]
 
 
 class Usage(TypedDict):
@@ -27,8 +29,9 @@ class Usage(TypedDict):
     """Thoughts in the memory that was read."""
     positions_read: int
     """Positions of the memory that was read."""
-    merge: Literal["none", "rotated", "rebuilt"]
-    """How several memories became one (design, rule 7): keys re-rotated, or recomputed at their new positions."""
+    merge: Merge
+    """How several memories became one (design, rule 7): keys re-rotated, recomputed at their new positions, or, on
+    vLLM, all computed anew as one chain in which each later memory sees the earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,11 @@ class LatentService(ABC):
         """Loads a model into this process, or talks to a server that did.
 
         Args:
-            model: "bundled", a hub id, a folder, or the address of `latentmas serve`, such as "http://127.0.0.1:8765".
+            model: "bundled", a hub id, a folder, the address of `latentmas serve`, such as "http://127.0.0.1:8765", or
+                that of a vLLM server, such as "vllm+http://127.0.0.1:8000".
             **settings: See `langchain_latentmas.service.local.LocalSettings`, for a server
-                `langchain_latentmas.service.http.HTTPSettings`.
+                `langchain_latentmas.service.http.HTTPSettings`, for vLLM
+                `langchain_latentmas.service.vllm.VLLMSettings`.
 
         Returns:
             A running service.
@@ -141,11 +146,21 @@ class LatentService(ABC):
             InvalidRequest: If a setting is unknown or out of range.
         """
         if model.startswith(("http://", "https://")):
-            from .http import HTTPService
-
+            try:
+                from .http import HTTPService
+            except ModuleNotFoundError as error:
+                raise MissingExtra(
+                    f"{error.name} is not installed; run: pip install 'langchain-latentmas[serve]'"
+                ) from error
             return HTTPService.load(model, **settings)
+        if model.startswith(("vllm+http://", "vllm+https://")):
+            from .vllm import VLLMService
+
+            return VLLMService.load(model, **settings)
         if "://" in model or model.startswith("vllm:"):
-            raise ModelNotFound(f"{model!r} is no model: give 'bundled', a hub id, a folder, or http://host:port.")
+            raise ModelNotFound(
+                f"{model!r} is no model: give 'bundled', a hub id, a folder, http://host:port, or vllm+http://host:port."
+            )
         from .local import LocalService
 
         return LocalService.load(model, **settings)

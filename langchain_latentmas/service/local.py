@@ -41,7 +41,7 @@ from ..errors import (
 )
 from ..state import LatentRef
 from .alteration import original
-from .base import READING, Chunk, LatentService, LensRow, StoredReference, Usage
+from .base import READING, Chunk, LatentService, LensRow, Merge, StoredReference, Usage
 from .budget import Budget
 from .identity import KEY_BYTES, MAX_AGENT, MAX_PARENTS, Signer, checked_ref, key_ring, memory_id
 from .kv_pool import KVPool
@@ -309,7 +309,7 @@ class LocalService(LatentService):
     ) -> LatentRef:
         """See `LatentService.athink`."""
         request = _Request(self, messages, latents, agent, steps=steps)
-        if (known := request.known()) is not None:
+        if (known := await asyncio.to_thread(request.known)) is not None:
             return known
         async for event in request.aevents(notify=on_step is not None):
             if isinstance(event, Result):
@@ -640,7 +640,7 @@ class LocalService(LatentService):
             self._recipes.pop(key)
             self._pool.forget(key)
 
-    def _merge_of(self, layout: Layout) -> Literal["none", "rotated", "rebuilt"]:
+    def _merge_of(self, layout: Layout) -> Merge:
         if all(piece.start == self._lineage.line(piece.id)[-1].start for piece in layout):
             return "none"
         return "rotated" if self._pool.mode == "rotate" else "rebuilt"

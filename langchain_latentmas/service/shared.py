@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -46,6 +47,8 @@ def shared_service(name: str | None = None, device: str | None = None, dtype: st
     key = (name or settings.service, device or settings.device, dtype or settings.dtype)
     with _lock:
         if key not in _services:
-            own = {"device": key[1], "dtype": key[2], "store": settings.store}
-            _services[key] = LatentService.load(key[0], **({} if "://" in key[0] else own))  # a server has its own
+            own: dict[str, Any] = {"device": key[1], "dtype": key[2], "store": settings.store}
+            if "://" in key[0]:  # a server has its own; recipes of vLLM are kept here
+                own = {"store": settings.store} if key[0].startswith("vllm+") else {}
+            _services[key] = LatentService.load(key[0], **own)
         return _services[key]

@@ -26,7 +26,7 @@ from ..errors import (
     WrongModel,
 )
 from ..state import LatentRef
-from .base import Chunk, LensRow, StoredReference
+from .base import Chunk, LensRow, Merge, StoredReference
 from .identity import ID, MAX_AGENT, MAX_PARENTS, WireRef
 
 PROBLEM = "application/problem+json"
@@ -188,7 +188,7 @@ class SpokenUsage(_Wire):
     output_tokens: int
     latent_steps: int
     positions_read: int
-    merge: Literal["none", "rotated", "rebuilt"]
+    merge: Merge
 
 
 class SpokenChunk(_Wire):

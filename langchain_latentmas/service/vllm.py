@@ -1,0 +1,629 @@
+"""The model service of a vLLM server: it thinks and speaks by the latent token (design, section 8).
+
+The server keeps nothing but its KV cache. A memory is token ids with placeholders for thoughts, so its recipe is kept
+here, and references outlive a restart of the server and can be read on any replica of it.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import math
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn, Self, TypeVar, cast
+
+import httpx
+import tenacity
+import torch
+from langchain_core.language_models import LanguageModelInput
+from pydantic import Field, SecretStr, ValidationError
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from ..engine.model import LanguageModel
+from ..engine.text import TextStream
+from ..engine.tick import Result, Row, Spoken
+from ..errors import (
+    AccessDenied,
+    ContextTooLong,
+    EngineFailed,
+    InvalidRequest,
+    ModelNotFound,
+    ModelNotSupported,
+    ServiceBusy,
+    ServiceClosed,
+    ServiceUnreachable,
+    WrongModel,
+)
+from ..state import LatentRef
+from .alteration import unaltered
+from .base import LensRow, Merge
+from .local import LocalService, LocalSettings
+from .memory import Layout, Memory, Segment
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "vllm+"
+HOW_TO_START = (
+    "On the server: pip install latentmas-vllm, and start it with VLLM_PLUGINS=latentmas vllm serve <model> "
+    """--hf-overrides '{"architectures": ["Latent<architecture>"]}'"""
+)
+OF_THE_SERVER = {
+    "realign": """--hf-overrides '{"latent_realign": false}'""",
+    "device": "--device",
+    "dtype": "--dtype",
+    "revision": "--revision",
+    "kv_budget": "--gpu-memory-utilization",
+    "live_budget": "--gpu-memory-utilization",
+    "kv_cpu_budget": "--kv-offloading-size",
+    "kv_disk_budget": "--kv-offloading-size",
+    "kv_folder": "--kv-offloading-size",
+    "max_rows": "--max-num-seqs",
+    "prefill_chunk": "--max-num-batched-tokens",
+}
+TOLD = ("latent_token_id", "architecture", "dtype", "prefix_caching", "block_size", "vllm", "latentmas_vllm")
+NOTICED_WITHIN = 0.1  # seconds until a cancelled request is taken back
+A = TypeVar("A")
+
+
+class VLLMSettings(LocalSettings):
+    """Settings of a client of vLLM; of those of `LocalSettings`, the ones for prompts and stores count here.
+
+    Attributes:
+        tokenizer: Folder or hub id of the tokenizer; None takes the name under which the server has loaded its model.
+        token: The server's `--api-key`.
+        patience: Seconds for which a request is repeated that the server has not begun to answer.
+        connect_timeout: Seconds for a connection to be made.
+        read_timeout: Seconds without a token after which a connection counts as broken.
+        max_connections: Most requests at a time.
+    """
+
+    tokenizer: str | None = None
+    token: SecretStr | None = None
+    patience: float = Field(30, ge=0)
+    connect_timeout: float = Field(5, gt=0)
+    read_timeout: float = Field(300, gt=0)
+    max_connections: int = Field(1024, ge=1)
+
+
+@dataclass
+class VLLMModel:
+    """What is known here of the model over there; stands where `LocalService` has a `LanguageModel`."""
+
+    name: str
+    fingerprint: str
+    latent: int
+    realign: bool
+    max_positions: int
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    eos: frozenset[int]
+    rotary: None = None  # nothing is moved
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    kv_devices: tuple[torch.device, ...] = ()
+    bytes_per_position: int = 0
+
+    def refresh_if_changed(self) -> None:
+        """The server's weights do not change under it."""
+
+
+class VLLMService(LocalService):
+    """`LatentService` over a vLLM server that runs the plugin `latentmas-vllm`.
+
+    Recipes, signatures and markers are kept as by `LocalService`; only the work is done elsewhere. Several tips are
+    read as one chain, each later one seeing the earlier ones (`usage["merge"]` is then "chained"): moved positions have
+    no place in a prefix cache. Thoughts, keys and values stay on the server.
+    """
+
+    def __init__(self, url: str, settings: VLLMSettings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        """Connects to a server; `load` is the way in.
+
+        Args:
+            url: Where it listens, `http://host:port`.
+            settings: Tokenizer, store, timeouts.
+            transport: For tests.
+
+        Raises:
+            ServiceUnreachable: If nobody answers there.
+            AccessDenied: If the server wants another key.
+            ModelNotFound: If the tokenizer cannot be loaded.
+            ModelNotSupported: If the server runs without the plugin, or without a latent token.
+            WrongModel: If the tokenizer is not the server's.
+        """
+        server = Server(url, settings, transport)
+        try:
+            self.facts = server.call(server.facts())
+            model = _model(server, self.facts, settings)
+            engine = Engine(server, model)
+            own = settings.model_copy(update={"kv_budget": 0, "live_budget": 0, "kv_cpu_budget": 0, "merge": "rebuild"})
+            shared = SimpleNamespace(_ticker=engine, _scheduler=engine)
+            super().__init__(cast(LanguageModel, model), own, host=cast(LocalService, shared))
+        except BaseException:
+            server.close()
+            raise
+        engine.segment = lambda key: self._recipe(key).segment
+        self._server, self._engine = server, engine
+        self._pool = engine  # type: ignore[assignment]
+        weakref.finalize(self, server.close)
+        if not self.facts["prefix_caching"]:
+            logger.warning(
+                "%s has no prefix caching, so every agent computes all memories anew; drop "
+                "--no-enable-prefix-caching there",
+                url,
+            )
+
+    @classmethod
+    def load(cls, model: str = "vllm+http://127.0.0.1:8000", **settings: Any) -> Self:
+        """Connects to a server.
+
+        Args:
+            model: Its address, with `vllm+` before it.
+            **settings: Fields of `VLLMSettings`.
+
+        Raises:
+            InvalidRequest: If a setting is unknown, out of range, or the server's to say.
+        """
+        transport = settings.pop("transport", None)
+        for name in settings:
+            if name in OF_THE_SERVER:
+                raise InvalidRequest(f"{name} is not for a client to say; start the server with {OF_THE_SERVER[name]}.")
+        try:
+            checked = VLLMSettings(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InvalidRequest(
+                f"Setting {'.'.join(map(str, first['loc']))}: {first['msg']}. "
+                f"Settings: {', '.join(name for name in VLLMSettings.model_fields if name not in OF_THE_SERVER)}."
+            ) from error
+        return cls(model.removeprefix(PREFIX).rstrip("/"), checked, transport)
+
+    def encode(
+        self, messages: LanguageModelInput, tag: str, tools: Sequence[dict[str, Any]] | None = None
+    ) -> tuple[int, ...]:
+        """See `LocalService.encode`.
+
+        Raises:
+            InvalidRequest: Also if the text of a message makes a latent token.
+        """
+        ids = super().encode(messages, tag, tools)
+        latent = self._engine.model.latent
+        if latent in ids:
+            text = self._engine.model.tokenizer.convert_ids_to_tokens(latent)
+            raise InvalidRequest(f"A message holds {text!r}, which stands for a thought on this server; take it out.")
+        return ids
+
+    def memory(self, ref: LatentRef) -> Memory:
+        """See `LatentService.memory`; without keys and values, and with thoughts [steps, 0]: they stay there."""
+        layout = self._lineage.layout(self.verify([ref]))
+        segments = tuple(self._recipe(piece.id).segment for piece in layout)
+        return Memory(segments, layout[-1].end, (), (), self._merge_of(layout))
+
+    def lens(self, ref: LatentRef, top_k: int = 5) -> list[LensRow]:
+        """See `LatentService.lens`; thinks the segment once more, from the server's cache."""
+        most = self.facts["max_logprobs"]
+        most = self._engine.model.config.vocab_size if most < 0 else most
+        if not 1 <= top_k <= most:
+            raise InvalidRequest(f"top_k must lie between 1 and the server's --max-logprobs of {most}, not at {top_k}.")
+        recipe = self._recipe(self.verify([ref])[0])
+        segment = recipe.segment
+        if not len(segment.thoughts):
+            return []
+        prompt = [*self._engine.ids(self._lineage.layout(recipe.parents)), *segment.prompt_ids]
+        rows = self._server.call(self._engine.read_out(prompt, len(segment.thoughts), top_k))
+        return [LensRow(segment.agent, step, tokens) for step, tokens in enumerate(rows, 1)]
+
+    def tenants(self, names: Sequence[str]) -> dict[str, LocalService]:
+        """Not here: load one client per tenant, each with a store and key of its own."""
+        raise InvalidRequest("A client of vLLM serves one tenant; load one per tenant, with store=... and key=...")
+
+    def export_memory(self, ref: LatentRef, kv: bool = False) -> Iterator[bytes]:
+        """Not here: thoughts and KV stay on the server."""
+        raise InvalidRequest("A memory on vLLM cannot leave it: its thoughts exist there only.")
+
+    def import_memory(self, file: str | Path) -> LatentRef:
+        """Not here: vLLM computes its thoughts itself."""
+        raise InvalidRequest("vLLM takes no thoughts from elsewhere; think there.")
+
+    def altered(self, ref: LatentRef, how: Any, seed: int = 0) -> NoReturn:
+        """Not here: KV stays on the server as it is."""
+        raise InvalidRequest("vLLM alters no memories; take a model service in this process.")
+
+    def info(self) -> dict[str, Any]:
+        """See `LatentService.info`."""
+        model, engine = self._engine.model, self._engine
+        return {
+            "model": model.name,
+            "fingerprint": model.fingerprint,
+            "server": self._server.url,
+            "max_positions": model.max_positions,
+            "realign": model.realign,
+            "think_tag": self.think_tag,
+            "merge": "chained",
+            "rows": engine.rows,
+            "thoughts": engine.thoughts,
+            "tokens": engine.tokens,
+            **{name: self.facts[name] for name in TOLD},
+        }
+
+    def close(self) -> None:
+        """See `LatentService.close`."""
+        self._server.close()
+        super().close()
+
+    def _merge_of(self, layout: Layout) -> Merge:
+        return "none" if super()._merge_of(layout) == "none" else "chained"
+
+
+class Engine:
+    """Does rows' work on the server; stands where `LocalService` has a scheduler and a pool of KV.
+
+    Attributes:
+        rows: Requests at work.
+        thoughts: Latent steps taken so far.
+        tokens: Tokens spoken so far.
+        mode: What happens to memories that are moved, in the words of `KVPool`.
+        segment: Returns the segment of an id.
+    """
+
+    def __init__(self, server: "Server", model: VLLMModel) -> None:
+        """Takes a server and what is known of its model."""
+        self.server, self.model = server, model
+        self.rows = self.thoughts = self.tokens = 0
+        self.mode = "rebuild"
+        self.segment: Any = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the service was closed."""
+        return self.server.closed
+
+    def ids(self, layout: Layout) -> list[int]:
+        """A memory as token ids, with LATENT where a thought is."""
+        return [i for piece in layout for i in self._ids_of(self.segment(piece.id))]
+
+    def place(self, layout: Layout) -> "Future[list[int]]":
+        """A memory, ready to be put before a prompt."""
+        placed: Future[list[int]] = Future()
+        if altered := [piece.id for piece in layout if unaltered(piece.id)]:
+            placed.set_exception(InvalidRequest(f"vLLM cannot alter memories, and {altered[0]} is an altered one."))
+        else:
+            placed.set_result(self.ids(layout))
+        return placed
+
+    def submit(self, row: Row, past: "Future[list[int]]") -> None:
+        """Starts a row; errors go to it."""
+        if (error := past.exception()) is not None:
+            row.on_error(error)
+        else:
+            self.server.start(self._drive(row, past.result()))
+
+    def keep(self, key: str, kv: object) -> None:
+        """The server has it."""
+
+    def forget(self, key: str) -> None:
+        """The server forgets by itself."""
+
+    async def read_out(self, prompt: Sequence[int], steps: int, top_k: int) -> list[list[tuple[str, float]]]:
+        """Per latent step, the likeliest tokens and their probabilities."""
+        body = self._thinking(prompt, steps) | {"logprobs": top_k, "return_tokens_as_token_ids": True}
+        reply = await self.server.post("/v1/completions", body)
+        steps_read: list[dict[str, float]] = reply["choices"][0]["logprobs"]["top_logprobs"]
+        rows = []
+        for read in steps_read:
+            tokens = {int(name.removeprefix("token_id:")): math.exp(share) for name, share in read.items()}
+            tokens.pop(self.model.latent, None)
+            best = sorted(tokens.items(), key=lambda pair: -pair[1])[:top_k]
+            rows.append([(self.model.tokenizer.decode([token]), share) for token, share in best])
+        return rows
+
+    async def _drive(self, row: Row, past: list[int]) -> None:
+        work = asyncio.ensure_future(self._work(row, past))
+        self.rows += 1
+        try:
+            while not work.done():
+                await asyncio.wait({work}, timeout=NOTICED_WITHIN)
+                if row.cancelled:
+                    work.cancel()
+            if not work.cancelled():
+                row.on_done(work.result())
+        except Exception as error:
+            row.on_error(error)
+        except asyncio.CancelledError:
+            work.cancel()
+            row.on_error(ServiceClosed("The service is closed; load another one."))
+        finally:
+            self.rows -= 1
+
+    async def _work(self, row: Row, past: list[int]) -> Result:
+        begun = False
+
+        def may_begin_again(error: BaseException) -> bool:
+            return isinstance(error, (ServiceBusy, ServiceUnreachable)) and not begun
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(may_begin_again),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+            stop=tenacity.stop_after_delay(self.server.settings.patience),
+            reraise=True,
+        )
+        prompt = [*past, *cast(Sequence[int], row.inputs[0])]
+        body = self._thinking(prompt, row.steps + 1) if row.thinking else self._speaking(prompt, row)
+        async for attempt in retrying:
+            with attempt:
+                tokens = self.server.tokens(body)
+                text = TextStream(self.model.tokenizer, row.sampling.stop if row.sampling else ())
+                try:
+                    async for token in tokens:
+                        begun = True
+                        if row.thinking:
+                            self._thought(row, token)
+                        elif self._spoke(row, text, token):
+                            break
+                finally:
+                    await tokens.aclose()  # what is left over is aborted on the server
+        if (row.thinking and len(row.tokens) <= row.steps) or (not row.thinking and not row.finish):
+            raise EngineFailed("vLLM ended the answer early; the same call may succeed later. Its log says why.")
+        spoken = [] if row.thinking else row.tokens
+        held = "" if row.thinking else text.end()
+        return Result(cast(Any, None), torch.empty(row.steps, 0), spoken, held, row.finish, None)
+
+    def _thought(self, row: Row, token: int) -> None:
+        if token != self.model.latent:
+            raise EngineFailed(f"vLLM answered with token {token} where only {self.model.latent} was allowed.")
+        row.tokens.append(token)
+        if (step := len(row.tokens)) <= row.steps:
+            self.thoughts += 1
+            if row.on_step:
+                row.on_step(step)
+
+    def _spoke(self, row: Row, text: TextStream, token: int) -> bool:
+        assert row.sampling is not None
+        row.tokens.append(token)
+        self.tokens += 1
+        certain = text.push(token)
+        if token in self.model.eos or text.stopped:
+            row.finish = "stop"
+        elif len(row.tokens) == row.sampling.max_tokens:
+            row.finish = "length"
+        if row.on_token:
+            row.on_token(Spoken(token, certain))
+        return bool(row.finish)
+
+    def _thinking(self, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
+        # The last token that is sampled is never fed, so a think asks for one more than it takes steps.
+        asked = {"max_tokens": tokens, "temperature": 0, "allowed_token_ids": [self.model.latent], "ignore_eos": True}
+        return {"prompt": list(prompt), **asked}
+
+    def _speaking(self, prompt: Sequence[int], row: Row) -> dict[str, Any]:
+        sampling = row.sampling
+        assert sampling is not None
+        plain = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
+        return {
+            "prompt": list(prompt),
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or 0,
+            "seed": sampling.seed,
+            "stop_token_ids": sorted(self.model.eos),
+            **plain,  # else vLLM takes the model's generation_config.json
+        }
+
+    def _ids_of(self, segment: Segment) -> list[int]:
+        return [*segment.prompt_ids, *[self.model.latent] * len(segment.thoughts), *segment.spoken_ids]
+
+
+class Server:
+    """A vLLM server over HTTP, from an event loop in a thread of its own.
+
+    Attributes:
+        url: Where it listens.
+        settings: Timeouts, patience, key.
+        closed: Whether `close` was called.
+    """
+
+    def __init__(self, url: str, settings: VLLMSettings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        """Starts the loop; connects with the first request.
+
+        Raises:
+            InvalidRequest: If the address is none.
+        """
+        parts = httpx.URL(url)
+        if parts.scheme not in ("http", "https") or not parts.host or parts.userinfo or parts.query:
+            raise InvalidRequest(
+                f"{url!r} is no address of a server: give vllm+http://host:port, and a key as token=..."
+            )
+        self.url, self.settings, self.closed, self.model = url, settings, False, ""
+        key = settings.token
+        self._loop = asyncio.new_event_loop()
+        self._client = httpx.AsyncClient(
+            base_url=url,
+            headers={} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"},
+            timeout=httpx.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=None),
+            limits=httpx.Limits(max_connections=settings.max_connections, max_keepalive_connections=64),
+            follow_redirects=False,
+            trust_env=False,  # no proxy, and no password from ~/.netrc
+            transport=transport,
+        )
+        threading.Thread(target=self._loop.run_forever, name="latentmas-vllm", daemon=True).start()
+
+    async def served(self) -> dict[str, Any]:
+        """Which model the server offers.
+
+        Raises:
+            ModelNotFound: If what answers is no server of that kind.
+        """
+        response = await self._request("GET", "/v1/models")
+        try:
+            served = dict(self._json(response)["data"][0])
+            self.model = str(served["id"])
+        except (WrongModel, KeyError, IndexError, TypeError):
+            raise ModelNotFound(f"What answers at {self.url} is no vLLM server.") from None
+        return served
+
+    async def facts(self) -> dict[str, Any]:
+        """What the plugin states, and under which name the model is served.
+
+        Raises:
+            ModelNotSupported: If the plugin is not there, or the model has no latent token.
+        """
+        served = await self.served()
+        response = await self._request("GET", "/latentmas")
+        if response.status_code == 404:
+            raise ModelNotSupported(f"{self.url} does not think: the plugin is not there. {HOW_TO_START}")
+        facts = self._json(response)
+        if facts["latent_token_id"] is None:
+            raise ModelNotSupported(
+                f"{self.url} runs {self.model} as {facts['architecture']}, which has no latent token. {HOW_TO_START}"
+            )
+        return {**facts, "model": self.model, "root": served.get("root") or self.model}
+
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """One request and its answer."""
+        return self._json(await self._request("POST", path, {"model": self.model, **body}))
+
+    async def tokens(self, body: dict[str, Any]) -> AsyncGenerator[int]:
+        """Tokens of a completion as they come; closing it early aborts the completion."""
+        asked = {"model": self.model, "stream": True, "return_token_ids": True, **body}
+        with self._reaching():
+            async with self._client.stream("POST", "/v1/completions", json=asked) as response:
+                if response.is_error:
+                    await response.aread()
+                    self._json(response)
+                async for line in response.aiter_lines():
+                    data = line.removeprefix("data:").strip()
+                    if not line.startswith("data:"):
+                        continue
+                    if data == "[DONE]":
+                        return
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise EngineFailed(f"vLLM failed: {event['error'].get('message', event['error'])}")
+                    for choice in event.get("choices", ()):
+                        for token in choice.get("token_ids") or ():
+                            yield token
+        raise ServiceUnreachable(f"The connection to {self.url} ended before vLLM had answered.")
+
+    def call(self, work: Coroutine[Any, Any, A]) -> A:
+        """Does something on the loop, and waits for it."""
+        return self._schedule(work).result()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does something on the loop."""
+        self._schedule(work)
+
+    def close(self) -> None:
+        """Ends all work. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+
+        async def end() -> None:
+            own = asyncio.current_task()
+            others = [task for task in asyncio.all_tasks() if task is not own]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await self._client.aclose()
+
+        ended = asyncio.run_coroutine_threadsafe(end(), self._loop)
+        ended.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
+
+    def _schedule(self, work: Coroutine[Any, Any, A]) -> "Future[A]":
+        if self.closed:
+            work.close()
+            raise ServiceClosed("The service is closed; load another one.")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        with self._reaching():
+            return await self._client.request(method, path, json=body)
+
+    def _json(self, response: httpx.Response) -> dict[str, Any]:
+        """The answer; raises the error that it stands for."""
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = {"error": {"message": response.text[:200]}}
+        status = response.status_code
+        if status < 400:
+            return dict(answer)
+        error = answer.get("error", answer) if isinstance(answer, dict) else {}
+        said = error.get("message", error) if isinstance(error, dict) else error
+        if status in (401, 403):
+            raise AccessDenied(f"{self.url} wants another key; give the server's --api-key as token=...")
+        if status == 404:
+            raise WrongModel(f"{self.url} no longer serves {self.model!r} ({said}); load the service anew.")
+        if status in (429, 503):
+            raise ServiceBusy(f"{self.url} takes no more requests now: {said}")
+        if status >= 500:
+            raise EngineFailed(f"vLLM failed ({status}): {said}")
+        if "context length" in str(said) or "max_model_len" in str(said):
+            raise ContextTooLong(f"vLLM: {said}")
+        raise InvalidRequest(f"vLLM refuses the request ({status}): {said}")
+
+    def _reaching(self) -> "_Reaching":
+        return _Reaching(self.url)
+
+
+class _Reaching:
+    """Turns errors of the connection into ours."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, httpx.TransportError):
+            raise ServiceUnreachable(
+                f"{self.url} cannot be reached, or the connection broke ({type(error).__name__}: {error}). Is vLLM "
+                "running there?"
+            ) from error
+
+
+def _model(server: Server, facts: dict[str, Any], settings: VLLMSettings) -> VLLMModel:
+    if facts["fingerprint"] is None:
+        raise ModelNotSupported(
+            f"{server.url}: its weights are in no safetensors files, so nobody knows which they are."
+        )
+    source = settings.tokenizer or facts["root"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source).get_text_config(decoder=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelNotFound(
+            f"The tokenizer of the server's model cannot be loaded here from {source!r} "
+            f"({str(error).strip().splitlines()[0]}); give its folder or hub id as tokenizer=..."
+        ) from error
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    if hashlib.sha256(vocabulary.encode()).hexdigest()[:32] != facts["vocabulary"]:
+        raise WrongModel(
+            f"The tokenizer in {source!r} is not that of the model at {server.url}; give it as tokenizer=..."
+        )
+    ends = [config.eos_token_id, tokenizer.eos_token_id]
+    with suppress(OSError):  # many models have none
+        ends.append(GenerationConfig.from_pretrained(source).eos_token_id)
+    # Whose thoughts are placeholders is not who has them as vectors: references of the two must not be mixed up.
+    fingerprint = hashlib.sha256(f"vllm {facts['fingerprint']}".encode()).hexdigest()[:32]
+    # vLLM samples one token more than it feeds.
+    positions = min(facts["max_model_len"] - 1, settings.max_positions or facts["max_model_len"])
+    return VLLMModel(
+        name=facts["model"],
+        fingerprint=fingerprint,
+        latent=facts["latent_token_id"],
+        realign=facts["alignment"] == "realign",
+        max_positions=positions,
+        config=SimpleNamespace(
+            hidden_size=0, vocab_size=config.vocab_size, think_tag=getattr(config, "think_tag", None)
+        ),
+        tokenizer=tokenizer,
+        eos=frozenset(i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None),
+    )
