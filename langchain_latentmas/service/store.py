@@ -241,6 +241,7 @@ class RecipeStore:
         if budget is not None and self.folder is None:
             raise InvalidRequest("store_budget needs a folder as store; other stores have limits of their own.")
         self._thread_lock = threading.RLock()
+        self._room_lock = threading.Lock()  # never held while a disk is written, so event loops may wait for it
         self._reserved = self._used = 0
         self._counted = -1  # the folder's `changed` that `_used` belongs to
 
@@ -260,13 +261,13 @@ class RecipeStore:
         Raises:
             StoreFull: If there is not that much.
         """
-        with self._thread_lock:
+        with self._room_lock:
             self._check_room(nbytes + self._reserved)
             self._reserved += nbytes
         try:
             yield
         finally:
-            with self._thread_lock:
+            with self._room_lock:
                 self._reserved -= nbytes
 
     def most_bytes(self, agent: str, parents: Sequence[str], prompt: int, steps: int, spoken: int) -> int:
@@ -280,10 +281,8 @@ class RecipeStore:
         """Bytes of all files of a folder; None for other stores."""
         if self.folder is None:
             return None
-        with self._thread_lock:
-            if self._counted != (changed := self.folder.changed):
-                self._counted, self._used = changed, self.folder.nbytes
-            return self._used
+        with self._room_lock:
+            return self._count(self.folder)
 
     def put(self, recipe: Recipe) -> Recipe:
         """Writes a recipe; when this returns, a durable store has it.
@@ -325,8 +324,14 @@ class RecipeStore:
                 return there
             if gone := [parent for parent in map(original, recipe.parents) if not self._has(parent + RECIPE)]:
                 raise DroppedReference(f"The memory {gone[0]} was dropped while agent {segment.agent!r} read it.")
-            self._check_room(len(value))
+            with self._room_lock:
+                self._check_room(len(value))
+            before = self.folder.changed if self.folder else 0
             self.store.mset([(recipe.id + RECIPE, value)])
+            if self.folder:
+                with self._room_lock:
+                    if self._counted == before:  # counted on; else others wrote as well, and all is counted anew
+                        self._counted, self._used = self.folder.changed, self._used + len(value)
             self.renew(recipe.id)
         return recipe
 
@@ -453,14 +458,18 @@ class RecipeStore:
         logger.warning("the recipe of %s cannot be read and was moved to %s", key, to)
         return f"It was moved to {to}. "
 
+    def _count(self, folder: FolderStore) -> int:
+        if self._counted != (changed := folder.changed):
+            self._counted, self._used = changed, folder.nbytes
+        return self._used
+
     def _has(self, name: str) -> bool:
         return self.folder.has(name) if self.folder else self.store.mget([name])[0] is not None
 
     def _check_room(self, nbytes: int) -> None:
         if self.folder is None:
             return
-        used = self.nbytes if self.budget is not None else None
-        if self.budget is not None and used is not None and used + nbytes > self.budget:
+        if self.budget is not None and (used := self._count(self.folder)) + nbytes > self.budget:
             raise StoreFull(
                 f"The store has {used} of its {self.budget} bytes in use, and this request may need {nbytes}, those at "
                 "work included; drop references, or raise store_budget."

@@ -1,6 +1,7 @@
 import errno
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -279,3 +280,31 @@ def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     holder.kill()
     holder.join(30)
     FolderStore(tmp_path).mset([("a", b"1")])
+
+
+def test_what_one_puts_oneself_is_counted_on_and_not_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = recipe_store(tmp_path, budget=10**6)
+    assert store.nbytes == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderStore, "nbytes", property(lambda _: pytest.fail("counted anew")))
+        for steps in range(5):
+            with store.room(2000):
+                store.put(recipe(steps))
+    assert store.nbytes == sum(store.size_of(recipe(steps).id) for steps in range(5)) == store.store.nbytes  # type: ignore[attr-defined]
+
+
+def test_room_is_asked_for_while_a_disk_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, entered, opened = recipe_store(tmp_path, budget=10**6), threading.Event(), threading.Event()
+
+    def slow(_: int) -> None:
+        entered.set()
+        assert opened.wait(60)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    writer = threading.Thread(target=store.put, args=(recipe(),))
+    writer.start()
+    assert entered.wait(60)
+    with store.room(1000):  # an event loop asks like this
+        assert writer.is_alive()
+    opened.set()
+    writer.join()
