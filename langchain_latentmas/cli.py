@@ -5,6 +5,7 @@ import typer
 from .commands.ask import ask
 from .commands.audit import audit
 from .commands.demo import demo
+from .commands.doctor import doctor
 from .commands.evaluate import evaluate
 from .commands.lens import lens
 from .commands.picture import picture
@@ -25,6 +26,7 @@ app.command()(audit)
 app.command()(lens)
 app.add_typer(picture, name="picture")
 app.command()(serve)
+app.command()(doctor)
 app.command("rotate-key")(rotate_key)
 
 if __name__ == "__main__":

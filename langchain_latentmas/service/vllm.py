@@ -452,7 +452,7 @@ class Server:
             trust_env=False,  # no proxy, and no password from ~/.netrc
             transport=transport,
         )
-        threading.Thread(target=self._loop.run_forever, name="latentmas-vllm", daemon=True).start()
+        threading.Thread(target=_run, args=(self._loop,), name="latentmas-vllm", daemon=True).start()
 
     async def served(self) -> dict[str, Any]:
         """Which model the server offers.
@@ -532,6 +532,7 @@ class Server:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
             await self._client.aclose()
+            await self._loop.shutdown_asyncgens()
 
         ended = asyncio.run_coroutine_threadsafe(end(), self._loop)
         ended.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
@@ -587,6 +588,11 @@ class _Reaching:
                 f"{self.url} cannot be reached, or the connection broke ({type(error).__name__}: {error}). Is vLLM "
                 "running there?"
             ) from error
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
 
 
 def _model(server: Server, facts: dict[str, Any], settings: VLLMSettings) -> VLLMModel:

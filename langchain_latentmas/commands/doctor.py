@@ -1,0 +1,167 @@
+"""`latentmas doctor`: does a vLLM server think, and as expected? Told before any work."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import LatentMASError
+from .options import AsJson
+from .session import loading, print_json, reported
+from .terminal import open_console, printable
+
+if TYPE_CHECKING:
+    import httpx
+
+    from ..service.base import LatentService
+    from ..service.vllm import Server, VLLMService
+
+TRIED = ("0.32.",)  # versions of vLLM that the tests ran with
+STEPS, TOKENS = 4, 8
+MARKS = {True: ("ok", "green"), False: ("fails", "bold red"), None: ("note", "yellow")}
+
+
+class Finding(NamedTuple):
+    """One line of a diagnosis."""
+
+    name: str
+    fine: bool | None
+    """None for what works, but not well."""
+    said: str
+    way_out: str = ""
+    """The flag to set, if it is not fine."""
+
+
+def doctor(
+    url: Annotated[str, typer.Argument(help="Address of a vLLM server, http://host:port.")],
+    model: Annotated[
+        str | None, typer.Option(help="What should run there: 'bundled', a hub id, or a folder; loaded to compare.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Its tokenizer, if not where the server has its own.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="LATENTMAS_TOKEN", help="The server's --api-key.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Checks a vLLM server before any work: reachable, plugin, LATENT, tokenizer, weights, prefix caching, versions.
+
+    Ends with exit code 1 if something fails; each line that is not fine says what to set.
+    """
+    with reported(as_json):
+        with loading(show=not as_json):
+            settings = {"tokenizer": tokenizer, "token": token, "patience": 0}
+            findings = list(diagnose(url, model, settings))
+        if as_json:
+            print_json(url=url, findings=[finding._asdict() for finding in findings])
+        else:
+            open_console().print(_table(findings))
+    raise typer.Exit(int(any(finding.fine is False for finding in findings)))
+
+
+def diagnose(
+    url: str,
+    model: str | None = None,
+    settings: dict[str, Any] | None = None,
+    transport: "httpx.AsyncBaseTransport | None" = None,
+) -> Iterator[Finding]:
+    """Checks one thing after the other; stops where the next one makes no sense any more.
+
+    Args:
+        url: Address of the server.
+        model: What should run there; None to take what does.
+        settings: Fields of `VLLMSettings`.
+        transport: For tests.
+    """
+    from ..service.vllm import PREFIX, Server, VLLMService, VLLMSettings
+
+    checked = VLLMSettings(**settings or {})
+    address = url.removeprefix(PREFIX).rstrip("/")
+    server = Server(address, checked, transport)
+    try:
+        facts = yield from _facts(server)
+    finally:
+        server.close()
+    if facts is None:
+        return
+    try:
+        service = VLLMService(address, checked, transport)
+    except LatentMASError as error:
+        yield Finding("tokenizer", False, str(error), "--tokenizer <folder or hub id>")
+        return
+    with service:
+        yield Finding("tokenizer", True, "the server's own")
+        yield from _round_trip(service)
+        if model is not None:
+            yield from _weights(service, model)
+
+
+def _facts(server: "Server") -> "Any":
+    try:
+        served = server.call(server.served())
+        yield Finding("server", True, f"serves {served['id']}")
+        facts = server.call(server.facts())
+    except LatentMASError as error:
+        name = "plugin" if server.model else "server"
+        flags = "VLLM_PLUGINS=latentmas and --hf-overrides" if server.model else "vllm serve <model> --host --port"
+        yield Finding(name, False, str(error), flags)
+        return None
+    yield Finding("plugin", True, f"latentmas-vllm {facts['latentmas_vllm']}")
+    yield Finding("LATENT", True, f"token {facts['latent_token_id']} of {facts['architecture']}, {facts['alignment']}")
+    tried = facts["vllm"].startswith(TRIED)
+    yield Finding(
+        "version",
+        tried or None,
+        f"vLLM {facts['vllm']}",
+        "" if tried else f"pip install 'vllm=={TRIED[-1]}*' was tried",
+    )
+    caching = facts["prefix_caching"]
+    yield Finding(
+        "prefix caching",
+        caching or None,
+        f"in blocks of {facts['block_size']} positions" if caching else "off: works, but every agent computes all anew",
+        "" if caching else "--enable-prefix-caching",
+    )
+    lens = facts["max_logprobs"] != 0
+    yield Finding(
+        "lens", lens or None, f"up to {facts['max_logprobs']} tokens a step", "" if lens else "--max-logprobs 20"
+    )
+    return facts
+
+
+def _round_trip(service: "VLLMService") -> Iterator[Finding]:
+    try:
+        first = _probe(service)
+        again = _probe(service)
+    except LatentMASError as error:
+        yield Finding("thinks and speaks", False, str(error), "see the server's log")
+        return
+    same = first == again
+    said = f"{STEPS} latent steps, then {len(first)} tokens, " + ("the same twice" if same else "but others each time")
+    yield Finding("thinks and speaks", same or None, said, "" if same else "VLLM_BATCH_INVARIANT=1")
+
+
+def _weights(service: "VLLMService", model: str) -> Iterator[Finding]:
+    from .session import load
+
+    with load(model) as local:
+        here, there = local.info()["fingerprint"], service.facts["fingerprint"]
+        yield Finding("weights", here == there, f"{there} there, {here} in {model}", "" if here == there else "--model")
+        same = _probe(local) == _probe(service)
+    said = "greedy tokens after thinking are those of the model here"
+    yield Finding("greedy probe", same, said if same else f"not: {said}", "" if same else "--model, --dtype")
+
+
+def _probe(service: "LatentService") -> tuple[int, ...]:
+    ref = service.think("What is 12 plus 30?", steps=STEPS, agent="doctor")
+    return tuple(i for chunk in service.speak("Answer.", [ref], max_tokens=TOKENS) for i in chunk.token_ids)
+
+
+def _table(findings: list[Finding]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for finding in findings:
+        mark, style = MARKS[finding.fine]
+        said = Text(printable(finding.said))
+        if finding.way_out:
+            said.append(f"\nset: {finding.way_out}", "bold")
+        table.add_row(Text(mark, style), finding.name, said)
+    return table
