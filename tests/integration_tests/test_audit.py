@@ -1,0 +1,128 @@
+"""The audit on the bundled model, from Python and from the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.audit_power import BYSTANDER, placebo, placebo_examples, relay_examples, right
+from langchain_latentmas import LatentService, audit
+from langchain_latentmas.cli import app
+from langchain_latentmas.evaluation.task import Relay
+
+N = 24
+SEEDS = range(4)
+
+
+def test_on_the_relay_it_finds_the_content(bundled: LatentService) -> None:
+    graph = Relay().graph(bundled, "sequential")
+    for seed in SEEDS:
+        report = audit(graph, relay_examples(N, seed), right, conditions=["swapped", "cut"], seed=seed)
+        assert report.edges[0].has_content
+        assert report.edges[0].outcomes["intact"].accuracy > 50
+        assert report.edges[0].outcomes["swapped"].accuracy < 20
+        assert report.edges[0].outcomes["cut"].accuracy < 20
+        assert "content is worth" in report.verdict
+
+
+def test_on_a_placebo_it_finds_none(bundled: LatentService) -> None:
+    found = 0
+    for seed in SEEDS:
+        report = audit(
+            placebo(bundled), placebo_examples(N, seed), right, edges=[BYSTANDER], conditions=["swapped"], seed=seed
+        )
+        found += report.edges[0].has_content
+        assert report.edges[0].crossed == N
+    assert found <= 1  # at 5 % it may happen, but hardly twice in four
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_command_prints_writes_draws_and_goes_on(tmp_path: Path) -> None:
+    arguments = ["audit", "--task", "relay", "--n", "20", "--steps", "4", "--max-tokens", "16", "--out", str(tmp_path)]
+    picture = tmp_path / "audit.svg"
+    shown = run(*arguments, "--conditions", "swapped,cut", "--plot", str(picture))
+    assert shown.exit_code == 0, shown.output
+    for phrase in ("all edges", "intact", "swapped", "content: intact - swapped", "McNemar"):
+        assert phrase in shown.output
+    assert picture.read_text().startswith("<?xml")
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 3 * 20
+    # The same again asks nothing; one condition more asks that one.
+    again = run(*arguments, "--conditions", "swapped,cut,zeroed", "--json")
+    assert again.exit_code == 0, again.output
+    document = json.loads(again.stdout)
+    assert document["task"] == "relay"
+    assert list(document["conditions"]) == ["intact", "swapped", "zeroed", "cut"]
+    assert (tmp_path / "answers.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1 + 4 * 20
+    other = run(*arguments, "--seed", "1")
+    assert other.exit_code == 2
+    assert "another run" in other.output.replace("\n", " ")
+
+
+def test_the_command_takes_a_graph_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from langchain_latentmas.evaluation.task import Relay\n"
+        "from langchain_latentmas.service.shared import shared_service\n"
+        "def graph():\n"
+        "    return Relay().graph(shared_service(), 'sequential', steps=2, max_tokens=8)\n"
+        "def is_right(state, answer):\n"
+        "    return len(state['messages'][-1].text) % 2 == answer\n"
+    )
+    rows = [{"input": f"Nora has {i} coins. How many coins does Nora have?", "answer": i % 2} for i in range(20)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--examples", "rows.jsonl", "--conditions", "swapped", "--out", "out", "--json"]
+    shown = run("audit", "mine:graph", *options, "--grader", "mine:is_right", "--edge", "refiner->judger")
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["edges"][0]["edge"] == "refiner->judger"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Name a graph"),
+        (["mine:graph"], "--examples"),
+        (["--task", "relay", "--n", "10"], "at least 20 examples"),
+        (["--task", "relay", "--edge", "planner"], "planner->critic"),
+        (["--task", "relay", "--edge", "planner->nobody"], "there is no agent"),
+        (["--task", "relay", "--plot", "audit.pdf"], ".png or .svg"),
+        (["--task", "nothing"], "no task"),
+        (["no_such_module:graph", "--examples", "x.jsonl"], "no_such_module"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:
+    shown = run("audit", *arguments, "--out", str(tmp_path))
+    assert shown.exit_code == 2
+    assert words in " ".join(shown.output.split())
+
+
+def test_the_lens_is_a_table_and_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "lens.html"
+    shown = run("lens", "Nora has 12 coins. She finds <b>5</b> more coins.", "--steps", "3", "--html", str(page))
+    assert shown.exit_code == 0, shown.output
+    for phrase in ("planner", "critic", "refiner", "answer"):
+        assert phrase in shown.output
+    assert "&lt;b&gt;5&lt;/b&gt;" in page.read_text()
+
+
+def test_pictures_come_from_one_command_each(tmp_path: Path) -> None:
+    steps, thoughts, bars = (tmp_path / f"{name}.svg" for name in ("steps", "thoughts", "bars"))
+    few = ["--n", "4", "--arrangements", "sequential"]
+    shown = run("picture", "steps", str(steps), *few, "--at", "0,3", "--no-text")
+    assert shown.exit_code == 0, shown.output
+    shown = run("picture", "thoughts", str(thoughts), "--n", "4", "--steps", "3")
+    assert shown.exit_code == 0, shown.output
+    assert "coverage" in shown.output
+    evaluated = run("eval", "--task", "relay", *few, "--steps", "3", "--modes", "text,latent", "--out", str(tmp_path))
+    assert evaluated.exit_code == 0, evaluated.output
+    shown = run("picture", "bars", str(bars), "--summary", str(tmp_path / "summary.json"))
+    assert shown.exit_code == 0, shown.output
+    assert all(path.read_text().startswith("<?xml") for path in (steps, thoughts, bars))
+    wrong = run("picture", "bars", str(bars), "--summary", str(bars))
+    assert wrong.exit_code == 2
