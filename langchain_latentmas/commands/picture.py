@@ -94,7 +94,7 @@ def thoughts(
             raise InvalidRequest("Token embeddings are only at hand where the model runs in this process.")
         asked = task_named(task)
         graph = asked.graph(service, arrangement, steps=steps).compile()
-        inputs = [asked.input(question) for question in asked.questions(n, seed)]
+        inputs: Any = [asked.input(question) for question in asked.questions(n, seed)]
         segments: list[Any] = []
         for edges in ("latent", "text"):
             config: Any = {"configurable": {"edges": edges}, "max_concurrency": 64}
