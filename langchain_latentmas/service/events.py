@@ -133,17 +133,26 @@ class Reply(Response):
 
 
 class EventReader:
-    """Takes server-sent events out of the lines of a reply."""
+    """Takes server-sent events out of the bytes of a reply."""
 
     def __init__(self) -> None:
-        self._name, self._data = "message", ""
+        self._name, self._data, self._rest = "message", "", b""
 
-    def push(self, line: str) -> Event | None:
-        """Reads a line without its end; returns the event that it closes.
+    def feed(self, data: bytes) -> Iterator[Event]:
+        """Reads on; yields the events that are whole by now.
 
         Raises:
             ServiceUnreachable: If an event grows beyond all bounds.
         """
+        # At newlines alone: `str.splitlines` knows more of them, and JSON leaves some in its strings.
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > MAX_EVENT:
+            raise _endless()
+        for line in lines:
+            if event := self._push(line.removesuffix(b"\r").decode(errors="replace")):
+                yield event
+
+    def _push(self, line: str) -> Event | None:
         if not line:
             event, had_data = Event(self._name, self._data), bool(self._data)
             self._name, self._data = "message", ""
@@ -154,14 +163,8 @@ class EventReader:
         elif field == "data":
             self._data += value.removeprefix(" ")
         if len(self._data) > MAX_EVENT:
-            raise ServiceUnreachable(f"The server sent an event of more than {MAX_EVENT} characters.")
+            raise _endless()
         return None
-
-    def read(self, lines: Iterator[str]) -> Iterator[Event]:
-        """All events of lines that are there already."""
-        for line in lines:
-            if event := self.push(line):
-                yield event
 
 
 def problem_of(status: int, content_type: str, body: bytes, retry_after: str | None) -> LatentMASError:
@@ -177,6 +180,10 @@ def problem_of(status: int, content_type: str, body: bytes, retry_after: str | N
     named = f"urn:latentmas:error:{kind.get(status, '')}"
     detail = f"The server, or what stands before it, answered with status {status} and no reason."
     return Problem(type=named, title="", status=status, detail=detail, retry_after=seconds).error
+
+
+def _endless() -> ServiceUnreachable:
+    return ServiceUnreachable(f"The server sent an event of more than {MAX_EVENT} characters.")
 
 
 async def _hung_up(receive: Receive) -> None:

@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -80,7 +81,7 @@ class Guard:
             raise RequestTooLarge(f"The headers are larger than {self.settings.max_headers} bytes.")
         if scope["path"] in OPEN:
             return
-        if self.draining:
+        if self.draining and scope["method"] != "GET":
             raise ServiceClosed("The server is shutting down and takes no new work; it, or another one, may be back.")
         state = scope["state"]
         state["tenant"] = self._tenant(headers) if self._tenants else self._local(headers)
@@ -100,7 +101,9 @@ class Guard:
 
     def _local(self, headers: Mapping[str, str]) -> str:
         # A page in a browser on this machine may reach the port under a name of its own (DNS rebinding).
-        host = urlsplit(f"//{headers.get('host', '')}").hostname
+        host = None
+        with suppress(ValueError):
+            host = urlsplit(f"//{headers.get('host', '')}").hostname
         if host not in ("localhost", "127.0.0.1", "::1", self.settings.host):
             raise AccessDenied(f"This server has no token, so it answers under a loopback address only, not {host!r}.")
         return ""
@@ -108,7 +111,7 @@ class Guard:
     async def _body(self, headers: Mapping[str, str], receive: Receive) -> Receive:
         """Reads the body, within its bounds, and returns what hands it on."""
         length = headers.get("content-length", "0")
-        if not length.isdigit():
+        if not (length.isascii() and length.isdigit()):
             raise InvalidRequest("The header Content-Length must be a whole number.")
         self._check_size(int(length))
         body, more = bytearray(), True

@@ -115,8 +115,7 @@ class HTTPService(LatentService):
             AccessDenied: If the server wants another token.
             ServiceUnreachable: If nobody answers there.
         """
-        parts = urlsplit(url)
-        if not parts.hostname or parts.username or parts.query or parts.fragment:
+        if not _is_address(url):
             raise InvalidRequest(f"{url!r} is no address of a server: give http://host:port, and a token as token=...")
         self.url, self.settings = url.rstrip("/"), settings
         self._headers = {CLIENT_HEADER: secrets.token_hex(8)}
@@ -480,8 +479,8 @@ class HTTPService(LatentService):
             if reply.status_code != 200:
                 reply.read()
                 _check(reply)
-            for line in reply.iter_lines():
-                if (event := reader.push(line)) is not None:
+            for data in reply.iter_bytes():
+                for event in reader.feed(data):
                     yield _no_error(event)
 
     async def _aevents(self, path: str, body: BaseModel) -> Any:
@@ -491,8 +490,8 @@ class HTTPService(LatentService):
                 if reply.status_code != 200:
                     await reply.aread()
                     _check(reply)
-                async for line in reply.aiter_lines():
-                    if (event := reader.push(line)) is not None:
+                async for data in reply.aiter_bytes():
+                    for event in reader.feed(data):
                         yield _no_error(event)
 
     def _post(self, path: str, body: BaseModel, kind: type[Reply]) -> Reply:
@@ -626,6 +625,15 @@ class _Opened:
 
     def close(self) -> None:
         self.events.close()
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # checks it
+    except ValueError:
+        return False
+    return bool(parts.hostname) and not (parts.username or parts.query or parts.fragment)
 
 
 @contextmanager

@@ -24,7 +24,9 @@ def as_openai(messages: LanguageModelInput) -> list[dict[str, Any]]:
         messages = [("human", messages)]
     try:
         listed = convert_to_openai_messages(convert_to_messages(messages), text_format="string")
-    except (ValueError, NotImplementedError, TypeError) as error:
+    except KeyError as error:
+        raise InvalidRequest(f"These are no messages that LangChain knows: one has no {error}.") from error
+    except (ValueError, NotImplementedError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidRequest(f"These are no messages that LangChain knows: {error}") from error
     assert isinstance(listed, list)
     if not listed:

@@ -38,6 +38,11 @@ PROMPT = messages("What is 12 plus 30?")
 BODY = {"messages": [{"role": "user", "content": "hi"}]}
 
 
+def call_of(arguments: str) -> dict[str, Any]:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
 @pytest.fixture(scope="module")
 def server(parity_service: Callable[..., LatentService]) -> Iterator[Server]:
     """One for tests that need no settings and count nothing; on a service of its own."""
@@ -212,6 +217,10 @@ def test_on_the_wire_they_are_problem_details(server: Server) -> None:
         (("POST", "/v1/memory/import", {"content": b""}), 422),
         (("POST", "/v1/memory/import", {"content": b"\xff" * 100}), 422),
         (("POST", "/v1/think", {"json": BODY, "headers": {"host": "evil.example"}}), 401),
+        (("POST", "/v1/think", {"json": BODY, "headers": {"host": "["}}), 401),
+        (("POST", "/v1/think", {"json": {"messages": [{"role": "tool"}]}}), 422),
+        (("POST", "/v1/think", {"json": {"messages": [call_of("[" * 10**5)]}}), 422),
+        (("POST", "/v1/think", {"json": {"messages": [call_of("nonsense")]}}), 422),
     ],
 )
 def test_whatever_is_asked_there_is_a_problem_document(server: Server, request_: Any, status: int) -> None:

@@ -3,7 +3,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from pydantic import ValidationError
@@ -126,12 +126,16 @@ def test_lens_rows_come_through_unchanged(rows: list[LensRow]) -> None:
     assert LensReply.model_validate_json(LensReply.of(rows).model_dump_json()).lens_rows == rows
 
 
-@given(st.lists(st.tuples(names, text), max_size=5), st.booleans())
-def test_events_are_read_as_they_were_written(events: list[tuple[str, str]], beats: bool) -> None:
-    lines: list[str] = []
-    for name, data in events:
-        lines += [f"event: {name}", f"data: {json.dumps(data)}", ""] + ([": working", ""] if beats else [])
-    assert list(EventReader().read(iter(lines))) == [Event(name, json.dumps(data)) for name, data in events]
+@given(st.lists(st.tuples(names, text), max_size=5), st.booleans(), st.integers(1, 40))
+@example([("chunk", "\u2028 \x85 \x0c\r\n")], True, 1)
+def test_events_are_read_as_they_were_written(events: list[tuple[str, str]], beats: bool, size: int) -> None:
+    written = "".join(
+        f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n" + ": working\n\n" * beats
+        for name, data in events
+    ).encode()
+    reader = EventReader()
+    read = [event for at in range(0, len(written), size) for event in reader.feed(written[at : at + size])]
+    assert read == [Event(name, json.dumps(data, ensure_ascii=False)) for name, data in events]
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
