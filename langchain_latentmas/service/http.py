@@ -1,6 +1,7 @@
 """The model service of another process: `LatentService` over HTTP, to what `latentmas serve` runs."""
 
 import asyncio
+import logging
 import os
 import secrets
 import tempfile
@@ -36,6 +37,7 @@ from .identity import MAX_AGENT, WireRef, checked_ref
 from .marker import take_markers
 from .memory import Memory
 from .messages import as_openai
+from .serving import is_loopback
 from .transfer import read_kv
 from .wire import (
     CLIENT_HEADER,
@@ -59,6 +61,8 @@ from .wire import (
     ThinkRequest,
     Thought,
 )
+
+logger = logging.getLogger(__name__)
 
 MARKERS_KEPT = 65536
 A = TypeVar("A")
@@ -118,6 +122,8 @@ class HTTPService(LatentService):
         if not _is_address(url):
             raise InvalidRequest(f"{url!r} is no address of a server: give http://host:port, and a token as token=...")
         self.url, self.settings = url.rstrip("/"), settings
+        if settings.token and url.startswith("http://") and not is_loopback(urlsplit(url).hostname or ""):
+            logger.warning("the token for %s travels unencrypted; use https://", self.url)
         self._headers = {CLIENT_HEADER: secrets.token_hex(8)}
         if settings.token is not None:
             self._headers["Authorization"] = f"Bearer {settings.token.get_secret_value()}"

@@ -111,6 +111,8 @@ class Server:
     def run(self) -> None:
         """Serves until SIGTERM or SIGINT, then drains, and closes the service."""
         settings = self.settings
+        if not settings.loopback and settings.certificate is None:
+            logger.warning("tokens travel unencrypted: set certificate and certificate_key, or put a TLS proxy before")
         config = uvicorn.Config(
             self.app,
             host=settings.host,

@@ -12,6 +12,14 @@ from ..errors import InvalidRequest
 MIN_TOKEN = 16
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address stands for this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class ServeSettings(BaseSettings):
     """Every option of the server; each is a flag, an environment variable `LATENTMAS_...`, and a line of a TOML file.
 
@@ -127,10 +135,7 @@ class ServeSettings(BaseSettings):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def by_token(self) -> dict[str, str]:

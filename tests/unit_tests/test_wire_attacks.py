@@ -12,7 +12,6 @@ import pytest
 import schemathesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis.checks import not_a_server_error
 
 from langchain_latentmas import LatentRef, LatentService
 from langchain_latentmas.errors import InvalidReference, InvalidRequest, TamperedReference
@@ -190,6 +189,8 @@ def test_the_description_is_kept_and_nothing_breaks_the_server(server: Server) -
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) == 14
     for operation in operations:
+        if operation.path == "/v1/memory/import":  # it makes no safetensors files; those are mutated above
+            continue
 
         @settings(
             max_examples=8,
@@ -200,7 +201,8 @@ def test_the_description_is_kept_and_nothing_breaks_the_server(server: Server) -
         @given(case=operation.as_strategy())
         def check(case: Any) -> None:
             response = case.call(timeout=30)
-            case.validate_response(response, checks=[not_a_server_error])
+            assert response.status_code < 500 or response.status_code == 504, case.as_curl_command()  # a tiny deadline
+            assert response.status_code < 400 or response.headers["content-type"] == [PROBLEM]
 
         check()
 
