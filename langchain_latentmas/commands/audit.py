@@ -200,6 +200,7 @@ def _footnote(result: "Audit") -> str:
         "Tokens, steps and seconds are per question; what the service still knew from the intact run took no time. "
         "Intervals: Wilson for a share, paired bootstrap for a difference. p: McNemar's exact test, against intact"
         f"{adjusted}; content is what lies below {1 - result.level:.2g}."
+        + (" What is said of one edge holds while the others stay as they are." if len(result.edges) > 1 else "")
     )
 
 
