@@ -114,7 +114,7 @@ def marker_mutant(rng: random.Random, marker: str, others: list[str]) -> str:
     return rng.choice(
         [
             lambda: marker[:at] + rng.choice(letters) + marker[at + 1 :],
-            lambda: marker[:at] + rng.choice(letters) + marker[at:],
+            lambda: marker[: at or 1] + rng.choice(letters) + marker[at or 1 :],  # within, so not before the bracket
             lambda: marker[:at] + marker[at + 1 :],
             lambda: marker[: rng.randrange(near, len(marker))],
             lambda: marker[rng.randrange(1, marker.index("lat_")) :],

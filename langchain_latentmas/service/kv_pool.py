@@ -78,12 +78,13 @@ class KVPool:
         with self._lock:
             self.spilled.pop(key)
             leaving = self.kept.put(key, kv)
+            cpu = [torch.device("cpu")] * len(kv.keys)
             if self.spilled.limit:
-                cpu = [torch.device("cpu")] * len(kv.keys)
                 leaving = [left for key, kv in leaving for left in self.spilled.put(key, kv.to(cpu))]
             if self.disk is not None:
                 for old, gone in leaving:
-                    self.disk.put(old, gone)
+                    if old not in self.disk:
+                        self.disk.put(old, gone.to(cpu))  # a copy, so that what waits holds no room on the device
 
     def forget(self, key: str) -> None:
         """Removes the KV of a memory, wherever it is."""

@@ -78,8 +78,8 @@ class Spill:
             kv: In CPU memory.
         """
         with self._lock:
-            known = key in self._waiting or self.files.get(key) is not None
-            if known or kv.nbytes > self.files.limit or self._waiting_bytes + kv.nbytes > MAX_WAITING:
+            full = self._waiting and self._waiting_bytes + kv.nbytes > MAX_WAITING
+            if full or key in self or kv.nbytes > self.files.limit:
                 return
             self._waiting[key] = kv
             self._waiting_bytes += kv.nbytes
