@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "vllm+"
 HOW_TO_START = (
-    "On the server: pip install latentmas-vllm, and start it with VLLM_PLUGINS=latentmas vllm serve <model> "
+    "On the server: install latentmas-vllm, and start it with VLLM_PLUGINS=latentmas vllm serve <model> "
     """--hf-overrides '{"architectures": ["Latent<architecture>"]}'"""
 )
 OF_THE_SERVER = {
@@ -61,9 +61,9 @@ OF_THE_SERVER = {
     "revision": "--revision",
     "kv_budget": "--gpu-memory-utilization",
     "live_budget": "--gpu-memory-utilization",
-    "kv_cpu_budget": "--kv-offloading-size",
-    "kv_disk_budget": "--kv-offloading-size",
-    "kv_folder": "--kv-offloading-size",
+    "kv_cpu_budget": "--gpu-memory-utilization",
+    "kv_disk_budget": "--gpu-memory-utilization",
+    "kv_folder": "--gpu-memory-utilization",
     "max_rows": "--max-num-seqs",
     "prefill_chunk": "--max-num-batched-tokens",
 }
@@ -357,6 +357,8 @@ class Engine:
         body = self._thinking(prompt, row.steps + 1) if row.thinking else self._speaking(prompt, row)
         async for attempt in retrying:
             with attempt:
+                if attempt.retry_state.attempt_number > 1:
+                    await self._expect_same_model()  # what was away may come back as another one
                 tokens = self.server.tokens(body)
                 text = TextStream(self.model.tokenizer, row.sampling.stop if row.sampling else ())
                 try:
@@ -373,6 +375,11 @@ class Engine:
         spoken = [] if row.thinking else row.tokens
         held = "" if row.thinking else text.end()
         return Result(cast(Any, None), torch.empty(row.steps, 0), spoken, held, row.finish, None)
+
+    async def _expect_same_model(self) -> None:
+        facts = await self.server.facts()
+        if known_as(facts) != self.model.fingerprint or facts["latent_token_id"] != self.model.latent:
+            raise WrongModel(f"{self.server.url} runs another model or another LATENT by now; load the service anew.")
 
     def _thought(self, row: Row, token: int) -> None:
         if token != self.model.latent:
@@ -590,6 +597,14 @@ class _Reaching:
             ) from error
 
 
+def known_as(facts: dict[str, Any]) -> str:
+    """The fingerprint that references carry.
+
+    Not that of the weights alone: where thoughts are placeholders, references are others than where they are vectors.
+    """
+    return hashlib.sha256(f"vllm {facts['fingerprint']}".encode()).hexdigest()[:32]
+
+
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     loop.run_forever()
     loop.close()
@@ -617,13 +632,11 @@ def _model(server: Server, facts: dict[str, Any], settings: VLLMSettings) -> VLL
     ends = [config.eos_token_id, tokenizer.eos_token_id]
     with suppress(OSError):  # many models have none
         ends.append(GenerationConfig.from_pretrained(source).eos_token_id)
-    # Whose thoughts are placeholders is not who has them as vectors: references of the two must not be mixed up.
-    fingerprint = hashlib.sha256(f"vllm {facts['fingerprint']}".encode()).hexdigest()[:32]
     # vLLM samples one token more than it feeds.
     positions = min(facts["max_model_len"] - 1, settings.max_positions or facts["max_model_len"])
     return VLLMModel(
         name=facts["model"],
-        fingerprint=fingerprint,
+        fingerprint=known_as(facts),
         latent=facts["latent_token_id"],
         realign=facts["alignment"] == "realign",
         max_positions=positions,

@@ -257,6 +257,14 @@ def test_a_server_that_is_busy_is_waited_for(vllm: VLLMService, double: VLLMDoub
     assert len(double.requests) == 3
 
 
+def test_a_server_that_comes_back_with_another_model(vllm: VLLMService, double: VLLMDouble) -> None:
+    assert double.facts
+    double.answers.append(problem(503, "restarting"))
+    double.facts["fingerprint"] = "cd" * 16
+    with pytest.raises(WrongModel, match="load the service anew"):
+        vllm.think(QUESTION, steps=2)
+
+
 def test_a_server_without_the_plugin(connect: Connect, double: VLLMDouble) -> None:
     double.facts = None
     with pytest.raises(ModelNotSupported, match="VLLM_PLUGINS=latentmas"):

@@ -81,7 +81,8 @@ class LatentToken(Base):
         slots = self.hidden_states.slots()
         if slots is None:
             return super().forward(None, positions, intermediate_tensors, embeds, **extra)
-        latent = input_ids[: slots.tokens] == self.latent
+        # With nothing before it, it is a token like any other: its slot may hold what somebody else has left.
+        latent = (input_ids[: slots.tokens] == self.latent) & (positions[: slots.tokens] > 0)
         before = slots.before(positions)
         for _ in range(slots.passes(latent)):
             thoughts = align(self.hidden_states.read(before))

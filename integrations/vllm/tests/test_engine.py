@@ -199,6 +199,13 @@ def test_passes_readers_and_samples(qwen: Start, monkeypatch: pytest.MonkeyPatch
     done = run(llm, readers, max_tokens=2)
     assert [out.num_cached_tokens for out in done] == [len(memory) // BLOCK * BLOCK] * 16
 
+    # With nothing before it, a LATENT is a token like any other, whatever others have left in its slot.
+    first = spoken(run(llm, [[LATENT, *text]])[0])
+    run(llm, [list(range(300 - i, 380 - i)) for i in range(30)])
+    llm.reset_prefix_cache()
+    assert spoken(run(llm, [[LATENT, *text]])[0]) == first
+    assert passes(partial(run, llm, [[LATENT, *text[::-1]]], max_tokens=1)) == 1
+
     # A LATENT is never spoken, however hot; only those who ask for it get it.
     done = run(llm, [text] * 8, temperature=100.0, max_tokens=200, ignore_eos=True, seed=1)
     assert all(LATENT not in spoken(out) for out in done)
