@@ -85,11 +85,12 @@ def counters(service: Any) -> dict[str, float]:
     return dict(found)
 
 
-def started(folder: str, max_running: int, max_waiting: int) -> tuple["subprocess.Popen[str]", str]:
+def started(folder: str, max_running: int, max_waiting: int, kv_budget: str) -> tuple["subprocess.Popen[str]", str]:
     """A server on a free port, and its address."""
     port = free_port()  # the server names the one it takes at the level "info" only
     command = [sys.executable, "-m", "langchain_latentmas.cli", "serve", "--port", str(port), "--store", folder]
     command += ["--max-running", str(max_running), "--max-waiting", str(max_waiting), "--log-level", "warning"]
+    command += ["--option", f"kv_budget={kv_budget}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert process.stderr is not None
     threading.Thread(target=lambda: [print(line, end="", file=sys.stderr) for line in process.stderr or ()]).start()
@@ -108,13 +109,16 @@ def main(
     steps: Annotated[int, typer.Option(help="Latent steps of each of the three thinkers.")] = 8,
     max_running: Annotated[int, typer.Option(help="Requests that the server works on at a time.")] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; fewer make more 429s.")] = 64,
+    kv_budget: Annotated[
+        str, typer.Option(help="KV that the server keeps; memory grows until that is full.")
+    ] = "16MiB",
     seed: Annotated[int, typer.Option(help="Of the questions.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
 ) -> None:
     """A server of the bundled model, a single graph, then many at once, each asking new questions until time is up."""
     questions = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
-        process, address = started(folder, max_running, max_waiting)
+        process, address = started(folder, max_running, max_waiting, kv_budget)
         try:
             with LatentService.load(address, patience=600) as service:
                 runs = []
@@ -155,7 +159,7 @@ def main(
         )
     run = {
         "graph": f"sequential, three thinkers of {steps} steps and a judger, bundled model, one server process",
-        "server": f"{max_running} requests at work, {max_waiting} may wait",
+        "server": f"{max_running} requests at work, {max_waiting} may wait, {kv_budget} of KV kept",
         "machine": machine(),
     }
     show(run, table, as_json=as_json, results={"runs": results})

@@ -34,7 +34,7 @@ def serve(
     keep_alive: Annotated[
         float | None, typer.Option(help="Seconds of silence after which a stream shows that it lives.  [default: 5]")
     ] = None,
-    max_body: Annotated[int | None, typer.Option(help="Most bytes of a request.  [default: 4 MiB]")] = None,
+    max_body: Annotated[int | None, typer.Option(help="Most bytes of a request.  [default: 1 MiB]")] = None,
     max_depth: Annotated[int | None, typer.Option(help="Most nested JSON values in it.  [default: 32]")] = None,
     max_headers: Annotated[int | None, typer.Option(help="Most bytes of its headers.  [default: 32 KiB]")] = None,
     max_memory: Annotated[int | None, typer.Option(help="Most bytes of a memory in or out.  [default: 1 GiB]")] = None,

@@ -56,7 +56,8 @@ class Reply(Response):
         super().__init__(media_type=EVENTS if stream else "application/json")
         self.pieces, self.stream, self.keep_alive = pieces, stream, keep_alive
         self.instance, self.ended = instance, ended
-        self._begun = False
+        self._begun = self._over = False
+        self._sending = asyncio.Lock()  # two write: the answer, and the sign of life
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the reply."""
@@ -89,7 +90,7 @@ class Reply(Response):
         except Exception as error:
             return await self._fail(send, error)
         if self.stream:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._send_raw(send, b"", more=False)
         else:
             assert last is not None
             await self._send_document(send, 200, "application/json", last)
@@ -104,7 +105,7 @@ class Reply(Response):
             await self._send_document(send, problem.status, PROBLEM, problem)
         else:
             await self._send(send, "error", problem.model_dump_json(exclude_none=True))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._send_raw(send, b"", more=False)
         return problem.status
 
     async def _beat(self, send: Send) -> None:
@@ -116,20 +117,25 @@ class Reply(Response):
     async def _send(self, send: Send, name: str, data: str) -> None:
         await self._send_raw(send, f"event: {name}\ndata: {data}\n\n".encode())
 
-    async def _send_raw(self, send: Send, body: bytes) -> None:
-        if not self._begun:
-            self._begun = True
-            await send(_start(200, EVENTS, [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]))
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+    async def _send_raw(self, send: Send, body: bytes, more: bool = True) -> None:
+        async with self._sending:
+            if self._over:
+                return
+            if not self._begun:
+                self._begun = True
+                await send(_start(200, EVENTS, [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]))
+            self._over = not more
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _send_document(self, send: Send, status: int, media_type: str, document: BaseModel) -> None:
         body = document.model_dump_json(exclude_none=True).encode()
         headers = [(b"content-length", str(len(body)).encode())]
         if (seconds := getattr(document, "retry_after", None)) is not None:
             headers.append((b"retry-after", str(int(seconds)).encode()))
-        self._begun = True
-        await send(_start(status, media_type, headers))
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+        async with self._sending:
+            self._begun = self._over = True
+            await send(_start(status, media_type, headers))
+            await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 class EventReader:

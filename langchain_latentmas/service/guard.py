@@ -23,7 +23,8 @@ logger = logging.getLogger("langchain_latentmas.access")
 OPEN = ("/health", "/ready")
 STREAMED = ("/v1/memory/import",)  # counts its own bytes
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')
-_BRACKET = re.compile(rb"[\[\]{}]")
+_ROUND = bytes.maketrans(b"[{]}", b"(())")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 
 
 class Guard:
@@ -126,7 +127,7 @@ class Guard:
                     self._check_size(len(body))
         except TimeoutError:
             raise InvalidRequest(f"The body did not come within {self.settings.body_seconds} s.") from None
-        if _depth(bytes(body), self.settings.max_depth) > self.settings.max_depth:
+        if _nests_deeper(bytes(body), self.settings.max_depth):
             raise RequestTooLarge(f"The request nests deeper than {self.settings.max_depth} arrays and objects.")
         handed = False
 
@@ -163,17 +164,16 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-def _depth(body: bytes, enough: int) -> int:
-    """How deep arrays and objects nest in a JSON text, as far as that is more than `enough`."""
-    if body.count(b"[") + body.count(b"{") <= enough:
-        return 0
-    depth = deepest = 0
-    for bracket in _BRACKET.finditer(_STRING.sub(b"", body)):
-        depth += 1 if bracket[0] in b"[{" else -1
-        deepest = max(deepest, depth)
-        if deepest > enough:
-            break
-    return deepest
+def _nests_deeper(body: bytes, limit: int) -> bool:
+    """Whether arrays and objects of a JSON text nest deeper than that; of a broken one, whether they might."""
+    if body.count(b"[") + body.count(b"{") <= limit:
+        return False
+    brackets = _STRING.sub(b"", body).translate(_ROUND, _NO_BRACKETS)
+    for _ in range(limit):  # takes the innermost ones away
+        if (fewer := brackets.replace(b"()", b"")) == brackets:
+            return brackets.count(b"(") > limit
+        brackets = fewer
+    return b"(" in brackets
 
 
 async def _send_problem(send: Send, problem: Problem) -> None:

@@ -67,7 +67,7 @@ class ServeSettings(BaseSettings):
     deadline: float = Field(600, gt=0)
     drain: float = Field(30, ge=0)
     keep_alive: float = Field(5, gt=0)
-    max_body: int = Field(1 << 22, ge=1024)
+    max_body: int = Field(1 << 20, ge=1024)  # as Python objects, JSON can take 33 times its bytes
     max_depth: int = Field(32, ge=8)
     max_headers: int = Field(1 << 15, ge=1024)
     max_memory: int = Field(1 << 30, ge=0)

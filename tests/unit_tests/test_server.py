@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import json
 import socket
 import threading
@@ -383,6 +384,19 @@ def test_a_stream_shows_that_it_lives(fresh_service: Any, gate: Any) -> None:
         assert [next(lines) for _ in range(4)] == [": working", ""] * 2
         held.open()
         assert [line for line in lines if line.startswith("event")] == ["event: done"]
+
+
+def test_signs_of_life_end_with_the_reply(fresh_service: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(fresh_service(), keep_alive=1e-4) as server, httpx.Client(base_url=server.address) as http:
+        for steps in range(20):
+            text = http.post("/v1/think", json={**BODY, "stream": True, "steps": steps % 4}).text
+            assert text.count("event: done") == 1
+            assert text.endswith("\n\n")
+            assert (
+                http.post("/v1/think", json={**BODY, "stream": True, "steps": 10**6}).text.count("ContextTooLong") == 1
+            )
+    gc.collect()  # tasks that failed unheard speak up when they go
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_draining_lets_what_has_begun_end_and_takes_nothing_new(fresh_service: Any, gate: Any) -> None:

@@ -12,7 +12,7 @@ from langchain_latentmas import errors
 from langchain_latentmas.errors import LatentMASError, ServiceBusy
 from langchain_latentmas.service import Chunk, LensRow
 from langchain_latentmas.service.events import Event, EventReader, problem_of
-from langchain_latentmas.service.guard import _depth
+from langchain_latentmas.service.guard import _nests_deeper
 from langchain_latentmas.service.identity import WireRef
 from langchain_latentmas.service.messages import as_openai
 from langchain_latentmas.service.wire import (
@@ -207,18 +207,29 @@ def test_what_is_not_in_the_description_is_refused(change: dict[str, Any]) -> No
         ThinkRequest.model_validate({"messages": [{"role": "user", "content": "x"}], **change})
 
 
-@given(values)
-def test_the_depth_of_a_body_is_that_of_its_json(value: Any) -> None:
+@given(values, st.integers(0, 4))
+def test_the_depth_of_a_body_is_that_of_its_json(value: Any, limit: int) -> None:
     def depth(value: Any) -> int:
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
         return 0 if parts is None else 1 + max(map(depth, parts), default=0)
 
-    assert _depth(json.dumps(value).encode(), -1) == (depth(value) and 1)  # stops at the first one too many
-    assert (_depth(json.dumps(value).encode(), 2) > 2) == (depth(value) > 2)
+    assert _nests_deeper(json.dumps(value).encode(), limit) == (depth(value) > limit)
 
 
 @pytest.mark.parametrize(
-    "body", [b"[" * 10**6, b'{"a":' * 10**5, b'"' + b"[" * 100, b'"\\"[[[[[[[[[[', b'["\\\\[[[[["]']
+    ("body", "deeper"),
+    [
+        (b"[" * 10**6, True),
+        (b'{"a":' * 10**5, True),
+        (b"[" * 9 + b"]" * 9, True),
+        (b"[" * 8 + b"]" * 8, False),
+        (b"[]," * 10**5, False),
+        (b'"' + b"[" * 100, False),
+        (b'"\\"[[[[[[[[[[', False),
+        (b'["\\\\", [[[[[[[[[[', True),
+        (b"]" * 100, False),
+    ],
+    ids=lambda value: str(value)[:20],
 )
-def test_depth_of_broken_json_is_bounded_and_quick(body: bytes) -> None:
-    assert _depth(body, 8) <= 9
+def test_depth_of_broken_json_is_known_too(body: bytes, deeper: bool) -> None:
+    assert _nests_deeper(body, 8) == deeper
