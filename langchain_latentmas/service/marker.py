@@ -48,7 +48,9 @@ class Marker(NamedTuple):
         proof = _PROOF.fullmatch("".join(words[at + 1 :]))
         if at < 2 or proof is None or not re.fullmatch("[0-9]{1,9}", words[at - 1]):
             return None
-        return cls(unquote_plus("".join(words[: at - 1])), int(words[at - 1]), *proof.groups())
+        marker = cls(unquote_plus("".join(words[: at - 1])), int(words[at - 1]), *proof.groups())
+        # One spelling only: "03 steps" or "%c3" for "%C3" mean the same, but nobody wrote them.
+        return marker if "".join(str(marker)[len("[latent") : -1].split()) == "".join(words) else None
 
     def genuine(self, signer: Signer) -> bool:
         """Whether the signature is the signer's."""

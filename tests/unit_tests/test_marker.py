@@ -62,6 +62,14 @@ def test_no_edit_of_the_signed_part_is_genuine(data: st.DataObject) -> None:
     assert all(not each.genuine(SIGNER) for each in found)
 
 
+@pytest.mark.parametrize(("written", "edited"), [("3 steps", "03 steps"), ("%C3", "%c3"), ("nner", "n%6Eer")])
+def test_another_spelling_of_the_same_is_an_edit(written: str, edited: str) -> None:
+    made = str(marker("Plänner", 3))
+    assert take_markers(made)[1]
+    with pytest.raises(TamperedReference, match="cut or edited"):
+        take_markers(made.replace(written, edited))
+
+
 @given(st.text(alphabet=st.characters(exclude_characters="\0")))
 def test_ordinary_text_is_left_alone(text: str) -> None:
     assume("lat_" not in text)
