@@ -19,6 +19,7 @@ from rich.table import Table
 
 from benchmarks.report import Spread, machine, prepare, ratios, show
 from langchain_latentmas import ChatLatentMAS
+from langchain_latentmas.bundled import STEPS
 from langchain_latentmas.bundled.tasks import Problem, grade
 from langchain_latentmas.demo import held_out
 from langchain_latentmas.service.local import LocalService
@@ -26,7 +27,6 @@ from langchain_latentmas.service.local import LocalService
 EXAMPLES = Path(__file__).parent.parent / "examples"
 IMPORT = "from langchain_latentmas import switch_edges\n"
 MODES = ("text", "latent")
-STEPS = 24
 EDGES = {
     "chain_of_strings": '[("planner", "critic"), ("critic", "judger")]',
     "chain_of_messages": '[("planner", "critic"), ("critic", "judger")]',
@@ -112,7 +112,7 @@ def main(
     def measure(name: str, latent: bool) -> Run:
         # A service of its own for each run: one that has thought a thought before returns it without work.
         with LocalService(loaded, settings) as fresh:
-            return run(build(name, latent, ChatLatentMAS(service=fresh, max_tokens=128), steps), problems)
+            return run(build(name, latent, ChatLatentMAS(service=fresh, max_tokens=256), steps), problems)
 
     rows = []
     for name in track(EDGES, "measuring", transient=True, disable=as_json):

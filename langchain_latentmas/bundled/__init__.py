@@ -4,5 +4,5 @@ from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
 """The folder to load it from."""
-STEPS = 24
+STEPS = 12
 """Latent steps that its thinkers need."""

@@ -8,6 +8,7 @@ states of the first pass, all at once, as latent thinking will feed them one by 
 import math
 import os
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -18,10 +19,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import torch.nn.functional as F
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from langchain_latentmas import bundled
 from langchain_latentmas.bundled import MODEL
 from langchain_latentmas.bundled.patterns import APPROVED, Part, latent_pattern, text_pattern
 from langchain_latentmas.bundled.tasks import (
@@ -40,6 +43,8 @@ from langchain_latentmas.bundled.tasks import (
 END = 2
 TOKENS = 2048  # of a latent batch, padding included; a text batch has half as many
 RATE = 2e-3
+STEPS = 9000
+WITHIN = 2  # points between two seeds
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|latent|>"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -405,15 +410,16 @@ def optimize(
                 keep()
 
 
-def train(
-    out: Annotated[Path, typer.Option(help="Folder for the weights and the tokenizer.")] = MODEL,
-    seed: int = 0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 9000,
-    alignment: Annotated[float, typer.Option(help="Weight of the alignment loss.")] = 0.5,
-    second_pass: Annotated[bool, typer.Option(help="Feed thinkers their own thoughts.")] = True,
-    evaluate: Annotated[bool, typer.Option(help="Print the table of accuracies at the end.")] = True,
-) -> None:
-    """Train the bundled model from scratch."""
+def fit(seed: int, steps: int, alignment: float, second_pass: bool, out: Path) -> None:
+    """Trains a model from scratch and saves it.
+
+    Args:
+        seed: Of weights and data.
+        steps: Optimizer steps.
+        alignment: Weight of the alignment loss.
+        second_pass: Whether thinkers are fed their own thoughts.
+        out: Folder for the weights and the tokenizer.
+    """
     torch.set_num_threads(2)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
@@ -430,12 +436,41 @@ def train(
         return [*trainer.losses(rows, second_pass and done > 0.25), 0.7 * trainer.losses(said, False)[0]]
 
     optimize(trainer, steps, losses, lambda: save(model, tokenizer, out))
-    model.eval()
     save(model, tokenizer, out)
-    if evaluate:
-        from langchain_latentmas.bundled.evaluate import report
 
-        report(out)
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for the weights and the tokenizer.")] = MODEL,
+    seed: Annotated[int | None, typer.Option(help="Of weights and data; 0, and 1 with --check.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = STEPS,
+    alignment: Annotated[float, typer.Option(help="Weight of the alignment loss.")] = 0.5,
+    second_pass: Annotated[bool, typer.Option(help="Feed thinkers their own thoughts.")] = True,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help=f"Train elsewhere; fail if a figure differs by over {WITHIN} points from --out."),
+    ] = False,
+    n: Annotated[int, typer.Option(help="Questions of each task, at the end; 0 for no table.")] = 300,
+) -> None:
+    """Train the bundled model from scratch, and print what it can do."""
+    from langchain_latentmas.bundled.evaluate import SWEEP, figures, table
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) if check else out
+        fit(int(check) if seed is None else seed, steps, alignment, second_pass, made)
+        if n == 0:
+            return
+        torch.set_num_threads(1)  # the service's ticks are small
+        if not check:
+            Console().print(table(n, {"this model": figures(made, n)}))
+            return
+        enough = [steps for steps in SWEEP if steps >= bundled.STEPS]  # with fewer, thoughts end within the solution
+        again, shipped = figures(made, n, sweep=enough), figures(out, n, sweep=enough)
+    differences = {name: again[name] - shipped[name] for name in shipped}
+    Console().print(table(n, {"shipped": shipped, "this seed": again, "difference": differences}))
+    far = [name for name, difference in differences.items() if abs(difference) > WITHIN]
+    if far:
+        Console().print(f"More than {WITHIN} points apart: {'; '.join(far)}")
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,63 @@
 """The bundled model does what its card says, through the real service and the real command."""
 
 import json
+import re
 import subprocess
 import sys
-from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from langchain_latentmas import LatentService
-from langchain_latentmas.bundled import MODEL
+from langchain_latentmas.bundled import MODEL, STEPS
 from langchain_latentmas.demo import held_out, run
+from langchain_latentmas.evaluation.run import Evaluation
+from langchain_latentmas.evaluation.task import BUNDLED_TASKS, Relay
 
-N = 100
-
-
-@pytest.fixture(scope="module")
-def scores(bundled: LatentService) -> dict[tuple[str, str, int], int]:
-    problems = held_out(N, seed=1)
-    asked = [("sequential", "latent", 24), ("sequential", "latent", 32), ("hierarchical", "latent", 24)]
-    asked += [("sequential", "cut", 24), ("hierarchical", "cut", 24), ("sequential", "text", 24)]
-    return {
-        (arrangement, mode, steps): run(bundled, arrangement, mode, problems, steps=steps, max_tokens=128)[0].right
-        for arrangement, mode, steps in asked
-    }
+N = 60
 
 
-@pytest.mark.parametrize(("arrangement", "steps"), [("sequential", 24), ("sequential", 32), ("hierarchical", 24)])
-def test_a_judger_that_never_saw_the_question_answers_it(scores: Any, arrangement: str, steps: int) -> None:
-    assert scores[arrangement, "latent", steps] >= 0.8 * N
+def accuracies(task: str, modes: list[str]) -> dict[str, float]:
+    with LatentService.load("bundled") as service:
+        rows = Evaluation(service, BUNDLED_TASKS[task](), modes=modes, n=N, seed=1, batch=N).run().rows
+    return {f"{row.mode} {row.arrangement}": row.accuracy for row in rows}
+
+
+def test_teams_and_an_agent_alone_answer_held_out_questions() -> None:
+    assert min(accuracies("words", ["single", "text", "latent"]).values()) >= 90
+
+
+@pytest.mark.parametrize("task", ["relay", "split"])
+def test_a_judger_answers_what_only_others_know(task: str) -> None:
+    assert min(accuracies(task, ["latent"]).values()) >= 90
 
 
 @pytest.mark.parametrize("arrangement", ["sequential", "hierarchical"])
-def test_with_the_edge_cut_it_does_not(scores: Any, arrangement: str) -> None:
-    assert scores[arrangement, "cut", 24] < 0.1 * N
+def test_more_latent_steps_do_no_harm(bundled: LatentService, arrangement: str) -> None:
+    for steps in (STEPS, 32, 80):
+        evaluation = Evaluation(bundled, Relay(), modes=["latent"], arrangements=[arrangement], n=N, steps=steps)
+        assert evaluation.run().rows[0].accuracy >= 90, steps
+
+
+@pytest.mark.parametrize("arrangement", ["sequential", "hierarchical"])
+def test_a_judger_that_reads_nobody_knows_nothing(bundled: LatentService, arrangement: str) -> None:
+    score, _ = run(bundled, arrangement, "cut", held_out(N, seed=1), steps=STEPS)
+    assert score.right <= 0.1 * N
+
+
+@pytest.mark.parametrize("asked", ["Hello!", "Who are you?"])
+def test_it_answers_plain_chat_in_sentences(bundled: LatentService, asked: str) -> None:
+    said = "".join(chunk.text for chunk in bundled.speak([("human", asked)], max_tokens=40))
+    assert re.fullmatch(r"[A-Z].*[.?]", said)
+    assert "boxed" not in said
+
+
+@settings(max_examples=200)
+@given(text=st.text())
+def test_its_tokenizer_takes_any_text(bundled: LatentService, text: str) -> None:
+    tokenizer = bundled.model.tokenizer
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 def test_the_model_is_as_small_as_it_says(bundled: LatentService) -> None:

@@ -19,7 +19,7 @@ MARKER = re.compile(r"\[latent \S+ \d+ steps lat_")
 
 @pytest.fixture
 def llm(bundled: LatentService) -> ChatLatentMAS:
-    return ChatLatentMAS(service=bundled, max_tokens=128)
+    return ChatLatentMAS(service=bundled, max_tokens=256)
 
 
 def question(name: str, seed: int) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def test_both_versions_answer_and_the_converted_one_says_less(name: str, bundled
     runs = []
     for latent in (False, True):
         with LocalService(bundled.model, bundled.settings) as fresh:
-            runs.append(run(build(name, latent, ChatLatentMAS(service=fresh, max_tokens=128)), problems))
+            runs.append(run(build(name, latent, ChatLatentMAS(service=fresh, max_tokens=256)), problems))
             thought = fresh.info()["thoughts"]
         assert (thought > 0) is latent
     assert runs[1].output_tokens < runs[0].output_tokens
