@@ -196,13 +196,14 @@ class Server:
 
     async def show_metrics(self) -> Response:
         """Counters in Prometheus' text format."""
-        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        text = await asyncio.to_thread(generate_latest, self.metrics.registry)  # asks the store for its size
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def info(self, request: Request) -> dict[str, Any]:
         """The model, and how the service fares."""
         service = self._service(request)
         return {
-            **service.info(),
+            **await self._at_once(request, lambda service: service.info()),
             "name": service.name,
             "chat_template": service.chat_template,
             "queue": {"running": self.turns.running, "waiting": self.turns.waiting},
