@@ -207,9 +207,9 @@ def test_passes_readers_and_samples(qwen: Start, monkeypatch: pytest.MonkeyPatch
     assert passes(partial(run, llm, [[LATENT, *text[::-1]]], max_tokens=1)) == 1
 
     # A LATENT is never spoken, however hot; only those who ask for it get it.
-    done = run(llm, [text] * 8, temperature=100.0, max_tokens=200, ignore_eos=True, seed=1)
+    done = run(llm, [text] * 8, temperature=2.0, max_tokens=200, ignore_eos=True, seed=1)
     assert all(LATENT not in spoken(out) for out in done)
-    assert len({i for out in done for i in spoken(out)}) > 300  # hot enough to draw nearly everything else
+    assert len({i for out in done for i in spoken(out)}) > 50  # hot enough to draw much else
 
 
 def test_the_lens_is_the_logprobs_of_a_thinking_request(qwen: Start) -> None:
