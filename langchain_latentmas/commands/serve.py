@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,16 +60,12 @@ def serve(
         from ..service.serving import ServeSettings
 
         settings = ServeSettings.gather(config, flags)
-        with loading(show=True):
-            from ..service.server import JSONLines, Server
+        with _json_lines(settings.log_level):
+            with loading(show=True):
+                from ..service.server import Server
 
-            handler = logging.StreamHandler()
-            handler.setFormatter(JSONLines())
-            logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-            for chatty in ("uvicorn.error", "httpx", "filelock"):
-                logging.getLogger(chatty).setLevel(logging.WARNING)
-            server = Server(_service(settings), settings)
-        server.run()
+                server = Server(_service(settings), settings)
+            server.run()
 
 
 def rotate_key(
@@ -89,6 +87,25 @@ def rotate_key(
         rotate(folder / "key", keep_days * 86400)
         print(f"{folder / 'key'}: fresh key; what the old one signed is accepted for {keep_days:g} days more.")
         print("Restart the server for it to count.")
+
+
+@contextmanager
+def _json_lines(level: str) -> Iterator[None]:
+    """Logs as JSON lines on stderr, of all packages."""
+    from ..service.logs import JSONLines
+
+    root, handler = logging.getLogger(), logging.StreamHandler()
+    before = root.level, root.handlers[:]
+    handler.setFormatter(JSONLines())
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for chatty in ("uvicorn.error", "httpx", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.setLevel(before[0])
+        root.handlers[:] = before[1]
 
 
 def _service(settings: Any) -> Any:

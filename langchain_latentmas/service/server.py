@@ -1,7 +1,6 @@
 """`latentmas serve`: a model service behind HTTP."""
 
 import asyncio
-import json
 import logging
 import tempfile
 import time
@@ -506,20 +505,3 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
         500,
         media_type=PROBLEM,
     )
-
-
-class JSONLines(logging.Formatter):
-    """Log records as JSON, one per line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        line: dict[str, Any] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)

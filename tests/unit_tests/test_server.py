@@ -30,6 +30,7 @@ from langchain_latentmas.errors import (
 )
 from langchain_latentmas.service import Chunk
 from langchain_latentmas.service.local import LocalService
+from langchain_latentmas.service.logs import JSONLines
 from langchain_latentmas.service.server import Server
 from langchain_latentmas.service.wire import PROBLEM
 from tests.served import TOKEN, client, serving
@@ -522,8 +523,6 @@ def test_a_body_that_announces_too_much_is_not_waited_for(fresh_service: Any) ->
 
 
 def test_requests_are_logged_as_data(fresh_service: Any, caplog: pytest.LogCaptureFixture) -> None:
-    from langchain_latentmas.service.server import JSONLines
-
     caplog.set_level("INFO", "langchain_latentmas.access")
     with serving(fresh_service()) as server, client(server) as remote:
         ref = remote.think(messages("a secret question"), steps=1, agent="planner")
