@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, suppress
 from typing import NamedTuple
@@ -131,7 +132,7 @@ class Reply(Response):
         body = document.model_dump_json(exclude_none=True).encode()
         headers = [(b"content-length", str(len(body)).encode())]
         if (seconds := getattr(document, "retry_after", None)) is not None:
-            headers.append((b"retry-after", str(int(seconds)).encode()))
+            headers.append((b"retry-after", str(math.ceil(seconds)).encode()))
         async with self._sending:
             self._begun = self._over = True
             await send(_start(status, media_type, headers))

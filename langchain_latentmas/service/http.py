@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import random
 import secrets
 import tempfile
 import threading
@@ -556,12 +557,11 @@ class _Wait(wait_base):
 
     def __init__(self) -> None:
         self.backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5)
-        self.spread = tenacity.wait_random(0, 0.5)
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> float:
         error = retry_state.outcome.exception() if retry_state.outcome else None
         advised = getattr(error, "retry_after", None)
-        return float(advised) + self.spread(retry_state) if advised is not None else self.backoff(retry_state)
+        return self.backoff(retry_state) if advised is None else float(advised) * random.uniform(1, 1.5)
 
 
 class _Told:

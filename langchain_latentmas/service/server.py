@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
@@ -468,7 +469,7 @@ def _late(seconds: float) -> DeadlineExceeded:
 
 def _document(request: Request, error: LatentMASError) -> JSONResponse:
     problem = Problem.of(error, request.state.id)
-    headers = {} if problem.retry_after is None else {"Retry-After": str(int(problem.retry_after))}
+    headers = {} if problem.retry_after is None else {"Retry-After": str(math.ceil(problem.retry_after))}
     return JSONResponse(problem.model_dump(exclude_none=True), problem.status, headers, PROBLEM)
 
 

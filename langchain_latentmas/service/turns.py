@@ -1,7 +1,6 @@
 """Turns at the model: how many requests work at a time, who waits, and who is next."""
 
 import asyncio
-import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -10,7 +9,7 @@ from contextlib import asynccontextmanager
 from ..errors import ServiceBusy
 
 Waiter = asyncio.Future[None]
-MAX_RETRY_AFTER = 60
+MIN_RETRY_AFTER, MAX_RETRY_AFTER = 0.1, 60.0
 
 
 class Turns:
@@ -39,9 +38,9 @@ class Turns:
         self._seconds = 1.0  # that a turn takes, on a moving average
 
     @property
-    def retry_after(self) -> int:
+    def retry_after(self) -> float:
         """Seconds in which the present queue is likely to be worked off."""
-        return min(MAX_RETRY_AFTER, max(1, math.ceil(self._seconds * (1 + self.waiting) / self.most_running)))
+        return min(MAX_RETRY_AFTER, max(MIN_RETRY_AFTER, self._seconds * (1 + self.waiting) / self.most_running))
 
     @asynccontextmanager
     async def turn(self, tenant: str, client: str) -> AsyncIterator[None]:
@@ -118,7 +117,7 @@ class Turns:
 
     def _busy(self) -> ServiceBusy:
         error = ServiceBusy(
-            f"The server's queue is full ({self.waiting} requests wait); call again in {self.retry_after} s."
+            f"The server's queue is full ({self.waiting} requests wait); call again in {self.retry_after:.2f} s."
         )
         error.retry_after = self.retry_after
         return error

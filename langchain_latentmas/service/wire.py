@@ -315,7 +315,7 @@ class Problem(BaseModel):
     detail: str
     instance: str | None = None
     retry_after: float | None = None
-    """Seconds after which the same request may succeed; also in the header Retry-After."""
+    """Seconds after which the same request may succeed; the header Retry-After rounds them up."""
 
     @classmethod
     def of(cls, error: LatentMASError, instance: str | None = None) -> Self:
