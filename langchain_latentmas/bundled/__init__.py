@@ -4,5 +4,5 @@ from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
 """The folder to load it from."""
-STEPS = 12
+STEPS = 10
 """Latent steps that its thinkers need."""
