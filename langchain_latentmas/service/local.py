@@ -119,7 +119,7 @@ class LocalSettings(BaseModel):
     kv_disk_budget: Bytes = 0
     kv_folder: Path | None = None
     live_budget: Bytes | None = None
-    max_rows: int = Field(32, ge=1)
+    max_rows: int = Field(64, ge=1)
     prefill_chunk: int = Field(512, ge=1)
     merge: Literal["auto", "rotate", "rebuild"] = "auto"
 
