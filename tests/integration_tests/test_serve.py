@@ -111,14 +111,14 @@ def test_a_graph_goes_on_when_the_server_is_killed_and_started_again(tmp_path: P
 
 def test_sigterm_lets_work_end_and_exits_cleanly(tmp_path: Path) -> None:
     with Process("--store", str(tmp_path)) as process, client(process, patience=0) as remote:
-        spoken = remote.speak("Count.", max_tokens=200, temperature=1, seed=1)
-        chunks = [next(spoken)]
-        process.process.send_signal(signal.SIGTERM)
-        chunks += spoken
-        assert chunks[-1].ref is not None
+        # Thinking takes all of its steps, while a text may end at once.
+        ref = remote.think(
+            "Count.", steps=500, on_step=lambda step: process.process.send_signal(signal.SIGTERM) if step == 1 else None
+        )
+        assert ref["steps"] == 500
         assert process.process.wait(60) == 0
         wait_for(lambda: process.log[-1]["message"] == "ended")
-        assert [line["message"] for line in process.log[-3:-1]] == ["draining", "POST /v1/speak"]
+        assert [line["message"] for line in process.log[-3:-1]] == ["draining", "POST /v1/think"]
 
 
 def test_settings_come_from_flag_environment_and_file(tmp_path: Path) -> None:
