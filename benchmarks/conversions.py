@@ -136,7 +136,7 @@ def main(
             "machine": about,
             "model": f"{model} ({loaded.fingerprint}), {loaded.dtype}",
             "questions": f"{n} held-out word problems, seed {seed}, all at once; greedy",
-            "agents": f"{steps} latent steps a thinking node, at most 128 tokens a speaking one",
+            "agents": f"{steps} latent steps a thinking node, at most 256 tokens a speaking one",
             "repeats": repeats,
         },
         *(
