@@ -5,6 +5,17 @@ All derive from `LatentMASError`, itself a plain `Exception`, because LangGraph'
 `ValueError` too and is not retried, an error that a retry can mend does not.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+def first_fault(error: "ValidationError") -> str:
+    """The first thing that pydantic found wrong, as `where: what`."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
 
 class LatentMASError(Exception):
     """Base of all errors of this package."""

@@ -41,7 +41,7 @@ from langchain_latentmas.bundled.tasks import (
 )
 
 END = 2
-TOKENS = 2048  # of a latent batch, padding included; a text batch has half as many
+TOKENS = 2048  # of a latent batch, padding included; a text batch has 5/8 of them
 RATE = 2e-3
 STEPS = 9000
 WITHIN = 2  # points between two seeds

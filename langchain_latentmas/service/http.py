@@ -29,6 +29,7 @@ from ..errors import (
     ServiceBusy,
     ServiceClosed,
     ServiceUnreachable,
+    first_fault,
 )
 from ..state import LatentRef
 from .base import READING, Chunk, LatentService, LensRow, StoredReference
@@ -176,8 +177,7 @@ class HTTPService(LatentService):
         try:
             return cls(model, HTTPSettings(**settings))
         except ValidationError as error:
-            first = error.errors()[0]
-            raise InvalidRequest(f"Setting {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+            raise InvalidRequest(f"Setting {first_fault(error)}.") from error
 
     def think(
         self,
@@ -667,8 +667,7 @@ def _request(kind: type[Body], **values: Any) -> Body:
     try:
         return kind(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        raise InvalidRequest(f"{first_fault(error)}.") from error
 
 
 def _wire_ref(ref: object) -> WireRef:
@@ -694,8 +693,7 @@ def _parsed(text: str, kind: type[Reply]) -> Reply:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise _foreign(f"{kind.__name__}, {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise _foreign(f"{kind.__name__}, {first_fault(error)}") from error
 
 
 def _no_error(event: Event) -> Event:

@@ -38,6 +38,7 @@ from ..errors import (
     TamperedReference,
     UnknownReference,
     WrongModel,
+    first_fault,
 )
 from ..state import LatentRef
 from .alteration import original
@@ -812,11 +813,8 @@ def _checked_settings(settings: dict[str, Any]) -> LocalSettings:
     try:
         return LocalSettings(**settings)
     except ValidationError as error:
-        first = error.errors()[0]
         known = ", ".join(["device", "dtype", "revision", "trust_remote_code", *LocalSettings.model_fields])
-        raise InvalidRequest(
-            f"Setting {'.'.join(map(str, first['loc']))}: {first['msg']}. Settings: {known}."
-        ) from error
+        raise InvalidRequest(f"Setting {first_fault(error)}. Settings: {known}.") from error
 
 
 def _sampling(values: dict[str, Any]) -> Sampling:

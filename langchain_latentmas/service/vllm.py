@@ -40,6 +40,7 @@ from ..errors import (
     ServiceClosed,
     ServiceUnreachable,
     WrongModel,
+    first_fault,
 )
 from ..state import LatentRef
 from .alteration import unaltered
@@ -177,9 +178,8 @@ class VLLMService(LocalService):
         try:
             checked = VLLMSettings(**settings)
         except ValidationError as error:
-            first = error.errors()[0]
             raise InvalidRequest(
-                f"Setting {'.'.join(map(str, first['loc']))}: {first['msg']}. "
+                f"Setting {first_fault(error)}. "
                 f"Settings: {', '.join(name for name in VLLMSettings.model_fields if name not in OF_THE_SERVER)}."
             ) from error
         return cls(model.removeprefix(PREFIX).rstrip("/"), checked, transport)
