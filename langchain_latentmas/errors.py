@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 
 def first_fault(error: "ValidationError") -> str:
-    """The first thing that pydantic found wrong, as `where: what`."""
+    """The first thing that pydantic found wrong: `where: what`, or `what` alone of the whole."""
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    where, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
 
 
 class LatentMASError(Exception):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import InvalidRequest, TamperedReference
+from ..errors import InvalidRequest, TamperedReference, first_fault
 from ..state import LatentRef
 
 IDENTITY = "latentmas-1"
@@ -123,10 +123,8 @@ def checked_ref(ref: object) -> LatentRef:
     try:
         return WireRef.model_validate(ref).ref
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
         raise TamperedReference(
-            f"This is no reference of a memory ({where}: {first['msg']}). Pass on what think, speak or a node returned."
+            f"This is no reference of a memory ({first_fault(error)}). Pass on what think, speak or a node returned."
         ) from error
 
 

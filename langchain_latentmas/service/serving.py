@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, JsonValue, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, first_fault
 
 MIN_TOKEN = 16
 
@@ -95,10 +95,7 @@ class ServeSettings(BaseSettings):
         try:
             return Gathered(**flags)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            message = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
-            raise InvalidRequest(f"{message}. Settings: {', '.join(cls.model_fields)}.") from None
+            raise InvalidRequest(f"{first_fault(error)}. Settings: {', '.join(cls.model_fields)}.") from None
         except ValueError as error:  # the file is no TOML, or the environment no JSON
             raise InvalidRequest(f"The settings cannot be read: {error}") from error
 

@@ -21,7 +21,15 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from ..errors import DroppedReference, InvalidRequest, StoreBusy, StoreCorrupted, StoreFull, UnknownReference
+from ..errors import (
+    DroppedReference,
+    InvalidRequest,
+    StoreBusy,
+    StoreCorrupted,
+    StoreFull,
+    UnknownReference,
+    first_fault,
+)
 from .alteration import original
 from .envelope import OVERHEAD, Envelope, Kind
 from .identity import MAX_AGENT, MAX_PARENTS, Signer, memory_id
@@ -414,7 +422,7 @@ class RecipeStore:
         try:
             header = Header.model_validate_json(written)
         except ValidationError as error:
-            raise StoreCorrupted(str(error.errors()[0]["msg"])) from error
+            raise StoreCorrupted(f"its header is none ({first_fault(error)})") from error
         if header.id != key:
             raise StoreCorrupted(f"it is that of {header.id}")
         return header, payload

@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -11,12 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ContextTooLong, InvalidRequest
+from ..errors import ContextTooLong, InvalidRequest, first_fault
 from .identity import ID, MAX_AGENT, MAX_PARENTS, memory_id
 from .memory import Memory, Recipe, Segment
 
 CHUNK = 1 << 20
-MAX_HEADER = 1 << 26  # bytes; what safetensors reads is bounded by 100 MB
+MAX_HEADER = 1 << 22  # bytes: half a million token ids; as Python objects they take ten times as much
 MAX_SEGMENTS = 1 << 16
 
 _NAMES = {
@@ -94,6 +95,9 @@ def write_memory(recipes: Sequence[Recipe], memory: Memory | None) -> Iterator[b
 
     Yields:
         At most a mebibyte at a time.
+
+    Raises:
+        InvalidRequest: If its header is larger than `read_memory` takes.
     """
     tensors: dict[str, Tensor] = {}
     for i, recipe in enumerate(recipes):
@@ -126,6 +130,8 @@ def write_memory(recipes: Sequence[Recipe], memory: Memory | None) -> Iterator[b
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise InvalidRequest(f"The memory is too long to be exported: its header has {len(text)} bytes.")
     yield from _chunks(struct.pack("<Q", len(text)) + text)
     for tensor in tensors.values():
         # One tensor at a time leaves the device.
@@ -146,23 +152,20 @@ def read_memory(path: Path, hidden_size: int, dtype: torch.dtype) -> Exported:
     about = _about(path)
     recipes = []
     seen: set[str] = set()
-    try:
-        with safe_open(path, "pt") as file:
-            for i, segment in enumerate(about.segments):
-                thoughts = torch.empty(0, hidden_size, dtype=dtype)
-                if segment.steps:
-                    if file.get_slice(f"thoughts.{i}").get_shape() != [segment.steps, hidden_size]:
-                        raise InvalidRequest(f"The thoughts of segment {i} do not have its steps, or not this width.")
-                    thoughts = file.get_tensor(f"thoughts.{i}").to(dtype)
-                if not thoughts.isfinite().all():
-                    raise InvalidRequest(f"The thoughts of segment {i} are not finite.")
-                if unknown := [parent for parent in segment.parents if parent not in seen]:
-                    raise InvalidRequest(f"Segment {i} was made on {unknown[0]}, which is not among those before it.")
-                seen.add(segment.id)
-                made = Segment(segment.agent, tuple(segment.prompt_ids), thoughts, tuple(segment.spoken_ids))
-                recipes.append(Recipe(segment.id, about.model, segment.alignment, tuple(segment.parents), made))
-    except (SafetensorError, RuntimeError, TypeError) as error:
-        raise InvalidRequest(f"This is no memory that was exported: {error}") from error
+    with _opened(path) as file:
+        for i, segment in enumerate(about.segments):
+            thoughts = torch.empty(0, hidden_size, dtype=dtype)
+            if segment.steps:
+                if file.get_slice(f"thoughts.{i}").get_shape() != [segment.steps, hidden_size]:
+                    raise InvalidRequest(f"The thoughts of segment {i} do not have its steps, or not this width.")
+                thoughts = file.get_tensor(f"thoughts.{i}").to(dtype)
+            if not thoughts.isfinite().all():
+                raise InvalidRequest(f"The thoughts of segment {i} are not finite.")
+            if unknown := [parent for parent in segment.parents if parent not in seen]:
+                raise InvalidRequest(f"Segment {i} was made on {unknown[0]}, which is not among those before it.")
+            seen.add(segment.id)
+            made = Segment(segment.agent, tuple(segment.prompt_ids), thoughts, tuple(segment.spoken_ids))
+            recipes.append(Recipe(segment.id, about.model, segment.alignment, tuple(segment.parents), made))
     return Exported(about.model, recipes)
 
 
@@ -174,18 +177,14 @@ def read_kv(path: Path) -> Memory:
     """
     about = _about(path)
     segments = []
-    try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            layers = sum(name.startswith("keys.") for name in names)
-            keys = [file.get_tensor(f"keys.{i}") for i in range(layers)]
-            values = [file.get_tensor(f"values.{i}") for i in range(layers)]
-            for i, each in enumerate(about.segments):
-                none = torch.empty(0, about.hidden_size, dtype=keys[0].dtype if keys else None)
-                thoughts = file.get_tensor(f"thoughts.{i}") if each.steps else none
-                segments.append(Segment(each.agent, tuple(each.prompt_ids), thoughts, tuple(each.spoken_ids)))
-    except (SafetensorError, RuntimeError, TypeError) as error:
-        raise InvalidRequest(f"This is no memory that was exported: {error}") from error
+    with _opened(path) as file:
+        layers = sum(name.startswith("keys.") for name in file.keys())  # noqa: SIM118 (it is no mapping)
+        keys = [file.get_tensor(f"keys.{i}") for i in range(layers)]
+        values = [file.get_tensor(f"values.{i}") for i in range(layers)]
+        for i, each in enumerate(about.segments):
+            none = torch.empty(0, about.hidden_size, dtype=keys[0].dtype if keys else None)
+            thoughts = file.get_tensor(f"thoughts.{i}") if each.steps else none
+            segments.append(Segment(each.agent, tuple(each.prompt_ids), thoughts, tuple(each.spoken_ids)))
     return Memory(tuple(segments), keys[0].shape[1] if keys else 0, keys, values, about.merge)
 
 
@@ -194,13 +193,19 @@ def _about(path: Path) -> _Header:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
     if not 2 <= length <= MAX_HEADER:
         raise InvalidRequest(f"This is no memory that was exported: its header has {length} bytes.")
+    with _opened(path) as file:
+        written = (file.metadata() or {}).get("memory", "")
+    try:
+        return _Header.model_validate_json(written)
+    except ValidationError as error:
+        raise InvalidRequest(f"This is no memory that was exported ({first_fault(error)}).") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            return _Header.model_validate_json((file.metadata() or {}).get("memory", ""))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "memory"
-        raise InvalidRequest(f"This is no memory that was exported ({where}: {first['msg']}).") from error
+            yield file
     except (SafetensorError, RuntimeError, TypeError) as error:
         raise InvalidRequest(f"This is no memory that was exported: {error}") from error
 
