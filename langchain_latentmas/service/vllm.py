@@ -1,7 +1,7 @@
-"""The model service of a vLLM server: it thinks and speaks by the latent token (design, section 8).
+"""The model service of a vLLM, on a server or in this process: thoughts are latent tokens (design, section 8).
 
-The server keeps nothing but its KV cache. A memory is token ids with placeholders for thoughts, so its recipe is kept
-here, and references outlive a restart of the server and can be read on any replica of it.
+vLLM keeps nothing but its KV cache. A memory is token ids with placeholders for thoughts, so its recipe is kept here,
+and references outlive a restart of the server and can be read on any replica of it.
 """
 
 import asyncio
@@ -9,9 +9,8 @@ import hashlib
 import json
 import logging
 import math
-import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,19 +18,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, Self, TypeVar, cast
 
-import httpx
 import tenacity
 import torch
 from langchain_core.language_models import LanguageModelInput
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import ValidationError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..engine.model import LanguageModel
 from ..engine.text import TextStream
 from ..engine.tick import Result, Row, Spoken
 from ..errors import (
-    AccessDenied,
-    ContextTooLong,
     EngineFailed,
     InvalidRequest,
     ModelNotFound,
@@ -47,50 +43,17 @@ from .alteration import unaltered
 from .base import LensRow, Merge
 from .local import LocalService, LocalSettings
 from .memory import Layout, Memory, Segment
+from .vllm_in_process import OF_THE_ENGINE, EngineSettings, InProcess
+from .vllm_server import OF_THE_SERVER, Server, VLLMSettings
+from .vllm_transport import Transport
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "vllm+"
-HOW_TO_START = (
-    "On the server: install latentmas-vllm, and start it with VLLM_PLUGINS=latentmas vllm serve <model> "
-    """--hf-overrides '{"architectures": ["Latent<architecture>"]}'"""
-)
-OF_THE_SERVER = {
-    "realign": """--hf-overrides '{"latent_realign": false}'""",
-    "device": "--device",
-    "dtype": "--dtype",
-    "revision": "--revision",
-    "kv_budget": "--gpu-memory-utilization",
-    "live_budget": "--gpu-memory-utilization",
-    "kv_cpu_budget": "--gpu-memory-utilization",
-    "kv_disk_budget": "--gpu-memory-utilization",
-    "kv_folder": "--gpu-memory-utilization",
-    "max_rows": "--max-num-seqs",
-    "prefill_chunk": "--max-num-batched-tokens",
-}
+IN_PROCESS = "vllm:"
 TOLD = ("latent_token_id", "architecture", "dtype", "prefix_caching", "block_size", "vllm", "latentmas_vllm")
 NOTICED_WITHIN = 0.1  # seconds until a cancelled request is taken back
-A = TypeVar("A")
-
-
-class VLLMSettings(LocalSettings):
-    """Settings of a client of vLLM; of those of `LocalSettings`, the ones for prompts and stores count here.
-
-    Attributes:
-        tokenizer: Folder or hub id of the tokenizer; None takes the name under which the server has loaded its model.
-        token: The server's `--api-key`.
-        patience: Seconds for which a request is repeated that the server has not begun to answer.
-        connect_timeout: Seconds for a connection to be made.
-        read_timeout: Seconds without a token after which a connection counts as broken.
-        max_connections: Most requests at a time.
-    """
-
-    tokenizer: str | None = None
-    token: SecretStr | None = None
-    patience: float = Field(30, ge=0)
-    connect_timeout: float = Field(5, gt=0)
-    read_timeout: float = Field(300, gt=0)
-    max_connections: int = Field(1024, ge=1)
+S = TypeVar("S", bound=LocalSettings)
 
 
 @dataclass
@@ -123,13 +86,12 @@ class VLLMService(LocalService):
     no place in a prefix cache. Thoughts, keys and values stay on the server.
     """
 
-    def __init__(self, url: str, settings: VLLMSettings, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        """Connects to a server; `load` is the way in.
+    def __init__(self, transport: Transport, settings: LocalSettings) -> None:
+        """Takes a vLLM; `load` is the way in.
 
         Args:
-            url: Where it listens, `http://host:port`.
-            settings: Tokenizer, store, timeouts.
-            transport: For tests.
+            transport: The way to it.
+            settings: Prompts, store.
 
         Raises:
             ServiceUnreachable: If nobody answers there.
@@ -138,51 +100,51 @@ class VLLMService(LocalService):
             ModelNotSupported: If the server runs without the plugin, or without a latent token.
             WrongModel: If the tokenizer is not the server's.
         """
-        server = Server(url, settings, transport)
         try:
-            self.facts = server.call(server.facts())
-            model = _model(server, self.facts, settings)
-            engine = Engine(server, model)
+            if settings.merge != "auto":
+                raise InvalidRequest("vLLM reads several memories as one chain; leave merge=... out.")
+            self.facts = transport.call(transport.facts())
+            model = _model(transport.name, self.facts, settings)
+            engine = Engine(transport, model)
             own = settings.model_copy(update={"kv_budget": 0, "live_budget": 0, "kv_cpu_budget": 0, "merge": "rebuild"})
             shared = SimpleNamespace(_ticker=engine, _scheduler=engine)
             super().__init__(cast(LanguageModel, model), own, host=cast(LocalService, shared))
         except BaseException:
-            server.close()
+            transport.close()
             raise
         engine.segment = lambda key: self._recipe(key).segment
-        self._server, self._engine = server, engine
+        self._transport, self._engine = transport, engine
         self._pool = engine  # type: ignore[assignment]
-        weakref.finalize(self, server.close)
+        weakref.finalize(self, transport.close)
         if not self.facts["prefix_caching"]:
             logger.warning(
                 "%s has no prefix caching, so every agent computes all memories anew; drop "
                 "--no-enable-prefix-caching there",
-                url,
+                transport.name,
             )
 
     @classmethod
     def load(cls, model: str = "vllm+http://127.0.0.1:8000", **settings: Any) -> Self:
-        """Connects to a server.
+        """Connects to a server, or starts vLLM in this process.
 
         Args:
-            model: Its address, with `vllm+` before it.
-            **settings: Fields of `VLLMSettings`.
+            model: A server's address with `vllm+` before it, or a model with `vllm:` before it.
+            **settings: Fields of `VLLMSettings` for a server, of `EngineSettings` in this process.
 
         Raises:
             InvalidRequest: If a setting is unknown, out of range, or the server's to say.
         """
-        transport = settings.pop("transport", None)
+        if model.startswith(IN_PROCESS):
+            for name in sorted(settings.keys() & OF_THE_ENGINE):
+                raise InvalidRequest(f"{name} is not for vLLM; engine=... takes what vllm.AsyncEngineArgs has instead.")
+            own = _checked(EngineSettings, settings, OF_THE_ENGINE)
+            return cls(InProcess(model.removeprefix(IN_PROCESS), own), own)
+        over = settings.pop("transport", None)
         for name in settings:
             if name in OF_THE_SERVER:
                 raise InvalidRequest(f"{name} is not for a client to say; start the server with {OF_THE_SERVER[name]}.")
-        try:
-            checked = VLLMSettings(**settings)
-        except ValidationError as error:
-            raise InvalidRequest(
-                f"Setting {first_fault(error)}. "
-                f"Settings: {', '.join(name for name in VLLMSettings.model_fields if name not in OF_THE_SERVER)}."
-            ) from error
-        return cls(model.removeprefix(PREFIX).rstrip("/"), checked, transport)
+        checked = _checked(VLLMSettings, settings, OF_THE_SERVER)
+        return cls(Server(model.removeprefix(PREFIX).rstrip("/"), checked, over), checked)
 
     def encode(
         self, messages: LanguageModelInput, tag: str, tools: Sequence[dict[str, Any]] | None = None
@@ -216,7 +178,7 @@ class VLLMService(LocalService):
         if not len(segment.thoughts):
             return []
         prompt = [*self._engine.ids(self._lineage.layout(recipe.parents)), *segment.prompt_ids]
-        rows = self._server.call(self._engine.read_out(prompt, len(segment.thoughts), top_k))
+        rows = self._transport.call(self._engine.read_out(prompt, len(segment.thoughts), top_k))
         return [LensRow(segment.agent, step, tokens) for step, tokens in enumerate(rows, 1)]
 
     def tenants(self, names: Sequence[str]) -> dict[str, LocalService]:
@@ -241,7 +203,7 @@ class VLLMService(LocalService):
         return {
             "model": model.name,
             "fingerprint": model.fingerprint,
-            "server": self._server.url,
+            "server": self._transport.name,
             "max_positions": model.max_positions,
             "realign": model.realign,
             "think_tag": self.think_tag,
@@ -254,7 +216,7 @@ class VLLMService(LocalService):
 
     def close(self) -> None:
         """See `LatentService.close`."""
-        self._server.close()
+        self._transport.close()
         super().close()
 
     def _merge_of(self, layout: Layout) -> Merge:
@@ -272,9 +234,9 @@ class Engine:
         segment: Returns the segment of an id.
     """
 
-    def __init__(self, server: "Server", model: VLLMModel) -> None:
-        """Takes a server and what is known of its model."""
-        self.server, self.model = server, model
+    def __init__(self, transport: Transport, model: VLLMModel) -> None:
+        """Takes a vLLM and what is known of its model."""
+        self.transport, self.model = transport, model
         self.rows = self.thoughts = self.tokens = 0
         self.mode = "rebuild"
         self.segment: Any = None
@@ -282,7 +244,7 @@ class Engine:
     @property
     def closed(self) -> bool:
         """Whether the service was closed."""
-        return self.server.closed
+        return self.transport.closed
 
     def ids(self, layout: Layout) -> list[int]:
         """A memory as token ids, with LATENT where a thought is."""
@@ -302,7 +264,7 @@ class Engine:
         if (error := past.exception()) is not None:
             row.on_error(error)
         else:
-            self.server.start(self._drive(row, past.result()))
+            self.transport.start(self._drive(row, past.result()))
 
     def keep(self, key: str, kv: object) -> None:
         """The server has it."""
@@ -312,12 +274,10 @@ class Engine:
 
     async def read_out(self, prompt: Sequence[int], steps: int, top_k: int) -> list[list[tuple[str, float]]]:
         """Per latent step, the likeliest tokens and their probabilities."""
-        body = self._thinking(prompt, steps) | {"logprobs": top_k, "return_tokens_as_token_ids": True}
-        reply = await self.server.post("/v1/completions", body)
-        steps_read: list[dict[str, float]] = reply["choices"][0]["logprobs"]["top_logprobs"]
+        read_out = await self.transport.read_out(self._thinking(prompt, steps) | {"logprobs": top_k})
         rows = []
-        for read in steps_read:
-            tokens = {int(name.removeprefix("token_id:")): math.exp(share) for name, share in read.items()}
+        for read in read_out:
+            tokens = {token: math.exp(share) for token, share in read.items()}
             tokens.pop(self.model.latent, None)
             best = sorted(tokens.items(), key=lambda pair: -pair[1])[:top_k]
             rows.append([(self.model.tokenizer.decode([token]), share) for token, share in best])
@@ -350,7 +310,7 @@ class Engine:
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(may_begin_again),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
-            stop=tenacity.stop_after_delay(self.server.settings.patience),
+            stop=tenacity.stop_after_delay(self.transport.patience),
             reraise=True,
         )
         prompt = [*past, *cast(Sequence[int], row.inputs[0])]
@@ -359,7 +319,7 @@ class Engine:
             with attempt:
                 if attempt.retry_state.attempt_number > 1:
                     await self._expect_same_model()  # what was away may come back as another one
-                tokens = self.server.tokens(body)
+                tokens = self.transport.tokens(body)
                 text = TextStream(self.model.tokenizer, row.sampling.stop if row.sampling else ())
                 try:
                     async for token in tokens:
@@ -377,9 +337,11 @@ class Engine:
         return Result(cast(Any, None), torch.empty(row.steps, 0), spoken, held, row.finish, None)
 
     async def _expect_same_model(self) -> None:
-        facts = await self.server.facts()
+        facts = await self.transport.facts()
         if known_as(facts) != self.model.fingerprint or facts["latent_token_id"] != self.model.latent:
-            raise WrongModel(f"{self.server.url} runs another model or another LATENT by now; load the service anew.")
+            raise WrongModel(
+                f"{self.transport.name} runs another model or another LATENT by now; load the service anew."
+            )
 
     def _thought(self, row: Row, token: int) -> None:
         if token != self.model.latent:
@@ -427,176 +389,6 @@ class Engine:
         return [*segment.prompt_ids, *[self.model.latent] * len(segment.thoughts), *segment.spoken_ids]
 
 
-class Server:
-    """A vLLM server over HTTP, from an event loop in a thread of its own.
-
-    Attributes:
-        url: Where it listens.
-        settings: Timeouts, patience, key.
-        closed: Whether `close` was called.
-    """
-
-    def __init__(self, url: str, settings: VLLMSettings, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        """Starts the loop; connects with the first request.
-
-        Raises:
-            InvalidRequest: If the address is none.
-        """
-        parts = httpx.URL(url)
-        if parts.scheme not in ("http", "https") or not parts.host or parts.userinfo or parts.query:
-            raise InvalidRequest(
-                f"{url!r} is no address of a server: give vllm+http://host:port, and a key as token=..."
-            )
-        self.url, self.settings, self.closed, self.model = url, settings, False, ""
-        key = settings.token
-        self._loop = asyncio.new_event_loop()
-        self._client = httpx.AsyncClient(
-            base_url=url,
-            headers={} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"},
-            timeout=httpx.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=None),
-            limits=httpx.Limits(max_connections=settings.max_connections, max_keepalive_connections=64),
-            follow_redirects=False,
-            trust_env=False,  # no proxy, and no password from ~/.netrc
-            transport=transport,
-        )
-        threading.Thread(target=_run, args=(self._loop,), name="latentmas-vllm", daemon=True).start()
-
-    async def served(self) -> dict[str, Any]:
-        """Which model the server offers.
-
-        Raises:
-            ModelNotFound: If what answers is no server of that kind.
-        """
-        response = await self._request("GET", "/v1/models")
-        try:
-            served = dict(self._json(response)["data"][0])
-            self.model = str(served["id"])
-        except (WrongModel, KeyError, IndexError, TypeError):
-            raise ModelNotFound(f"What answers at {self.url} is no vLLM server.") from None
-        return served
-
-    async def facts(self) -> dict[str, Any]:
-        """What the plugin states, and under which name the model is served.
-
-        Raises:
-            ModelNotSupported: If the plugin is not there, or the model has no latent token.
-        """
-        served = await self.served()
-        response = await self._request("GET", "/latentmas")
-        if response.status_code == 404:
-            raise ModelNotSupported(f"{self.url} does not think: the plugin is not there. {HOW_TO_START}")
-        facts = self._json(response)
-        if facts["latent_token_id"] is None:
-            raise ModelNotSupported(
-                f"{self.url} runs {self.model} as {facts['architecture']}, which has no latent token. {HOW_TO_START}"
-            )
-        return {**facts, "model": self.model, "root": served.get("root") or self.model}
-
-    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One request and its answer."""
-        return self._json(await self._request("POST", path, {"model": self.model, **body}))
-
-    async def tokens(self, body: dict[str, Any]) -> AsyncGenerator[int]:
-        """Tokens of a completion as they come; closing it early aborts the completion."""
-        asked = {"model": self.model, "stream": True, "return_token_ids": True, **body}
-        with self._reaching():
-            async with self._client.stream("POST", "/v1/completions", json=asked) as response:
-                if response.is_error:
-                    await response.aread()
-                    self._json(response)
-                async for line in response.aiter_lines():
-                    data = line.removeprefix("data:").strip()
-                    if not line.startswith("data:"):
-                        continue
-                    if data == "[DONE]":
-                        return
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise EngineFailed(f"vLLM failed: {event['error'].get('message', event['error'])}")
-                    for choice in event.get("choices", ()):
-                        for token in choice.get("token_ids") or ():
-                            yield token
-        raise ServiceUnreachable(f"The connection to {self.url} ended before vLLM had answered.")
-
-    def call(self, work: Coroutine[Any, Any, A]) -> A:
-        """Does something on the loop, and waits for it."""
-        return self._schedule(work).result()
-
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Does something on the loop."""
-        self._schedule(work)
-
-    def close(self) -> None:
-        """Ends all work. Idempotent."""
-        if self.closed:
-            return
-        self.closed = True
-
-        async def end() -> None:
-            own = asyncio.current_task()
-            others = [task for task in asyncio.all_tasks() if task is not own]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            await self._client.aclose()
-            await self._loop.shutdown_asyncgens()
-
-        ended = asyncio.run_coroutine_threadsafe(end(), self._loop)
-        ended.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
-
-    def _schedule(self, work: Coroutine[Any, Any, A]) -> "Future[A]":
-        if self.closed:
-            work.close()
-            raise ServiceClosed("The service is closed; load another one.")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        with self._reaching():
-            return await self._client.request(method, path, json=body)
-
-    def _json(self, response: httpx.Response) -> dict[str, Any]:
-        """The answer; raises the error that it stands for."""
-        try:
-            answer = response.json()
-        except ValueError:
-            answer = {"error": {"message": response.text[:200]}}
-        status = response.status_code
-        if status < 400:
-            return dict(answer)
-        error = answer.get("error", answer) if isinstance(answer, dict) else {}
-        said = error.get("message", error) if isinstance(error, dict) else error
-        if status in (401, 403):
-            raise AccessDenied(f"{self.url} wants another key; give the server's --api-key as token=...")
-        if status == 404:
-            raise WrongModel(f"{self.url} no longer serves {self.model!r} ({said}); load the service anew.")
-        if status in (429, 503):
-            raise ServiceBusy(f"{self.url} takes no more requests now: {said}")
-        if status >= 500:
-            raise EngineFailed(f"vLLM failed ({status}): {said}")
-        if "context length" in str(said) or "max_model_len" in str(said):
-            raise ContextTooLong(f"vLLM: {said}")
-        raise InvalidRequest(f"vLLM refuses the request ({status}): {said}")
-
-    def _reaching(self) -> "_Reaching":
-        return _Reaching(self.url)
-
-
-class _Reaching:
-    """Turns errors of the connection into ours."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, httpx.TransportError):
-            raise ServiceUnreachable(
-                f"{self.url} cannot be reached, or the connection broke ({type(error).__name__}: {error}). Is vLLM "
-                "running there?"
-            ) from error
-
-
 def known_as(facts: dict[str, Any]) -> str:
     """The fingerprint that references carry.
 
@@ -605,20 +397,13 @@ def known_as(facts: dict[str, Any]) -> str:
     return hashlib.sha256(f"vllm {facts['fingerprint']}".encode()).hexdigest()[:32]
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    loop.run_forever()
-    loop.close()
-
-
-def _model(server: Server, facts: dict[str, Any], settings: VLLMSettings) -> VLLMModel:
+def _model(where: str, facts: dict[str, Any], settings: LocalSettings) -> VLLMModel:
     if facts["fingerprint"] is None:
-        raise ModelNotSupported(
-            f"{server.url}: its weights are in no safetensors files, so nobody knows which they are."
-        )
-    source = settings.tokenizer or facts["root"]
+        raise ModelNotSupported(f"{where}: its weights are in no safetensors files, so nobody knows which they are.")
+    source, revision = facts["root"], facts.get("revision")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        config = AutoConfig.from_pretrained(source).get_text_config(decoder=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision).get_text_config(decoder=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelNotFound(
             f"The tokenizer of the server's model cannot be loaded here from {source!r} "
@@ -626,12 +411,10 @@ def _model(server: Server, facts: dict[str, Any], settings: VLLMSettings) -> VLL
         ) from error
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     if hashlib.sha256(vocabulary.encode()).hexdigest()[:32] != facts["vocabulary"]:
-        raise WrongModel(
-            f"The tokenizer in {source!r} is not that of the model at {server.url}; give it as tokenizer=..."
-        )
+        raise WrongModel(f"The tokenizer in {source!r} is not that of the model at {where}; give it as tokenizer=...")
     ends = [config.eos_token_id, tokenizer.eos_token_id]
     with suppress(OSError):  # many models have none
-        ends.append(GenerationConfig.from_pretrained(source).eos_token_id)
+        ends.append(GenerationConfig.from_pretrained(source, revision=revision).eos_token_id)
     # vLLM samples one token more than it feeds.
     positions = min(facts["max_model_len"] - 1, settings.max_positions or facts["max_model_len"])
     return VLLMModel(
@@ -646,3 +429,11 @@ def _model(server: Server, facts: dict[str, Any], settings: VLLMSettings) -> VLL
         tokenizer=tokenizer,
         eos=frozenset(i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None),
     )
+
+
+def _checked(kind: type[S], settings: dict[str, Any], elsewhere: Container[str]) -> S:
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        known = ", ".join(name for name in kind.model_fields if name not in elsewhere)
+        raise InvalidRequest(f"Setting {first_fault(error)}. Settings: {known}.") from error

@@ -44,7 +44,6 @@ def test_another_model_than_expected(double: VLLMDouble) -> None:
         (None, "plugin", False, "VLLM_PLUGINS=latentmas"),
         ({"latent_token_id": None}, "plugin", False, "--hf-overrides"),
         ({"prefix_caching": False}, "prefix caching", None, "--enable-prefix-caching"),
-        ({"vllm": "0.99.0"}, "version", None, "vllm==0.32"),
         ({"max_logprobs": 0}, "lens", None, "--max-logprobs"),
         ({"vocabulary": "other"}, "tokenizer", False, "--tokenizer"),
     ],

