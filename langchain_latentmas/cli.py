@@ -4,6 +4,7 @@ import typer
 
 from .commands.ask import ask
 from .commands.audit import audit
+from .commands.bench import bench
 from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.evaluate import evaluate
@@ -26,6 +27,7 @@ app.command()(audit)
 app.command()(lens)
 app.add_typer(picture, name="picture")
 app.command()(serve)
+app.command()(bench)
 app.command()(doctor)
 app.command("rotate-key")(rotate_key)
 

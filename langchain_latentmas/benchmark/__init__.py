@@ -1,0 +1,1 @@
+"""How fast it is on the machine at hand, beside what the machine's memory allows and what transformers does."""

@@ -1,0 +1,56 @@
+"""The device's memory: how much of it is free, and how fast it is."""
+
+import time
+
+import psutil
+import torch
+
+COPIED = 1 << 30  # bytes; beyond any cache
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on a device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return int(psutil.virtual_memory().available)
+
+
+def in_gb(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:.1f} GB"
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once everything that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Copy:
+    """A large copy within a device's memory, by which its bandwidth is measured.
+
+    Counted are the bytes read and the bytes written. A processor that reads a line before it writes it moves half as
+    much again, which is not counted: this is the speed that a program sees.
+    """
+
+    def __init__(self, device: torch.device, size: int | None = None) -> None:
+        """Allocates source and target.
+
+        Args:
+            device: Whose memory.
+            size: Bytes to copy; None takes 1 GiB, or less where there is little memory.
+        """
+        size = size or min(COPIED, free_bytes(device) // 8)
+        # Written, since pages that nobody wrote are all one and the same page of zeros.
+        self.source = torch.full((size // 4,), 1.0, device=device)
+        self.target = torch.full_like(self.source, 2.0)
+        self.bytes = 2 * self.source.nbytes
+        self.run()
+
+    def run(self) -> float:
+        """Copies once; returns bytes per second."""
+        begun = clock(self.source.device)
+        self.target.copy_(self.source)
+        return self.bytes / (clock(self.source.device) - begun)

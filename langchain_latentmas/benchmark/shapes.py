@@ -1,0 +1,101 @@
+"""Models of well-known shapes with random weights: as fast or slow as the real ones, and nothing to download."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .. import bundled
+from ..engine.model import LanguageModel
+from ..errors import InvalidRequest
+from .memory import free_bytes, in_gb
+
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"original_max_position_embeddings": 8192}
+
+
+def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+    }
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, tied: bool, factor: float) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {**_LLAMA3, "factor": factor},
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tied,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
+    "Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tied=True),
+    "Qwen3-4B": _qwen3(2560, 9728, 36, 32, tied=True),
+    "Qwen3-8B": _qwen3(4096, 12288, 36, 32, tied=False),
+    "Qwen3-14B": _qwen3(5120, 17408, 40, 40, tied=False),
+    "Qwen3-32B": _qwen3(5120, 25600, 64, 64, tied=False),
+    "Llama-3.2-1B": _llama(2048, 8192, 16, 32, tied=True, factor=32.0),
+    "Llama-3.2-3B": _llama(3072, 8192, 28, 24, tied=True, factor=32.0),
+    "Llama-3.1-8B": _llama(4096, 14336, 32, 32, tied=False, factor=8.0),
+}
+"""What the configurations on the hub say, as far as speed depends on it."""
+
+
+def parameters(shape: str) -> int:
+    """Number of weights of a shape, tied ones counted once; allocates nothing.
+
+    Raises:
+        InvalidRequest: If there is no such shape.
+    """
+    with torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(_config(shape)).num_parameters())
+
+
+def build(shape: str, device: str, dtype: torch.dtype) -> LanguageModel:
+    """A model of a shape, its weights random, the tokenizer and its chat template the bundled model's.
+
+    Args:
+        shape: One of `SHAPES`.
+        device: Where it is made, at once in its dtype.
+        dtype: Of the weights.
+
+    Raises:
+        InvalidRequest: If there is no such shape, or it does not fit the device.
+    """
+    needed, free = parameters(shape) * dtype.itemsize, free_bytes(torch.device(device))
+    if needed > free:
+        raise InvalidRequest(
+            f"{shape} takes {in_gb(needed)} in {str(dtype).removeprefix('torch.')}, and {device} has {in_gb(free)} "
+            "free; take a smaller shape or dtype."
+        )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(_config(shape), dtype=dtype)
+    return LanguageModel(model, AutoTokenizer.from_pretrained(bundled.MODEL), name=shape)
+
+
+def _config(shape: str) -> Any:
+    if shape not in SHAPES:
+        raise InvalidRequest(f"There is no shape {shape!r}; take one of {', '.join(SHAPES)}.")
+    return AutoConfig.for_model(**SHAPES[shape])

@@ -1,0 +1,177 @@
+"""`latentmas bench`: how fast it thinks and speaks here, against the memory's speed and against transformers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import InvalidRequest
+from .options import AsJson
+from .session import loading, print_json, reported
+from .terminal import headline, open_console
+
+if TYPE_CHECKING:
+    from ..engine.model import LanguageModel
+
+WHAT = {"think": ("Thinking", "thoughts / s"), "speak": ("Speaking", "tokens / s")}
+
+
+def bench(
+    model: Annotated[str, typer.Option(help="'bundled', a hub id, or a folder.")] = "bundled",
+    shape: Annotated[
+        str | None, typer.Option(help="Instead of a model: its shape, with random weights; say Qwen3-4B.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; CUDA if there is one otherwise.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Name of a torch dtype; auto takes the checkpoint's, of a shape bfloat16 on CUDA.")
+    ] = "auto",
+    rows: Annotated[str, typer.Option(help="How many rows side by side.")] = "1 2 4 8 16 32 64",
+    positions: Annotated[str, typer.Option(help="How long their memories are.")] = "256 2048 8192",
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each loop.")] = 5,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of torch; the bundled model gets one, others torch's own choice.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Milliseconds per tick, thoughts and tokens per second, GB/s, and how far from what the memory allows.
+
+    In turns with a plain transformers loop over the whole model and with generate, on the same work.
+    """
+    with reported(as_json):
+        counts, lengths = _numbers("--rows", rows), _numbers("--positions", positions)
+        with loading(show=not as_json):
+            loaded = _load(model, shape, device, dtype, threads)
+            from ..benchmark.run import Bench
+
+            measuring = Bench(loaded, counts, lengths, repeats)
+        with _progress(show=not as_json) as bar:
+            result = measuring.run(bar)
+        if as_json:
+            print_json(**result)
+        else:
+            open_console().print(_picture(result))
+
+
+def _load(model: str, shape: str | None, device: str | None, dtype: str, threads: int | None) -> "LanguageModel":
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from .. import bundled
+    from ..benchmark.shapes import build
+    from ..engine.model import LanguageModel
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if "://" in model:
+        raise InvalidRequest(f"{model}: a server cannot be measured from here; name the model that it runs.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if threads is None and model == "bundled" and shape is None:
+        threads = 1  # its matrices are so small that sharing them out costs more than it brings
+    if threads:
+        torch.set_num_threads(threads)
+    if shape is not None:
+        chosen = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
+        named = getattr(torch, chosen, None)
+        if not isinstance(named, torch.dtype):
+            raise InvalidRequest(f"{dtype!r} is no dtype of torch; take bfloat16, float16 or float32.")
+        return build(shape, device, named)
+    loaded = LanguageModel.load(str(bundled.MODEL) if model == "bundled" else model, device=device, dtype=dtype)
+    loaded.name = model
+    return loaded
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise InvalidRequest(f"{option} takes whole numbers from 1 on, such as '1 8 32', not {text!r}.")
+    return list(dict.fromkeys(numbers))
+
+
+@contextmanager
+def _progress(show: bool) -> "Iterator[Callable[[str, int, int], None]]":
+    """A bar on stderr; what it yields says what comes next, how much is done, and of how much."""
+    columns = (TextColumn("{task.description:<34}"), BarColumn(28), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as progress:
+        task = progress.add_task("measuring", total=None)
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+
+
+def _picture(result: dict[str, Any]) -> RenderableType:
+    machine, about = result["machine"], result["model"]
+    where = f"{machine['device']}, " if machine["device"] != "cpu" else ""
+    weights = {what: _size(size) for what, size in about["weights_gb"].items()}
+    rest = (
+        f"{where}{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} threads\n"
+        f"memory: {result['bandwidth_gb_s']:,.1f} GB/s, copied · weights to read: "
+        f"{weights['think']} a thought, {weights['speak']} a token"
+    )
+    parts: list[RenderableType] = [headline("bench", {**about, "device": machine["device"]}, rest)]
+    for what in WHAT:
+        if cells := [row for row in result["rows"] if row["what"] == what]:
+            parts += [Text(), _table(what, cells)]
+    parts += [Text(), *_notes(result)]
+    return Group(*parts)
+
+
+def _table(what: str, cells: Sequence[dict[str, Any]]) -> Table:
+    title, per_second = WHAT[what]
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), header_style="dim")
+    names = [
+        "rows",
+        "positions",
+        "ms a tick",
+        per_second,
+        "GB/s",
+        "times\nthe floor",
+        "plain loop\nms",
+        "share of\nthat",
+    ]
+    if what == "speak":
+        names.append("generate\nms")
+    for name in names:
+        table.add_column(name, justify="right", vertical="bottom")
+    for cell in cells:
+        low, high = cell["ms_spread"]
+        values = [
+            f"{cell['rows']}",
+            f"{cell['positions']:,}",
+            f"{_digits(cell['ms'])} [dim]({_digits(low)}..{_digits(high)})[/]",
+            f"{cell['per_second']:,.0f}" if cell["per_second"] >= 100 else f"{cell['per_second']:.1f}",
+            f"{cell['gb_s']:,.1f}",
+            f"{cell['floor_ratio']:.2f}×",
+            _digits(cell["full_lm_ms"]),
+            f"{cell['full_lm_ratio']:.2f}",
+        ]
+        if what == "speak":
+            values.append(_digits(cell["generate_ms"]))
+        table.add_row(*values)
+    return table
+
+
+def _notes(result: dict[str, Any]) -> Iterator[RenderableType]:
+    for why, group in groupby(result["skipped"], key=lambda one: (one["what"], one["positions"], one["why"])):
+        counts = ", ".join(str(one["rows"]) for one in group)
+        yield Text(f"Left out: {why[0]}, {why[1]:,} positions, {counts} rows: {why[2]}.", "yellow")
+    yield Text(
+        "Medians of a tick (smallest..largest turn). Floor: weights read once and the live KV of all rows, at the "
+        "speed of the copy. Plain loop: the whole causal model with logits, where it thinks with all hidden states "
+        "too, a DynamicCache, rows of equal length; share: tick over plain loop, turn by turn.",
+        style="dim",
+    )
+
+
+def _size(gb: float) -> str:
+    return f"{gb:.2f} GB" if gb >= 0.1 else f"{1000 * gb:.1f} MB"
+
+
+def _digits(ms: float) -> str:
+    return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"
