@@ -75,7 +75,8 @@ class LanguageModel:
         with torch.inference_mode():
             cache = self.new_cache()
             self._compare_with_plain_forward(cache)
-            self.bytes_per_position = cache.bytes_per_position
+            self._a_position = cache.read(0, 0, 1)
+            self.bytes_per_position = self._a_position.nbytes
             self.kv_devices = [layer.keys.device for layer in cache.layers]
             # transformers computes the angles in float32 whatever the model's dtype.
             tolerance = max(self._tolerance, float(torch.finfo(torch.float32).eps) ** 0.5)
@@ -139,6 +140,13 @@ class LanguageModel:
     def new_cache(self) -> SlotCache:
         """An empty slot cache of this model's layers."""
         return SlotCache(self.config.num_hidden_layers)
+
+    def blank_kv(self, positions: int) -> KV:
+        """A KV of so many positions without its numbers, on the meta device."""
+        sides = (
+            [t.new_empty(t.shape[0], positions, t.shape[2], device="meta") for t in side] for side in self._a_position
+        )
+        return KV(*sides)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., hidden] of token ids [...]."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .kv import KV
+from .kv import KV, AnyKV
 
 
 def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Rotary:
                 return rotary
         return None
 
-    def turn(self, kv: KV, offset: int) -> KV:
+    def turn(self, kv: AnyKV, offset: int) -> AnyKV:
         """The same positions, `offset` further on: keys re-rotated in float32 or wider, values shared."""
         return KV([self._turn(keys, offset) for keys in kv.keys], kv.values) if offset else kv
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .kv import KV
+from .kv import KV, AnyKV
 
 
 class Window:
@@ -116,7 +116,7 @@ class SlotCache(Cache):
                 if layer.is_initialized:
                     layer.resize()
 
-    def write(self, slot: int, start: int, kv: KV) -> None:
+    def write(self, slot: int, start: int, kv: AnyKV) -> None:
         """Copies a KV into the cells from `start` on."""
         for layer, keys, values in zip(self.layers, kv.keys, kv.values, strict=True):
             if not layer.is_initialized:

@@ -9,10 +9,10 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ..engine.kv import KV
+from ..engine.kv import KV, AnyKV
 
 
-def alter(kv: KV, key: str) -> KV:
+def alter(kv: AnyKV, key: str) -> KV:
     """The KV of an altered memory.
 
     Args:

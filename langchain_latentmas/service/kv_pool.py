@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from ..engine.kv import KV, Placed
+from ..engine.kv import AnyKV, Placed
 from ..engine.scheduler import Scheduler
 from ..engine.tick import Result, Row
 from ..errors import EngineFailed, ServiceClosed
@@ -34,6 +34,7 @@ class KVPool:
     first arrives through the futures.
 
     Attributes:
+        packed: Whether it keeps KV in 8 bits.
         kept: KV on the device, by memory id.
         spilled: KV in CPU memory, by memory id.
         hits: Segments found "device", "cpu" or "disk".
@@ -51,6 +52,7 @@ class KVPool:
         cpu_limit: int = 0,
         disk: Spill | None = None,
         devices: Sequence[torch.device] = (),
+        packed: bool = False,
     ) -> None:
         """Starts empty, but for what `disk` holds.
 
@@ -63,18 +65,24 @@ class KVPool:
             cpu_limit: Bytes of KV to keep in CPU memory besides.
             disk: Where KV goes that has no room there either.
             devices: Device of each layer.
+            packed: Whether to keep KV in 8 bits. Then all readers get what the 8 bits say, wherever they were kept.
         """
-        self.kept: Budget[KV] = Budget(limit, lambda kv: kv.nbytes)
-        self.spilled: Budget[KV] = Budget(cpu_limit, lambda kv: kv.nbytes)
-        self.mode, self.rebuilds = mode, 0
+        self.kept: Budget[AnyKV] = Budget(limit, lambda kv: kv.nbytes)
+        self.spilled: Budget[AnyKV] = Budget(cpu_limit, lambda kv: kv.nbytes)
+        self.packed, self.mode, self.rebuilds = packed, mode, 0
         self.hits: Counter[str] = Counter()
         self.disk, self._devices = disk, list(devices)
         self._scheduler, self._lineage, self._recipe = scheduler, lineage, recipe
-        self._coming: dict[str, Future[KV]] = {}  # read from the disk, or rebuilt
+        self._coming: dict[str, Future[AnyKV]] = {}  # read from the disk, or rebuilt
         self._lock = threading.RLock()
 
-    def keep(self, key: str, kv: KV) -> None:
-        """Takes in the KV of a new memory, or of one that came back; others may have to leave the device for it."""
+    def keep(self, key: str, kv: AnyKV) -> AnyKV:
+        """Takes in the KV of a new memory, or of one that came back; others may have to leave the device for it.
+
+        Returns:
+            The KV as its readers get it.
+        """
+        kept = kv = kv.packed() if self.packed else kv
         with self._lock:
             self.spilled.pop(key)
             leaving = self.kept.put(key, kv)
@@ -85,6 +93,7 @@ class KVPool:
                 for old, gone in leaving:
                     if old not in self.disk:
                         self.disk.put(old, gone.to(cpu))  # a copy, so that what waits holds no room on the device
+        return kept
 
     def forget(self, key: str) -> None:
         """Removes the KV of a memory, wherever it is."""
@@ -121,7 +130,7 @@ class KVPool:
                 placed[piece.id] = _then(kvs[piece.id], _Place(piece.start, shifts[piece.id]))
         return _gather(list(placed.values()))
 
-    def _kv(self, key: str) -> "Future[KV]":
+    def _kv(self, key: str) -> "Future[AnyKV]":
         """A segment's KV where it was computed."""
         if whole := unaltered(key):
             return _then(self._kv(whole), partial(alter, key=key))
@@ -140,12 +149,12 @@ class KVPool:
                 return self._read(key, self.disk)
             return self._rebuilt(key)
 
-    def _read(self, key: str, disk: Spill) -> "Future[KV]":
+    def _read(self, key: str, disk: Spill) -> "Future[AnyKV]":
         """A segment's KV from the disk, or rebuilt if that fails."""
         reading = disk.get(key, self._recipe(key).segment.positions)
-        future = self._coming[key] = Future[KV]()
+        future = self._coming[key] = Future[AnyKV]()
 
-        def follow(_: "Future[KV]") -> None:
+        def follow(_: "Future[AnyKV]") -> None:
             if reading.cancelled():
                 future.set_exception(ServiceClosed("The service was closed while it worked on this request."))
                 return
@@ -171,47 +180,58 @@ class KVPool:
         reading.add_done_callback(follow)
         return future
 
-    def _rebuilt(self, key: str) -> "Future[KV]":
-        """A segment's KV from its recipe; one prefill brings back a whole run of segments, each made on the one before.
+    def _rebuilt(self, key: str) -> "Future[AnyKV]":
+        """A segment's KV from its recipe, and with it a whole run of lost segments, each made on the one before.
 
         Whoever calls holds the lock.
         """
         run = [self._recipe(key)]
         while len(run[0].parents) == 1 and not self._is_somewhere(run[0].parents[0]):
             run.insert(0, self._recipe(run[0].parents[0]))
+        # One prefill brings all of them back. But what is kept in 8 bits was computed on 8 bits: there, each has its own.
+        legs = [[recipe] for recipe in run] if self.packed else [run]
         seen = self._lineage.layout(run[0].parents)
-        futures = {recipe.id: Future[KV]() for recipe in run}
+        futures = {recipe.id: Future[AnyKV]() for recipe in run}
         self._coming |= futures
-        self.rebuilds += 1
+        self.rebuilds += len(legs)
         logger.info("rebuilding %d segments that end in %s", len(run), key)
 
-        def deliver(result: Result) -> None:
-            try:
-                parts = result.kv.split([recipe.segment.positions for recipe in run]) if len(run) > 1 else [result.kv]
-            except RuntimeError as error:  # no memory for the copies; the row is gone, so nobody else would tell
-                fail(EngineFailed(f"A memory could not be rebuilt ({error}); the same call may succeed later."))
-                return
-            with self._lock:
-                for recipe, kv in zip(run, parts, strict=True):
-                    self.keep(recipe.id, kv)
-                    del self._coming[recipe.id]
-            for future, kv in zip(futures.values(), parts, strict=True):
-                future.set_result(kv)
+        def prefill(past: "Future[list[Placed]]", start: int) -> None:
+            leg = legs.pop(0)
+
+            def deliver(result: Result) -> None:
+                try:
+                    parts = result.kv.split([recipe.segment.positions for recipe in leg]) if leg[1:] else [result.kv]
+                    kept = [self.keep(recipe.id, kv) for recipe, kv in zip(leg, parts, strict=True)]
+                except RuntimeError as error:  # no memory for the copies; the row is gone, so nobody else would tell
+                    fail(EngineFailed(f"A memory could not be rebuilt ({error}); the same call may succeed later."))
+                    return
+                with self._lock:
+                    for recipe in leg:
+                        del self._coming[recipe.id]
+                for recipe, kv in zip(leg, kept, strict=True):
+                    futures.pop(recipe.id).set_result(kv)
+                if legs:
+                    placed = [*past.result(), Placed(kept[0], start)]
+                    prefill(_done(placed), start + kept[0].positions)
+
+            inputs = [part for recipe in leg for part in recipe.segment.inputs]
+            row = Row(past=(), start=start, inputs=inputs, on_done=deliver, on_error=fail)
+            self.submit(row, past)
 
         def fail(error: BaseException) -> None:
             with self._lock:
-                for recipe in run:
-                    del self._coming[recipe.id]
+                for lost in futures:
+                    del self._coming[lost]
             for future in futures.values():
                 future.set_exception(error)
 
-        inputs = [part for recipe in run for part in recipe.segment.inputs]
-        row = Row(past=(), start=seen[-1].end if seen else 0, inputs=inputs, on_done=deliver, on_error=fail)
+        wanted = futures[key]
         try:
-            self.submit(row, self.place(seen))
+            prefill(self.place(seen), seen[-1].end if seen else 0)
         except Exception as error:  # a recipe that is gone: whoever else waits for this segment must hear of it
             fail(error)
-        return futures[key]
+        return wanted
 
     def _is_somewhere(self, key: str) -> bool:
         """Whether a segment need not be rebuilt: it is altered from another one, kept, spilled, or on its way."""
@@ -284,7 +304,7 @@ class _Place:
     def __init__(self, start: int, shift: int) -> None:
         self.start, self.shift = start, shift
 
-    def __call__(self, kv: KV) -> Placed:
+    def __call__(self, kv: AnyKV) -> Placed:
         return Placed(kv, self.start, self.shift)
 
 

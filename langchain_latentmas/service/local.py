@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Ty
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import bundled
-from ..engine.kv import KV
+from ..engine.kv import KV, AnyKV
 from ..engine.lens import read_out
 from ..engine.model import LanguageModel
 from ..engine.sampling import Sampling
@@ -90,6 +90,9 @@ class LocalSettings(BaseModel):
             "P30D"; pinned ones, and what others that stay descend from, are spared. None removes none for its age.
         key: Signing key; None takes the one in the store's folder (mode 600, made if missing), else a fresh one, whose
             references end with the process.
+        kv_dtype: "int8" keeps the KV of memories in 8 bits until somebody reads it, in every place where it is kept:
+            about half of bfloat16's bytes or a quarter of float32's, rounded (docs/precision.md). "auto" keeps it as
+            the model computed it.
         kv_budget: Bytes of KV to keep on the device for later readers, a number or such as "4GiB"; None takes 40 % of
             the free device memory.
         kv_cpu_budget: Bytes of KV to keep in CPU memory when there is no room on the device; None takes 20 % of what is
@@ -115,6 +118,7 @@ class LocalSettings(BaseModel):
     key: bytes | None = None
     store_budget: Bytes | None = None
     keep_for: timedelta | None = Field(None, ge=timedelta(0))
+    kv_dtype: Literal["auto", "int8"] = "auto"
     kv_budget: Bytes | None = None
     kv_cpu_budget: Bytes | None = None
     kv_disk_budget: Bytes = 0
@@ -194,6 +198,7 @@ class LocalService(LatentService):
             cpu_limit=_cpu_budget(model.device) if settings.kv_cpu_budget is None else settings.kv_cpu_budget,
             disk=disk,
             devices=model.kv_devices,
+            packed=settings.kv_dtype == "int8",
         )
         closed = threading.Event()
         # Also runs when the service is forgotten, and at exit: a tick must not outlive the interpreter.
@@ -496,6 +501,7 @@ class LocalService(LatentService):
             "realign": model.realign,
             "think_tag": self.think_tag,
             "merge": self._pool.mode,
+            "kv_dtype": "int8" if pool.packed else str(model.dtype).removeprefix("torch."),
             "kv_bytes_per_position": model.bytes_per_position,
             "kv_budget": kept.limit,
             "kv_bytes": kept.used,
@@ -632,9 +638,17 @@ class LocalService(LatentService):
             folder = Path(store) / "kv"
         if folder is None:
             raise InvalidRequest("kv_disk_budget needs a folder: kv_folder=..., or a folder as store.")
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        made_for = {"model": self.model.fingerprint, "dtype": dtype, "merge": mode}
-        return Spill(folder, self.settings.kv_disk_budget, signer, made_for, self.model.bytes_per_position)
+        model, packed = self.model, self.settings.kv_dtype == "int8"
+        dtype = str(model.dtype).removeprefix("torch.")
+        made_for = {"model": model.fingerprint, "dtype": dtype, "merge": mode}
+
+        def blank(positions: int) -> AnyKV:
+            kv = model.blank_kv(positions)
+            return kv.packed() if packed else kv
+
+        if packed:
+            made_for["kv_dtype"] = "int8"
+        return Spill(folder, self.settings.kv_disk_budget, signer, made_for, blank)
 
     def _forget(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -864,7 +878,7 @@ def _collect(service_ref: "weakref.ref[LocalService]", closed: threading.Event, 
         closed.wait(seconds)
 
 
-def _close(scheduler: Scheduler | None, kept: Budget[KV], disk: Spill | None, closed: threading.Event) -> None:
+def _close(scheduler: Scheduler | None, kept: Budget[AnyKV], disk: Spill | None, closed: threading.Event) -> None:
     closed.set()
     if scheduler is not None:
         scheduler.close()

@@ -7,15 +7,16 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
+from torch import Tensor
 
-from ..engine.kv import KV
+from ..engine.kv import AnyKV
 from ..errors import ServiceClosed, StoreCorrupted
 from .budget import Budget
 from .envelope import MAX_HEADER, OVERHEAD, Envelope, Kind
@@ -36,7 +37,14 @@ class Spill:
         refused: Files that could not be read as what they should be; they are removed and their KV is rebuilt.
     """
 
-    def __init__(self, folder: Path, limit: int, signer: Signer, made_for: Mapping[str, str], position: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limit: int,
+        signer: Signer,
+        made_for: Mapping[str, str],
+        blank: Callable[[int], AnyKV],
+    ) -> None:
         """Opens a folder and takes over the files that an earlier process left there.
 
         Args:
@@ -45,11 +53,11 @@ class Spill:
             signer: Signs the files.
             made_for: What the KV depends on besides the id, such as the dtype; files made for anything else are
                 refused.
-            position: Bytes of KV per position.
+            blank: A KV of so many positions as it has to be, on the meta device.
         """
         self.folder, self.refused = folder, 0
-        self._signer, self._made_for, self._position = signer, dict(made_for), position
-        self._waiting: dict[str, KV] = {}
+        self._signer, self._made_for, self._blank = signer, dict(made_for), blank
+        self._waiting: dict[str, AnyKV] = {}
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "latentmas-spill")
@@ -70,7 +78,7 @@ class Spill:
     def __contains__(self, key: str) -> bool:
         return key in self._waiting or key in self.files
 
-    def put(self, key: str, kv: KV) -> None:
+    def put(self, key: str, kv: AnyKV) -> None:
         """Has a KV written, unless it is there already or too many wait.
 
         Args:
@@ -86,7 +94,7 @@ class Spill:
         with contextlib.suppress(RuntimeError):  # closed: nobody will read it either
             self._thread.submit(self._write, key)
 
-    def get(self, key: str, positions: int) -> "Future[KV]":
+    def get(self, key: str, positions: int) -> "Future[AnyKV]":
         """Reads a KV.
 
         Args:
@@ -103,7 +111,7 @@ class Spill:
         with self._lock:
             waiting = self._waiting.get(key)
         if waiting is not None:
-            done: Future[KV] = Future()
+            done: Future[AnyKV] = Future()
             done.set_result(waiting)
             return done
         try:
@@ -139,7 +147,7 @@ class Spill:
                 logger.warning("the disk of %s is nearly full, so KV is rebuilt instead of spilled", self.folder)
                 return
             header = json.dumps({"id": key, "positions": kv.positions, **self._made_for}).encode()
-            tensors = {f"{side}.{i}": t.contiguous() for side in KV._fields for i, t in enumerate(getattr(kv, side))}
+            tensors = {f"{side}.{i}": t.contiguous() for side, i, t in _tensors(kv)}
             # Not flushed to the disk: what a crash of the machine tears fails its checksum and is rebuilt.
             with fresh.open("xb") as file:
                 file.writelines(Envelope(Kind.KV, header, safetensors.save(tensors)).sealed(self._signer))
@@ -156,7 +164,7 @@ class Spill:
                 if self._waiting.pop(key, None) is not None:
                     self._waiting_bytes -= kv.nbytes
 
-    def _read(self, key: str, positions: int) -> KV:
+    def _read(self, key: str, positions: int) -> AnyKV:
         path = self._path(key)
         try:
             kv = self._opened(path, key, positions)
@@ -169,9 +177,10 @@ class Spill:
             os.utime(path)
         return kv
 
-    def _opened(self, path: Path, key: str, positions: int) -> KV:
+    def _opened(self, path: Path, key: str, positions: int) -> AnyKV:
         # Before anything of that size is allocated: a KV has as many bytes as it has to have.
-        content = positions * self._position
+        blank = self._blank(positions)
+        content = blank.nbytes
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if not content <= size <= content + MAX_HEADER + OVERHEAD:
@@ -181,13 +190,13 @@ class Spill:
             raise StoreCorrupted("it was made for something else")
         try:
             tensors = safetensors.load(payload)
-            layers = range(len(tensors) // 2)
-            kv = KV([tensors[f"keys.{i}"] for i in layers], [tensors[f"values.{i}"] for i in layers])
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, ValueError) as error:
             raise StoreCorrupted("its tensors cannot be read") from error
-        if not layers or kv.nbytes != content or kv.positions != positions:
+        shapes = {f"{side}.{i}": (t.shape, t.dtype) for side, i, t in _tensors(blank)}
+        if {name: (t.shape, t.dtype) for name, t in tensors.items()} != shapes:
             raise StoreCorrupted("its tensors have other shapes than it says")
-        return kv
+        layers = range(len(blank.keys))
+        return type(blank)(*([tensors[f"{side}.{i}"] for i in layers] for side in blank._fields))
 
     def _count(self, key: str, size: int) -> None:
         for old, _ in self.files.put(key, size):
@@ -195,3 +204,10 @@ class Spill:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}{SUFFIX}"
+
+
+def _tensors(kv: AnyKV) -> Iterator[tuple[str, int, Tensor]]:
+    """All tensors of a KV, with the names of their side and their layers."""
+    for side in kv._fields:
+        for i, tensor in enumerate(getattr(kv, side)):
+            yield side, i, tensor

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_latentmas.engine.kv import KV
+from langchain_latentmas.engine.kv import KV, AnyKV
 from langchain_latentmas.errors import InvalidRequest, ServiceClosed, StoreCorrupted, UnknownReference
 from langchain_latentmas.service import spill as module
 from langchain_latentmas.service.identity import Signer
@@ -35,21 +35,50 @@ def kv(positions: int = 3, dtype: torch.dtype = torch.float32) -> KV:
     return KV([layer() for _ in range(LAYERS)], [layer() for _ in range(LAYERS)])
 
 
-def spill(folder: Path, limit: int = 1 << 20, made_for: dict[str, str] = MADE_FOR, position: int = POSITION) -> Spill:
-    return Spill(folder, limit, SIGNER, made_for, position)
+def spill(
+    folder: Path,
+    limit: int = 1 << 20,
+    made_for: dict[str, str] = MADE_FOR,
+    dtype: torch.dtype = torch.float32,
+    packed: bool = False,
+) -> Spill:
+    def blank(positions: int) -> AnyKV:
+        layers = [torch.empty(HEADS, positions, WIDTH, dtype=dtype, device="meta")] * LAYERS
+        return KV(layers, layers).packed() if packed else KV(layers, layers)
+
+    return Spill(folder, limit, SIGNER, made_for, blank)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_kv_comes_back_bit_by_bit_also_in_the_next_process(tmp_path: Path, dtype: torch.dtype) -> None:
-    put, disk = kv(dtype=dtype), spill(tmp_path, position=POSITION * dtype.itemsize // 4)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_kv_comes_back_bit_by_bit_also_in_the_next_process(tmp_path: Path, dtype: torch.dtype, packed: bool) -> None:
+    put: AnyKV = kv(dtype=dtype)
+    put = put.packed() if packed else put
+    disk = spill(tmp_path, dtype=dtype, packed=packed)
     disk.put("lat_a", put)
     disk.flush()
     assert kv_equal(disk.get("lat_a", 3).result(), put)
     disk.close()
-    again = spill(tmp_path, position=POSITION * dtype.itemsize // 4)
+    again = spill(tmp_path, dtype=dtype, packed=packed)
     assert "lat_a" in again
-    assert kv_equal(again.get("lat_a", 3).result(), put)
+    back = again.get("lat_a", 3).result()
+    assert type(back) is type(put)
+    assert kv_equal(back, put)
     again.close()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("wrong", ["dtype", "shape"])
+def test_a_kv_of_other_shapes_is_not_read_whatever_its_header_says(tmp_path: Path, packed: bool, wrong: str) -> None:
+    disk = spill(tmp_path, dtype=torch.float16, packed=packed)
+    other = kv(dtype=torch.bfloat16 if wrong == "dtype" else torch.float16)
+    if wrong == "shape":
+        other = KV(*([t.reshape(2 * HEADS, 3, WIDTH // 2) for t in side] for side in other))
+    disk.put("lat_a", other.packed() if packed else other)
+    disk.flush()
+    with pytest.raises(StoreCorrupted, match="other shapes"):
+        disk.get("lat_a", 3).result()
+    disk.close()
 
 
 def test_the_limit_holds_and_the_least_recently_read_goes_first(tmp_path: Path) -> None:
