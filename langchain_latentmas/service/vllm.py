@@ -101,8 +101,6 @@ class VLLMService(LocalService):
             WrongModel: If the tokenizer is not the server's.
         """
         try:
-            if settings.merge != "auto":
-                raise InvalidRequest("vLLM reads several memories as one chain; leave merge=... out.")
             self.facts = transport.call(transport.facts())
             model = _model(transport.name, self.facts, settings)
             engine = Engine(transport, model)
@@ -432,6 +430,8 @@ def _model(where: str, facts: dict[str, Any], settings: LocalSettings) -> VLLMMo
 
 
 def _checked(kind: type[S], settings: dict[str, Any], elsewhere: Container[str]) -> S:
+    if settings.get("merge", "auto") != "auto":
+        raise InvalidRequest("vLLM reads several memories as one chain; leave merge=... out.")
     try:
         return kind(**settings)
     except ValidationError as error:

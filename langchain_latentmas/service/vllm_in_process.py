@@ -63,10 +63,10 @@ class InProcess(Transport):
         """
         try:
             import latentmas_vllm as plugin
-            import vllm
+            from vllm.version import __version__ as version
         except ModuleNotFoundError as error:
             raise MissingExtra(f"{error.name} is not installed; {HOW_TO_INSTALL}") from error
-        if (reason := plugin.unsupported(vllm.__version__)) is not None:
+        if (reason := plugin.unsupported(version)) is not None:
             raise ModelNotSupported(reason)
         if "latentmas" not in os.environ.get("VLLM_PLUGINS", "latentmas").split(","):
             raise ModelNotSupported("VLLM_PLUGINS leaves the plugin out; add latentmas to it.")

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from langchain_latentmas.errors import (
     EngineFailed,
     InvalidRequest,
     LatentMASError,
+    MissingExtra,
     ModelNotFound,
     ModelNotSupported,
     ServiceBusy,
@@ -317,6 +319,17 @@ def test_what_the_server_decides_is_no_setting_here(name: str) -> None:
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(InvalidRequest, match="vllm\\+http://host:port"):
         LatentService.load(url)
+
+
+def test_several_memories_are_one_chain_and_no_setting_changes_that(connect: Connect) -> None:
+    with pytest.raises(InvalidRequest, match="one chain"):
+        connect(merge="rotate")
+
+
+@pytest.mark.skipif(find_spec("vllm.config") is not None, reason="vLLM is installed")
+def test_vllm_in_this_process_names_the_extra() -> None:
+    with pytest.raises(MissingExtra, match=r"langchain-latentmas\[vllm\]"):
+        LatentService.load("vllm:bundled")
 
 
 def test_what_vllm_cannot_do_is_said(vllm: VLLMService, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """LatentMAS for vLLM: a latent token, whose embedding is the aligned last hidden state of the position before it."""
 
+from contextlib import suppress
+
 from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -17,8 +20,9 @@ SUPPORTED = SpecifierSet(">=0.27.1,<0.33")
 
 def unsupported(version: str) -> str | None:
     """Why a version of vLLM is refused; None if it is not."""
-    if SUPPORTED.contains(version, prereleases=True):
-        return None
+    with suppress(InvalidVersion):  # "dev", of a vLLM that was built outside of its repository
+        if SUPPORTED.contains(version, prereleases=True):
+            return None
     return f"latentmas-vllm runs with vLLM {SUPPORTED}, not with {version}; install one of these."
 
 

@@ -98,6 +98,13 @@ class HiddenStateBackend(AttentionBackend):
         raise NotImplementedError
 
     @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+    ) -> tuple[int, ...]:
+        """Asked for by vLLM before 0.29; later ones take this shape from the specification of the layer."""
+        return num_blocks, num_kv_heads, block_size, head_size
+
+    @staticmethod
     def get_builder_cls() -> type[SlotsBuilder]:
         """See `AttentionBackend`."""
         return SlotsBuilder

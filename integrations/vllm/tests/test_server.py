@@ -1,12 +1,13 @@
 """OpenAI servers of vLLM, started here, and LangGraph graphs that run on them unchanged."""
 
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -20,27 +21,26 @@ if find_spec("vllm.config") is None:  # a folder of that name, this one say, is 
     pytest.skip("vLLM is not installed; see `make test-vllm`", allow_module_level=True)
 
 from langchain_latentmas import LatentService
-from langchain_latentmas.bundled import MODEL
+from langchain_latentmas.bundled import MODEL, STEPS
 from langchain_latentmas.commands.doctor import diagnose
+from langchain_latentmas.demo import held_out, run
 from langchain_latentmas.evaluation.task import BUNDLED_TASKS
 from langchain_latentmas.teams import HIERARCHICAL, hierarchical, sequential
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
-GRAPHS, STEPS, BLOCK = 40, 8, 32
+GRAPHS, BLOCK = 40, 32
+TEAMS = "sequential", "chained"
+COOKBOOK = Path(__file__).parents[3] / "cookbook"
 FLAGS = (
     "--dtype float32 --enforce-eager --max-num-seqs 64 --max-num-batched-tokens 2048 --max-model-len 2048 "
-    f"--block-size {BLOCK} --kv-cache-memory-bytes {128 << 20} --host 127.0.0.1"
+    f"--block-size {BLOCK} --kv-cache-memory-bytes {128 << 20}"
 )
 
 
 @contextmanager
 def vllm_server(log: Path, *flags: str, **environment: str) -> Iterator[str]:
     """A server on a free port; ends with the block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL), "--port", str(port)]
     env = {
         **os.environ,
         "VLLM_PLUGINS": "latentmas",
@@ -50,8 +50,18 @@ def vllm_server(log: Path, *flags: str, **environment: str) -> Iterator[str]:
         **environment,
     }
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    command = ["vllm.entrypoints.openai.api_server", "--model", str(MODEL), *FLAGS.split(), *flags]
+    with started(command, log, env) as url:
+        yield url
+
+
+@contextmanager
+def started(command: Sequence[str], log: Path, env: dict[str, str]) -> Iterator[str]:
+    """A module that serves HTTP, on a free port."""
+    port = free_port()
     with log.open("w") as out:
-        process = subprocess.Popen([*command, *FLAGS.split(), *flags], env=env, stdout=out, stderr=out)
+        run = [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)]
+        process = subprocess.Popen(run, env=env, stdout=out, stderr=out)
     try:
         deadline = time.monotonic() + 600
         while True:
@@ -69,12 +79,26 @@ def vllm_server(log: Path, *flags: str, **environment: str) -> Iterator[str]:
         process.wait(60)
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 LATENT_FLAGS = ("--hf-overrides", '{"architectures": ["LatentQwen3ForCausalLM"]}')
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with vllm_server(tmp_path_factory.mktemp("vllm") / "log", *LATENT_FLAGS) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Another server, with as little KV memory as one request of the longest kind needs."""
+    blocks = ("--num-gpu-blocks-override", str(2048 // BLOCK + 1))
+    with vllm_server(tmp_path_factory.mktemp("replica") / "log", *LATENT_FLAGS, *blocks) as url:
         yield url
 
 
@@ -99,12 +123,20 @@ def inputs() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def expected(local: LatentService, inputs: list[dict[str, Any]]) -> list[str]:
-    return answers(team(local), inputs)
+def expected(local: LatentService, inputs: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """What the service in this process answers, by team.
+
+    Parallel experts are one chain on vLLM, as if each had seen the earlier ones; tips are read by agent name unless
+    `reads` says otherwise.
+    """
+    chain = {name: HIERARCHICAL[name] for name in sorted(HIERARCHICAL)}
+    chained = sequential(local, agents=chain, steps=STEPS, max_tokens=24).compile()
+    return {"sequential": answers(team(local), inputs), "chained": answers(chained, inputs)}
 
 
-def team(service: LatentService) -> Any:
-    return sequential(service, steps=STEPS, max_tokens=24).compile()
+def team(service: LatentService, name: str = "sequential") -> Any:
+    arrange = {"sequential": sequential, "chained": hierarchical}[name]
+    return arrange(service, steps=STEPS, max_tokens=24).compile()
 
 
 def answers(graph: Any, inputs: list[dict[str, Any]]) -> list[str]:
@@ -116,16 +148,16 @@ def metric(address: str, name: str) -> float:
     return sum(float(value) for value in re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", lines, re.MULTILINE))
 
 
-def test_graphs_end_with_the_tokens_of_the_service_in_this_process(
-    vllm: LatentService, inputs: list[dict[str, Any]], expected: list[str]
+def test_graphs_one_after_the_other_end_with_the_tokens_of_the_service_in_this_process(
+    vllm: LatentService, inputs: list[dict[str, Any]], expected: dict[str, list[str]]
 ) -> None:
     graph = team(vllm)
-    assert [graph.invoke(each)["messages"][-1].text for each in inputs[:10]] == expected[:10]
-    assert answers(graph, inputs) == expected
+    assert [graph.invoke(each)["messages"][-1].text for each in inputs[:10]] == expected["sequential"][:10]
 
 
-def test_with_text_requests_in_between(
-    vllm: LatentService, local: LatentService, inputs: list[dict[str, Any]], expected: list[str]
+@pytest.mark.parametrize("name", TEAMS)
+def test_all_at_once_with_text_requests_in_between(
+    name: str, vllm: LatentService, local: LatentService, inputs: list[dict[str, Any]], expected: dict[str, list[str]]
 ) -> None:
     prompts = [each["messages"] for each in inputs[:16]]
 
@@ -135,30 +167,69 @@ def test_with_text_requests_in_between(
     alone = [text(local, prompt) for prompt in prompts]
     with ThreadPoolExecutor(16) as threads:
         spoken = [threads.submit(text, vllm, prompt) for prompt in prompts]
-        assert answers(team(vllm), inputs) == expected
+        assert answers(team(vllm, name), inputs) == expected[name]
         assert [one.result() for one in spoken] == alone
 
 
+@pytest.mark.parametrize("name", TEAMS)
 def test_after_all_kv_is_gone(
-    address: str, vllm: LatentService, inputs: list[dict[str, Any]], expected: list[str]
+    name: str, address: str, vllm: LatentService, inputs: list[dict[str, Any]], expected: dict[str, list[str]]
 ) -> None:
     """The judgers' memories are prefilled anew, all thoughts in them."""
-    team(vllm).batch(inputs)
+    team(vllm, name).batch(inputs)
     httpx.post(f"{address}/reset_prefix_cache").raise_for_status()
-    assert answers(team(vllm), inputs) == expected  # what was thought is known here; only the judgers ask
+    assert answers(team(vllm, name), inputs) == expected[name]  # what was thought is known here; only the judgers ask
 
 
-def test_parallel_experts_are_read_as_one_chain(
-    vllm: LatentService, local: LatentService, inputs: list[dict[str, Any]]
+@pytest.mark.parametrize("name", TEAMS)
+def test_with_so_little_memory_that_requests_are_preempted(
+    name: str, replica: str, inputs: list[dict[str, Any]], expected: dict[str, list[str]]
 ) -> None:
-    """As if each had seen the earlier ones: the same thoughts as in a chain, and so the same answers."""
-    parallel = hierarchical(vllm, steps=STEPS, max_tokens=24).compile()
-    states = parallel.batch(inputs, {"max_concurrency": 16})
-    assert {state["messages"][-1].response_metadata["merge"] for state in states} == {"chained"}
-    # Tips are read by agent name unless `reads` says otherwise.
-    agents = {name: HIERARCHICAL[name] for name in sorted(HIERARCHICAL)}
-    chain = sequential(local, agents=agents, steps=STEPS, max_tokens=24).compile()
-    assert [state["messages"][-1].text for state in states] == answers(chain, inputs)
+    before = metric(replica, "vllm:num_preemptions_total")
+    with LatentService.load(f"vllm+{replica}") as service:
+        assert answers(team(service, name), inputs) == expected[name]
+    assert metric(replica, "vllm:num_preemptions_total") > before
+
+
+def test_what_was_read_as_one_chain_is_said(vllm: LatentService, inputs: list[dict[str, Any]]) -> None:
+    assert team(vllm, "chained").invoke(inputs[0])["messages"][-1].response_metadata["merge"] == "chained"
+
+
+def test_the_demo_streams(vllm: LatentService, local: LatentService) -> None:
+    problems = held_out(4, seed=0)
+    for arrangement in ("sequential", "single"):
+        texts = [
+            [answer.state["messages"][-1].text for answer in run(each, arrangement, "latent", problems, steps=STEPS)[1]]
+            for each in (vllm, local)
+        ]
+        assert texts[0] == texts[1]
+    graph = sequential(vllm, steps=STEPS).compile()
+    parts = list(graph.stream({"messages": [("human", problems[0].question)]}, stream_mode=["messages", "custom"]))
+    spoken = [part[0].text for mode, part in parts if mode == "messages"]
+    assert "".join(spoken) == graph.invoke({"messages": [("human", problems[0].question)]})["messages"][-1].text
+    assert len([text for text in spoken if text]) > 1
+    assert len([part for mode, part in parts if mode == "custom"]) >= 3 * STEPS
+
+
+def test_a_graph_of_the_cookbook_streams(
+    vllm: LatentService, local: LatentService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The notebook's own cells, up to where its converted graph runs, and that graph once more as a stream."""
+    notebook = json.loads((COOKBOOK / "02_convert_a_chain.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"][:4]
+    states, streams = [], []
+    for service in (vllm, local):
+        monkeypatch.setattr(LatentService, "load", lambda model, service=service: service)
+        names: dict[str, Any] = {}
+        for cell in cells:
+            exec(cell, names)
+        states.append(names["state"])
+        asked = {"question": names["problems"][0].question}
+        streams.append([part.text for part, _ in names["graph"].stream(asked, stream_mode="messages") if part.text])
+    assert states[0]["plan"].startswith("[latent planner")
+    assert states[0]["answer"] == states[1]["answer"] != ""
+    assert "".join(streams[0]).endswith(states[0]["answer"])
+    assert len(streams[0]) > 4
 
 
 def test_hand_overs_are_free(address: str, vllm: LatentService) -> None:
@@ -192,13 +263,13 @@ def test_the_lens_is_that_of_the_service_in_this_process(vllm: LatentService, lo
 
 
 def test_agents_on_different_replicas(
-    address: str, local: LatentService, inputs: list[dict[str, Any]], tmp_path: Path
+    address: str, replica: str, local: LatentService, inputs: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """A reference that was thought on one server is read on another, which has never seen it."""
     with ExitStack() as stack:
-        other = stack.enter_context(vllm_server(tmp_path / "log", *LATENT_FLAGS))
         here, there = (
-            stack.enter_context(LatentService.load(f"vllm+{url}", store=tmp_path / "store")) for url in (address, other)
+            stack.enter_context(LatentService.load(f"vllm+{url}", store=tmp_path / "store"))
+            for url in (address, replica)
         )
 
         def hand_over(thinker: LatentService, speaker: LatentService, prompt: Any) -> list[int]:
@@ -208,6 +279,30 @@ def test_agents_on_different_replicas(
 
         for each in inputs[:5]:
             assert hand_over(here, there, each["messages"]) == hand_over(local, local, each["messages"])
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "cache_aware"])
+def test_two_replicas_behind_a_load_balancer(
+    policy: str,
+    address: str,
+    replica: str,
+    inputs: list[dict[str, Any]],
+    expected: dict[str, list[str]],
+    tmp_path: Path,
+) -> None:
+    """The router of the vLLM project; agents of one graph land on either server."""
+    router = ["vllm_router.launch_router", "--worker-urls", address, replica, "--policy", policy]
+    ports = ["--prometheus-port", str(free_port())]
+    before = [metric(url, "vllm:request_success_total") for url in (address, replica)]
+    with (
+        started([*router, *ports], tmp_path / "log", dict(os.environ)) as url,
+        LatentService.load(f"vllm+{url}") as service,
+    ):
+        assert answers(team(service), inputs) == expected["sequential"]
+    served = [metric(url, "vllm:request_success_total") - n for url, n in zip((address, replica), before, strict=True)]
+    assert sum(served) == 4 * GRAPHS
+    if policy == "round_robin":
+        assert served[0] == served[1]
 
 
 def test_doctor_finds_nothing_wrong(address: str) -> None:
