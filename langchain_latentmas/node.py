@@ -101,6 +101,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         self.max_tokens = max_tokens
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         self.sampling["stop_sequences"] = list(stop) if stop else None
+        self._llm: ChatLatentMAS | None = None
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Runs the agent on a graph state; see the class for what it returns.
@@ -145,13 +146,17 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             if runtime is not None:
                 runtime.stream_writer({"agent": self.name, "step": step, "steps": self.steps})
 
-        # A checkpoint may be written by others.
-        known = [] if runs_as_text(config) else [checked_ref(ref) for ref in _field(state, "latents") or []]
-        latents, notes = self._read(known, _field(state, "messages") or [])
-        read = ancestry(latents, known)
+        known = [] if runs_as_text(config) else list(_field(state, "latents") or [])
+        try:
+            latents, notes = self._read(known, _field(state, "messages") or [])
+            read = ancestry(latents, known)
+        except (TypeError, KeyError):  # a checkpoint may be written by others; looking through a long one takes time
+            for ref in known:
+                checked_ref(ref)
+            raise
         unread = [m for m in messages if _memory_of(m) not in read]
         thinks = not self.speak and not self._leaves_text(config)
-        return _Plan(service, _with_notes(unread, notes), latents, thinks, report)
+        return _Plan(service, _with_notes(unread, notes), [checked_ref(ref) for ref in latents], thinks, report)
 
     def _prompt_messages(self, state: Any, config: RunnableConfig) -> list[BaseMessage]:
         made: Any
@@ -199,7 +204,10 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         )
 
     def _chat_model(self, plan: _Plan) -> ChatLatentMAS:
-        return ChatLatentMAS(service=plan.service, max_tokens=self.max_tokens, **self.sampling)
+        # Kept, since LangChain describes every new model to its callbacks anew, which takes as long as a small tick.
+        if (llm := self._llm) is None or llm.service is not plan.service:
+            self._llm = llm = ChatLatentMAS(service=plan.service, max_tokens=self.max_tokens, **self.sampling)
+        return llm
 
     def _said(self, message: AIMessage, config: RunnableConfig) -> dict[str, Any]:
         if self._leaves_text(config):
