@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,6 +38,16 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of torch; the bundled model gets one, others torch's own choice.")
     ] = None,
+    graphs: Annotated[
+        bool | None, typer.Option(help="Whole graphs too; by default for the bundled model and on CUDA.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Latent steps of a graph's three thinkers.")] = 20,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of its judger, and of each agent as text.")] = 256,
+    questions: Annotated[
+        str | None, typer.Option(help="How many questions at once are put to them; 1, and on CUDA 32 too.")
+    ] = None,
+    concurrent: Annotated[int, typer.Option(min=1, help="Questions at once, against one at a time.")] = 64,
+    svg: Annotated[Path | None, typer.Option(help="Also draw ticks against rows, .svg or .png (extra viz).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Milliseconds per tick, thoughts and tokens per second, GB/s, and how far from what the memory allows.
@@ -45,17 +56,31 @@ def bench(
     """
     with reported(as_json):
         counts, lengths = _numbers("--rows", rows), _numbers("--positions", positions)
+        asked = None if questions is None else _numbers("--questions", questions)
+        if svg is not None:
+            from ..evaluation.pictures import check_path
+
+            check_path(svg)
         with loading(show=not as_json):
             loaded = _load(model, shape, device, dtype, threads)
-            from ..benchmark.run import Bench
+            from ..benchmark.run import Bench, Graphs
 
-            measuring = Bench(loaded, counts, lengths, repeats)
+            cuda = loaded.device.type == "cuda"
+            if graphs is None:
+                graphs = loaded.name == "bundled" or cuda
+            asked = asked or ([1, 32] if cuda else [1])
+            whole = Graphs(asked, steps, tokens, concurrent, alone=max(1, concurrent // 4)) if graphs else None
+            measuring = Bench(loaded, counts, lengths, repeats, whole)
         with _progress(show=not as_json) as bar:
             result = measuring.run(bar)
         if as_json:
             print_json(**result)
         else:
             open_console().print(_picture(result))
+        if svg is not None:
+            from ..evaluation.pictures import draw_bench
+
+            draw_bench(result, svg)
 
 
 def _load(model: str, shape: str | None, device: str | None, dtype: str, threads: int | None) -> "LanguageModel":
@@ -78,8 +103,8 @@ def _load(model: str, shape: str | None, device: str | None, dtype: str, threads
     if shape is not None:
         chosen = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
         named = getattr(torch, chosen, None)
-        if not isinstance(named, torch.dtype):
-            raise InvalidRequest(f"{dtype!r} is no dtype of torch; take bfloat16, float16 or float32.")
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise InvalidRequest(f"{dtype!r} is no dtype of weights; take bfloat16, float16 or float32.")
         return build(shape, device, named)
     loaded = LanguageModel.load(str(bundled.MODEL) if model == "bundled" else model, device=device, dtype=dtype)
     loaded.name = model
@@ -118,8 +143,62 @@ def _picture(result: dict[str, Any]) -> RenderableType:
     for what in WHAT:
         if cells := [row for row in result["rows"] if row["what"] == what]:
             parts += [Text(), _table(what, cells)]
+    if "graphs" in result:
+        parts += [Text(), _graphs(result["graphs"]), _concurrency(result["concurrency"])]
+    if result["targets"]:
+        parts += [Text(), _targets(result["targets"])]
     parts += [Text(), *_notes(result)]
     return Group(*parts)
+
+
+def _concurrency(at_once: dict[str, Any]) -> Text:
+    return Text.from_markup(
+        f" {at_once['concurrent']} questions at once, the demo's graph: {at_once['per_second']:.1f} answers a second; "
+        f"one at a time: {at_once['per_second_alone']:.1f}; {_times(at_once['times'], at_once['times_spread'])}"
+    )
+
+
+def _graphs(rows: Sequence[dict[str, Any]]) -> Table:
+    first = rows[0]
+    title = f"Graphs: three thinkers of {first['steps']} steps and a judger of {first['tokens']} tokens"
+    table = _open_table(title, "graph", "questions\nat once", "text\nseconds", "latent\nseconds", "times", "ticks")
+    for row in rows:
+        table.add_row(
+            row["arrangement"],
+            str(row["questions"]),
+            f"{row['text_seconds']:.2f}",
+            f"{row['latent_seconds']:.2f}",
+            _times(row["text_over_latent"], row["text_over_latent_spread"]),
+            f"[dim]{row['text_ticks']} and {row['latent_ticks']}[/]",
+        )
+    return table
+
+
+def _targets(rows: Sequence[dict[str, Any]]) -> Table:
+    table = _open_table("Targets", "", "reached", "wanted", "")
+    for row in rows:
+        met = "[green]met[/]" if row["met"] else "[red]missed[/]"
+        table.add_row(row["name"], f"{row['value']:.2f}", f"{'≥' if row['least'] else '≤'} {row['bound']:g}", met)
+    return table
+
+
+def _open_table(title: str, *columns: str) -> Table:
+    """A table without lines; its first column is text, the others are numbers."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 1),
+        header_style="dim",
+    )
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", vertical="bottom")
+    return table
+
+
+def _times(median: float, spread: Sequence[float]) -> str:
+    return f"{median:.1f}× [dim]({spread[0]:.1f}..{spread[1]:.1f})[/]"
 
 
 def _table(what: str, cells: Sequence[dict[str, Any]]) -> Table:

@@ -168,6 +168,49 @@ def draw_thoughts(cloud: "Cloud", path: str | Path, *, about: str) -> None:
     _save(figure, path)
 
 
+def draw_bench(result: Mapping[str, Any], path: str | Path) -> None:
+    """A tick's milliseconds against rows, beside floor and plain loop, from what `latentmas bench --json` printed.
+
+    Args:
+        result: That document.
+        path: Ends in .png or .svg.
+
+    Raises:
+        MissingExtra: If matplotlib is not installed.
+        InvalidRequest: If the path ends otherwise.
+    """
+    figure = _figure(path, 4.4)
+    kinds = list(dict.fromkeys(row["what"] for row in result["rows"]))
+    lengths = sorted({row["positions"] for row in result["rows"]})
+    titles = {"think": "a thought for every row", "speak": "a token for every row"}
+    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+        for length, colour in zip(lengths, (BLUE, ORANGE, GREEN, GREY), strict=False):
+            cells = [row for row in result["rows"] if (row["what"], row["positions"]) == (kind, length)]
+            at = [row["rows"] for row in cells]
+            axes.plot(at, [row["ms"] for row in cells], color=colour, marker="o", ms=4, label=f"{length:,} positions")
+            axes.plot(at, [row["full_lm_ms"] for row in cells], color=colour, ls=(0, (4, 3)), lw=1.2)
+            axes.plot(at, [row["floor_ms"] for row in cells], color=colour, ls=":", lw=1.2)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        counts = sorted({row["rows"] for row in result["rows"]})
+        axes.set_xticks(counts, [str(n) for n in counts])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("rows")
+        axes.set_title(titles[kind], loc="left", fontsize=10)
+        _bare(axes, "both", "y")
+    first = figure.axes[0]
+    first.set_ylabel("ms")
+    for label, style in (("tick", "-"), ("plain loop", (0, (4, 3))), ("floor", ":")):
+        first.plot([], [], color=DARK, ls=style, label=label)
+    figure.legend(*first.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=6)
+    machine, model = result["machine"], result["model"]
+    where = machine["processor"] if machine["device"] == "cpu" else machine["device"]
+    about = f"{model['name']}, {model['dtype']}, {where}, {result['bandwidth_gb_s']:,.0f} GB/s copied"
+    figure.suptitle(about, fontsize=10, x=0.01, ha="left")
+    _save(figure, path)
+
+
 def _accuracies(rows: Mapping[tuple[str, str], Mapping[str, Any]], team: str) -> str:
     return "\n".join(f"{mode} {rows[team, mode]['accuracy']:.0f} % right" for mode in ("text", "latent"))
 

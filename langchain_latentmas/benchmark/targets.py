@@ -1,0 +1,57 @@
+"""What should be reached, and whether it was."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+
+class Target(NamedTuple):
+    """A figure with its bound."""
+
+    name: str
+    value: float
+    bound: float
+    least: bool
+    """Whether the bound is the least that the figure should be, and not the most."""
+
+    @property
+    def met(self) -> bool:
+        """Whether the figure keeps to its bound."""
+        return self.value >= self.bound if self.least else self.value <= self.bound
+
+    def row(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {**self._asdict(), "met": self.met}
+
+
+def targets(result: Mapping[str, Any]) -> Iterator[Target]:
+    """The targets that a result of `Bench.run` says something about.
+
+    Those of single ticks hold for the shortest memories that were measured; those of many rows for 32 against 1.
+    """
+    cuda, name = result["model"]["device"].startswith("cuda"), result["model"]["name"]
+    longest_first = sorted(result["rows"], key=lambda row: row["positions"], reverse=True)
+    cells = {(row["what"], row["rows"]): row for row in longest_first}
+    think, speak = cells.get(("think", 1)), cells.get(("speak", 1))
+    if think and cuda:
+        yield Target("a thought, times its floor", think["floor_ratio"], 1.25, least=False)
+    if speak and cuda:
+        yield Target("a token, times its floor", speak["floor_ratio"], 1.35, least=False)
+    if think and not cuda and name == "Qwen3-0.6B":
+        yield Target("a thought, share of the plain loop", think["full_lm_ratio"], 0.68, least=False)
+        yield Target("a thought, times its floor", think["floor_ratio"], 2.2, least=False)
+    if think and not cuda and name == "bundled":
+        yield Target("a thought, share of the plain loop", think["full_lm_ratio"], 0.75, least=False)
+    many = cells.get(("think", 32))
+    if think and many and think["positions"] == many["positions"]:
+        times = many["per_second"] / think["per_second"]
+        yield Target("thoughts per second, 32 rows over 1", times, 20 if cuda else 9, least=True)
+    if at_once := result.get("concurrency"):
+        yield Target(
+            f"questions per second, {at_once['concurrent']} at once over 1 at a time", at_once["times"], 6, least=True
+        )
+    if cuda:
+        for graph in result.get("graphs", ()):
+            if graph["questions"] == 1:
+                yield Target(
+                    f"{graph['arrangement']} graph, text over latent", graph["text_over_latent"], 4, least=True
+                )
