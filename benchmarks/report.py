@@ -1,41 +1,17 @@
 """What all benchmarks print: the machine, medians with their spread, and the same as JSON."""
 
 import json
-import statistics
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console, RenderableType
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from langchain_latentmas.benchmark.spread import Spread, ratios
 from langchain_latentmas.evaluation.machine import machine
 
 __all__ = ["Spread", "machine", "prepare", "ratios", "show"]
-
-
-class Spread(NamedTuple):
-    """Repeated measurements of one thing."""
-
-    median: float
-    min: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
-        values = list(values)
-        return cls(statistics.median(values), min(values), max(values))
-
-    def show(self, digits: int = 2, unit: str = "") -> str:
-        if self.min == self.max:
-            return f"{self.median:,.{digits}f}{unit}"
-        return f"{self.median:,.{digits}f}{unit} [dim]({self.min:,.{digits}f}..{self.max:,.{digits}f})[/]"
-
-
-def ratios(ones: Sequence[float], others: Sequence[float]) -> Spread:
-    """How many times more the ones are, measurement by measurement: what was measured side by side is compared."""
-    return Spread.of(one / other for one, other in zip(ones, others, strict=True))
 
 
 def prepare(model: str, threads: int | None) -> None:

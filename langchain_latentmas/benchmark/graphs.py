@@ -16,7 +16,7 @@ from ..node import LatentAgentNode
 from ..service.local import LocalService, LocalSettings
 from ..state import LatentState
 from ..teams import HIERARCHICAL, JUDGER, SEQUENTIAL
-from .ticks import Spread
+from .spread import Spread, ratios
 
 Arrangement = Literal["sequential", "hierarchical"]
 TEAMS: dict[Arrangement, Any] = {"sequential": SEQUENTIAL, "hierarchical": HIERARCHICAL}
@@ -89,8 +89,8 @@ def text_against_latent(
                 for text in (True, False):
                     turns[text].append(turn(arrangement, text, steps, tokens))
                     done()
-            ratio = Spread.of(one[0] / other[0] for one, other in zip(turns[True], turns[False], strict=True))
-            seconds = {text: Spread.of(s for s, _ in turns[text]) for text in turns}
+            ratio = ratios(*([seconds for seconds, _ in turns[text]] for text in (True, False)))
+            seconds = {text: Spread.of(seconds for seconds, _ in turns[text]) for text in turns}
             rows.append(
                 {
                     "arrangement": arrangement,
@@ -140,7 +140,7 @@ def concurrency(
     for _ in range(repeats):
         many.append(throughput(problems, at_once=True))
         single.append(throughput(problems[:alone], at_once=False))
-    times = Spread.of(one / other for one, other in zip(many, single, strict=True))
+    times = ratios(many, single)
     return {
         "concurrent": concurrent,
         "alone": alone,

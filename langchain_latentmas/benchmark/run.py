@@ -10,8 +10,9 @@ from ..engine.model import LanguageModel
 from ..evaluation.machine import machine
 from .graphs import concurrency, text_against_latent
 from .memory import Copy
+from .spread import Spread
 from .targets import targets
-from .ticks import Spread, What, Work, measure, obstacle, weight_bytes
+from .ticks import What, Work, measure, obstacle, weight_bytes
 
 Progress = Callable[[str, int, int], None]
 """What comes next, how much is done, and of how much."""

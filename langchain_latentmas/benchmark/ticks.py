@@ -1,8 +1,7 @@
 """Single ticks: thinking and speaking rows, beside a plain transformers loop and `generate`, all in turns."""
 
 import gc
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,6 +15,7 @@ from ..engine.sampling import Sampling
 from ..engine.tick import Result, Row, Ticker
 from ..errors import EngineFailed
 from .memory import Copy, clock, free_bytes, in_gb
+from .spread import Spread, ratios
 
 What = Literal["think", "speak"]
 
@@ -23,20 +23,6 @@ WARM_UP = 4  # ticks: the first ones allocate, capture and compile
 TURN_SECONDS = 0.25
 FEWEST, MOST = 3, 16  # ticks of a turn
 SPARE = 0.9  # of the free memory may be used; allocators do not use all of it
-
-
-class Spread(NamedTuple):
-    """Repeated measurements of one thing."""
-
-    median: float
-    min: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
-        """Of at least one value."""
-        values = list(values)
-        return cls(statistics.median(values), min(values), max(values))
 
 
 class Work(NamedTuple):
@@ -190,18 +176,18 @@ class Measured:
             bandwidth: Of the memory, in bytes per second.
         """
         tick = Spread.of(self.engine)
-        beside = [own / other for own, other in zip(self.engine, self.published, strict=True)]
+        beside = ratios(self.engine, self.published)
         generated = Spread.of(1000 * seconds for seconds in self.generate) if self.generate else None
         return {
             **self.work._asdict(),
             "ms": 1000 * tick.median,
             "gb_s": self.bytes / tick.median / 1e9,
             "floor_ratio": tick.median * bandwidth / self.bytes,
-            "full_lm_ratio": Spread.of(beside).median,
+            "full_lm_ratio": beside.median,
             "per_second": self.work.rows / tick.median,
             "floor_ms": 1000 * self.bytes / bandwidth,
             "ms_spread": [1000 * tick.min, 1000 * tick.max],
-            "full_lm_ratio_spread": list(Spread.of(beside)[1:]),
+            "full_lm_ratio_spread": [beside.min, beside.max],
             "full_lm_ms": 1000 * Spread.of(self.published).median,
             "generate_ms": generated and generated.median,
             "ticks": len(self.engine),

@@ -1,0 +1,32 @@
+#!/bin/sh
+# All figures of a GPU in one go, on a bare machine with PyTorch and transformers: sh benchmarks/gpu.sh [folder]
+#   PYTHON   the interpreter to use (python3)
+#   DEVICE   cuda, or cpu for a scaled-down try of the script itself
+# Writes the JSON of every part to the folder (bench-<device>) and prints one table at the end.
+set -eu
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-cuda}
+OUT=${1:-bench-$DEVICE}
+mkdir -p "$OUT"
+export HF_HUB_OFFLINE=1
+
+# Versions that are there stay; only what is missing is installed.
+"$PYTHON" -c 'import langchain_latentmas' 2>/dev/null || "$PYTHON" -m pip install --quiet -e .
+
+if [ "$DEVICE" = cpu ]; then
+    SHAPES="Qwen3-0.6B"
+    SIZES="--rows 1 --positions 64 --repeats 1 --graphs --steps 2 --tokens 3 --concurrent 2 --questions 1"
+else
+    SHAPES="Qwen3-4B Qwen3-8B"
+    SIZES="--rows 1,32 --positions 256,2048 --repeats 5 --questions 1,32 --concurrent 64"
+fi
+for shape in $SHAPES; do
+    echo "$shape" >&2
+    # shellcheck disable=SC2086  # options are words
+    "$PYTHON" -m langchain_latentmas.cli bench --shape "$shape" --device "$DEVICE" $SIZES --json >"$OUT/$shape.json" ||
+        { cat "$OUT/$shape.json" >&2; exit 1; }
+done
+echo "overhead" >&2
+"$PYTHON" -m benchmarks.overhead --device "$DEVICE" --json >"$OUT/overhead.json"
+"$PYTHON" -m benchmarks.summary "$OUT" | tee "$OUT/summary.txt"

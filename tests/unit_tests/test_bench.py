@@ -1,0 +1,305 @@
+"""`latentmas bench`: the arithmetic of floors and bounds, what is left out, targets, and the command on tiny models."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from benchmarks.overhead import overhead
+from langchain_latentmas import LatentService
+from langchain_latentmas.benchmark import shapes, ticks
+from langchain_latentmas.benchmark.graphs import concurrency, text_against_latent
+from langchain_latentmas.benchmark.memory import Copy
+from langchain_latentmas.benchmark.shapes import SHAPES, build, parameters
+from langchain_latentmas.benchmark.targets import targets
+from langchain_latentmas.benchmark.ticks import (
+    Measured,
+    Work,
+    floor_bytes,
+    measure,
+    memory_needed,
+    obstacle,
+    weight_bytes,
+)
+from langchain_latentmas.cli import app
+from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.errors import EngineFailed, InvalidRequest
+from langchain_latentmas.service.local import LocalService
+
+from ..support import PARITY
+
+GB = 10**9
+ROW = {"what", "rows", "positions", "ms", "gb_s", "floor_ratio", "full_lm_ratio"}
+
+
+@pytest.fixture(params=["qwen3-tied", "llama-untied"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return LanguageModel.load(str(PARITY / request.param / "model"), device="cpu", dtype="float32")
+
+
+def layer_weights(config: Any) -> int:
+    """Weights of all layers and the final norm, from a configuration alone."""
+    heads, kv, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    attention = config.hidden_size * size * (2 * heads + 2 * kv)
+    norms = 2 * config.hidden_size + (2 * size if config.model_type == "qwen3" else 0)
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    return config.num_hidden_layers * (attention + norms + mlp) + config.hidden_size
+
+
+def test_a_thought_reads_the_layers_and_the_alignment_a_token_the_layers_and_the_output_matrix(
+    model: LanguageModel,
+) -> None:
+    config = model.config
+    layers = 4 * layer_weights(config)
+    assert weight_bytes(model, "think") == layers + 4 * config.hidden_size**2
+    assert weight_bytes(model, "speak") == layers + 4 * config.vocab_size * config.hidden_size
+
+
+def test_without_realign_a_thought_reads_the_layers_alone() -> None:
+    model = LanguageModel.load(str(PARITY / "qwen3-tied" / "model"), device="cpu", dtype="float32", realign=False)
+    assert weight_bytes(model, "think") == 4 * layer_weights(model.config)
+
+
+def test_the_floor_adds_the_kv_of_all_rows(model: LanguageModel) -> None:
+    config = model.config
+    kv = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    expected = weight_bytes(model, "speak") + 3 * 100 * kv
+    assert floor_bytes(model, Work("speak", 3, 100)) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-4B", 4_022_468_096),
+        ("Qwen3-8B", 8_190_735_360),
+        ("Llama-3.2-1B", 1_235_814_400),
+        ("Llama-3.1-8B", 8_030_261_248),
+    ],
+)
+def test_shapes_have_as_many_weights_as_the_models_on_the_hub(shape: str, count: int) -> None:
+    assert parameters(shape) == count
+
+
+def test_an_unknown_shape_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(InvalidRequest, match="Qwen3-4B"):
+        parameters("Qwen3-5B")
+
+
+def test_a_shape_that_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "free_bytes", lambda device: 8 * GB)
+    with pytest.raises(InvalidRequest, match=r"Qwen3-8B takes 16\.4 GB in bfloat16, and cpu has 8\.0 GB free"):
+        build("Qwen3-8B", "cpu", torch.bfloat16)
+
+
+def test_a_shape_is_a_model_that_thinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", {**SHAPES["Qwen3-0.6B"], **TINY})
+    model = build("tiny", "cpu", torch.float32)
+    assert sum(p.numel() for p in model.model.parameters()) == parameters("tiny")
+    with LocalService(model, LocalService.load("bundled", device="cpu").settings) as service:
+        assert service.think("What is 12 plus 30?", steps=3)["steps"] == 3
+
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 2048,
+}
+
+
+def test_more_positions_than_the_model_has_are_left_out(model: LanguageModel) -> None:
+    assert obstacle(model, Work("think", 1, model.max_positions), 1) == ""
+    assert str(model.max_positions) in obstacle(model, Work("think", 1, model.max_positions + 1), 1)
+
+
+def test_rows_too_short_for_all_turns_are_left_out(model: LanguageModel) -> None:
+    assert obstacle(model, Work("think", 1, 32), 5) == ""
+    assert "positions" in obstacle(model, Work("think", 1, 16), 5)
+
+
+def test_what_does_not_fit_is_left_out_by_its_bound(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work("speak", 8, 64)
+    # Slots, the loop's cache and the one of generate.
+    assert memory_needed(model, work) > 3 * 8 * 64 * model.bytes_per_position
+    monkeypatch.setattr(ticks, "free_bytes", lambda device: memory_needed(model, work))
+    assert "can be used" in obstacle(model, work, 1)
+    monkeypatch.setattr(ticks, "free_bytes", lambda device: 2 * memory_needed(model, work))
+    assert obstacle(model, work, 1) == ""
+
+
+def test_a_row_is_its_medians() -> None:
+    measured = Measured(Work("think", 4, 256), 2 * GB, engine=[0.2, 0.1, 0.4], published=[0.4, 0.4, 0.5])
+    row = measured.row(bandwidth=40 * GB)
+    assert row["ms"] == 200
+    assert row["gb_s"] == pytest.approx(10)
+    assert row["floor_ms"] == pytest.approx(50)
+    assert row["floor_ratio"] == pytest.approx(4)
+    assert row["full_lm_ratio"] == pytest.approx(0.5)  # of 0.5, 0.25 and 0.8
+    assert row["per_second"] == pytest.approx(20)
+    assert row["ms_spread"] == [100, 400]
+    assert row["generate_ms"] is None
+
+
+def test_every_loop_takes_its_turns(model: LanguageModel) -> None:
+    model.eos, copied = frozenset(), []
+    copy = Copy(model.device, size=1 << 16)
+    for what, generated in (("think", 0), ("speak", 2)):
+        measured = measure(model, Work(what, 2, 48), 2, copy, copied)  # type: ignore[arg-type]
+        assert len(measured.engine) == len(measured.published) == 2
+        assert len(measured.generate) == generated
+        assert min([*measured.engine, *measured.published]) > 0
+    assert len(copied) == 4
+
+
+def test_a_text_that_ends_by_itself_is_not_measured(model: LanguageModel) -> None:
+    model.eos = frozenset(range(model.config.vocab_size))
+    with pytest.raises(EngineFailed, match="eos"):
+        measure(model, Work("speak", 1, 48), 1, Copy(model.device, size=1 << 16), [])
+
+
+def result(name: str, device: str, *rows: tuple[str, int, int, float, float, float], **more: Any) -> dict[str, Any]:
+    names = ("what", "rows", "positions", "floor_ratio", "full_lm_ratio", "per_second")
+    return {
+        "model": {"name": name, "device": device},
+        "rows": [dict(zip(names, row, strict=True)) for row in rows],
+        **more,
+    }
+
+
+def test_targets_of_the_cpu() -> None:
+    rows = [("think", 1, 2048, 9.0, 9.0, 1.0), ("think", 1, 256, 2.3, 0.6, 10.0), ("think", 32, 256, 1.0, 1.0, 95.0)]
+    found = {target.name: target.met for target in targets(result("Qwen3-0.6B", "cpu", *rows))}
+    assert found == {
+        "a thought, share of the plain loop": True,
+        "a thought, times its floor": False,
+        "thoughts per second, 32 rows over 1": True,
+    }
+    bundled = result("bundled", "cpu", ("think", 1, 256, 99.0, 0.76, 1.0), concurrency={"concurrent": 64, "times": 7})
+    assert [target.met for target in targets(bundled)] == [False, True]
+
+
+def test_targets_of_cuda() -> None:
+    rows = [("think", 1, 256, 1.2, 0.5, 10.0), ("speak", 1, 256, 1.4, 0.5, 10.0), ("think", 32, 256, 1.0, 1.0, 190.0)]
+    graphs = [
+        {"questions": 1, "arrangement": "sequential", "text_over_latent": 4.1},
+        {"questions": 32, "arrangement": "sequential", "text_over_latent": 1.0},
+    ]
+    found = list(targets(result("Qwen3-4B", "cuda:0", *rows, graphs=graphs)))
+    assert [target.met for target in found] == [True, False, False, True]
+    assert found[2].row() == {
+        "name": "thoughts per second, 32 rows over 1",
+        "value": 19,
+        "bound": 20,
+        "least": True,
+        "met": False,
+    }
+
+
+def test_text_and_latent_teams_take_as_many_tokens_as_they_should(bundled: LatentService) -> None:
+    assert isinstance(bundled, LocalService)
+    model, turns = bundled.model, []
+    model.eos, eos = frozenset(), model.eos
+    try:
+        rows = text_against_latent(model, questions=2, steps=3, tokens=24, repeats=1, done=lambda: turns.append(1))
+    finally:
+        model.eos = eos
+    assert [row["arrangement"] for row in rows] == ["sequential", "hierarchical"]
+    assert len(turns) == 4
+    for row in rows:
+        agents = 4 if row["arrangement"] == "sequential" else 2  # one behind the other
+        assert 24 * agents <= row["text_ticks"] <= 24 * agents + 4 * agents
+        assert 24 <= row["latent_ticks"] < row["text_ticks"]
+    with pytest.raises(EngineFailed, match="instead of"):  # the bundled model's texts end by themselves
+        text_against_latent(model, questions=1, steps=3, tokens=200, repeats=1, done=lambda: None)
+
+
+def test_concurrency_counts_questions(bundled: LatentService) -> None:
+    assert isinstance(bundled, LocalService)
+    turns: list[int] = []
+    found = concurrency(
+        bundled.model, concurrent=4, alone=2, repeats=1, done=lambda: turns.append(1), steps=2, max_tokens=4
+    )
+    assert (found["concurrent"], found["alone"], len(turns)) == (4, 2, 2)
+    assert found["times"] == pytest.approx(found["per_second"] / found["per_second_alone"])
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+TINY_RUN = ("--model", str(PARITY / "qwen3-tied" / "model"), "--device", "cpu", "--repeats", "1")
+
+
+def test_the_command_prints_json() -> None:
+    ran = run(*TINY_RUN, "--rows", "1,2", "--positions", "48 100000", "--json")
+    assert ran.exit_code == 0, ran.output
+    document = json.loads(ran.stdout)
+    assert {"machine", "bandwidth_gb_s", "rows"} <= document.keys()
+    assert [(row["what"], row["rows"], row["positions"]) for row in document["rows"]] == [
+        ("think", 1, 48),
+        ("think", 2, 48),
+        ("speak", 1, 48),
+        ("speak", 2, 48),
+    ]
+    for row in document["rows"]:
+        assert row.keys() >= ROW
+        assert row["floor_ratio"] == pytest.approx(document["bandwidth_gb_s"] / row["gb_s"])
+        assert row["per_second"] == pytest.approx(1000 * row["rows"] / row["ms"])
+    assert [(one["rows"], one["positions"]) for one in document["skipped"]] == 2 * [(1, 100000), (2, 100000)]
+    assert "graphs" not in document
+
+
+def test_the_command_prints_tables_and_draws(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    picture = tmp_path / "bench.svg"
+    ran = run(*TINY_RUN, "--rows", "1", "--positions", "48 100000", "--svg", str(picture))
+    assert ran.exit_code == 0, ran.output
+    assert "Thinking" in ran.stdout
+    assert "Speaking" in ran.stdout
+    assert "Left out: think, 100,000 positions" in ran.stdout
+    assert max(map(len, ran.stdout.splitlines())) <= 100
+    assert picture.read_text().startswith("<?xml")
+
+
+def test_graphs_are_measured_where_they_are_asked_for() -> None:
+    small = ("--steps", "2", "--tokens", "3", "--concurrent", "2", "--questions", "1")
+    ran = run(*TINY_RUN, "--rows", "1", "--positions", "48", "--graphs", *small, "--json")
+    assert ran.exit_code == 0, ran.output
+    document = json.loads(ran.stdout)
+    assert [graph["arrangement"] for graph in document["graphs"]] == ["sequential", "hierarchical"]
+    assert [target["name"] for target in document["targets"]] == ["questions per second, 2 at once over 1 at a time"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--rows", "none"), "--rows takes whole numbers"),
+        (("--positions", "0"), "--positions takes whole numbers"),
+        (("--shape", "GPT-9"), "There is no shape 'GPT-9'"),
+        (("--shape", "Qwen3-0.6B", "--dtype", "int3"), "no dtype of weights"),
+        (("--model", "http://127.0.0.1:8765"), "a server cannot be measured"),
+        (("--svg", "bench.gif"), "must end in .png or .svg"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(arguments: tuple[str, ...], why: str) -> None:
+    ran = run(*arguments, "--json")
+    assert ran.exit_code == 2
+    assert why in json.loads(ran.stdout)["message"]
+
+
+def test_overhead_is_what_lies_outside_of_the_engine(bundled: LatentService) -> None:
+    seen = overhead(lambda: bundled.think("What is the overhead of a think?", steps=1))
+    assert 0 < seen.before < 60
+    assert 0 < seen.after < 60
+
+
+def test_tied_shapes_are_those_that_say_so() -> None:
+    tied = {name for name, values in SHAPES.items() if AutoConfig.for_model(**values).tie_word_embeddings}
+    assert tied == {"Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Llama-3.2-1B", "Llama-3.2-3B"}
