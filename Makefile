@@ -17,7 +17,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INTEGRATIONS := $(patsubst %/pyproject.toml,-e ./%,$(wildcard integrations/*/pyproject.toml))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-integration test-vllm lint format bench notebooks clean FORCE
+.PHONY: help demo test test-unit test-integration test-vllm lint format bench tables notebooks clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s%s\n", $$1, $$2}' Makefile
@@ -46,9 +46,13 @@ format: $(VENV)/.installed-dev  ## put the style right where that can be done by
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-demo  ## the tables of the README
+bench: $(VENV)/.installed-demo  ## how fast it is on this machine (under ten minutes); a GPU: sh benchmarks/gpu.sh
+	$(BIN)/latentmas bench $(ARGS)
+	$(BIN)/latentmas bench --shape Qwen3-0.6B --rows "1 8 32" --positions "256 2048" $(ARGS)
+	$(BIN)/python -m benchmarks.overhead
+
+tables: $(VENV)/.installed-demo  ## text against latent edges, and converted graphs, as in the README
 	$(BIN)/python -m benchmarks.latent_vs_text
-	$(BIN)/python -m benchmarks.tick
 	$(BIN)/python -m benchmarks.conversions
 
 notebooks: $(VENV)/.installed-notebooks  ## run the cookbook from top to bottom; ARGS=--inplace renders it anew

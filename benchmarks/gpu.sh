@@ -12,14 +12,14 @@ mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1
 
 # Versions that are there stay; only what is missing is installed.
-"$PYTHON" -c 'import langchain_latentmas' 2>/dev/null || "$PYTHON" -m pip install --quiet -e .
+"$PYTHON" -c 'import langchain_latentmas.cli, langchain_latentmas.demo' 2>/dev/null || "$PYTHON" -m pip install --quiet -e .
 
 if [ "$DEVICE" = cpu ]; then
     SHAPES="Qwen3-0.6B"
     SIZES="--rows 1 --positions 64 --repeats 1 --graphs --steps 2 --tokens 3 --concurrent 2 --questions 1"
 else
     SHAPES="Qwen3-4B Qwen3-8B"
-    SIZES="--rows 1,32 --positions 256,2048 --repeats 5 --questions 1,32 --concurrent 64"
+    SIZES="--rows 1,32 --positions 256,2048 --repeats 5 --questions 1 --concurrent 64"
 fi
 for shape in $SHAPES; do
     echo "$shape" >&2

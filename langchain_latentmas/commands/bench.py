@@ -69,7 +69,7 @@ def bench(
             if graphs is None:
                 graphs = loaded.name == "bundled" or cuda
             asked = asked or ([1, 32] if cuda else [1])
-            whole = Graphs(asked, steps, tokens, concurrent, alone=max(1, concurrent // 4)) if graphs else None
+            whole = Graphs(asked, steps, tokens, concurrent, alone=max(1, concurrent // 8)) if graphs else None
             measuring = Bench(loaded, counts, lengths, repeats, whole)
         with _progress(show=not as_json) as bar:
             result = measuring.run(bar)
