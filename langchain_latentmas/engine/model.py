@@ -14,7 +14,7 @@ from ..errors import ModelNotFound, ModelNotSupported
 from .alignment import Alignment
 from .kv import KV
 from .rotary import Rotary
-from .slots import SlotCache
+from .slots import SlotCache, Window
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,8 @@ class LanguageModel:
         Args:
             embeds: Input embeddings [rows, new, hidden].
             positions: [rows, new].
-            mask: Boolean [rows, 1, new, length]: which cells each new position sees.
+            mask: [rows, 1, new, length], in the model's dtype: what is added to attention scores, 0 for cells that a
+                position sees and the dtype's lowest number for others.
             cache: Its window says where the new keys go.
 
         Returns:
@@ -208,8 +209,9 @@ class LanguageModel:
     def _forward(self, embeds: Tensor, cells: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
         length = int(cells.max()) + 1
         cache.reserve(len(embeds), length)
-        cache.window.rows, cache.window.cells, cache.window.length = slice(0, len(embeds)), cells, length
-        mask = torch.arange(length, device=self.device) <= cells[:, None, :, None]
+        cache.window = Window(slice(0, len(embeds)), cells, length, cache.capacity)
+        unseen = torch.arange(length, device=self.device) > cells[:, None, :, None]
+        mask = embeds.new_zeros(unseen.shape).masked_fill_(unseen, torch.finfo(self.dtype).min)
         return self.hidden(embeds, positions, mask, cache)
 
     def _probe_ids(self) -> Tensor:

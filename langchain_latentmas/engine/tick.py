@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .feedback import Feedback
 from .kv import KV, Placed
 from .model import LanguageModel
 from .sampling import Sampler, Sampling
+from .slots import Window
 from .text import TextStream
 
 PASS_COST = 128  # what a forward pass costs by itself, in positions that it could have prefilled
@@ -128,7 +130,7 @@ class Ticker:
         dropped = getattr(self, "rows", [])
         self.rows: list[Row] = []
         self.decoding = 0
-        self.cache = self.model.new_cache()
+        self._renew()
         return dropped
 
     def fits(self, row: Row) -> bool:
@@ -138,8 +140,9 @@ class Ticker:
     def join(self, row: Row) -> None:
         """Gives a row the next slot, and copies the memory it reads there."""
         if not self.rows and not self._affords(row):
-            self.cache = self.model.new_cache()  # slots only grow, so one long row would make them dear for good
+            self._renew()  # slots only grow, so one long row would make them dear for good
         self.cache.reserve(len(self.rows) + 1, row.end + 1)  # the last cell of a slot takes what padding writes
+        self.feedback.fit()
         for kv, start, shift in row.past:
             turned = self.model.rotary.turn(kv, shift) if shift and self.model.rotary else kv
             self.cache.write(len(self.rows), start, turned)
@@ -155,6 +158,10 @@ class Ticker:
         self.ticks += 1
         self._prefill()
         self._decode()
+
+    def _renew(self) -> None:
+        self.cache = self.model.new_cache()
+        self.feedback = Feedback(self.model, self.cache)
 
     def _affords(self, row: Row) -> bool:
         slots, capacity = self.cache.size_for(len(self.rows) + 1, row.end + 1)
@@ -176,7 +183,11 @@ class Ticker:
         offsets = torch.arange(width, device=device)[None]
         positions = starts + offsets.minimum(counts - 1)
         cells = torch.where(offsets < counts, positions, self.cache.capacity - 1)
-        hidden = self._forward(slice(self.decoding, len(self.rows)), embeds, positions, cells)
+        length = min(max(row.position for row in rows) + width, self.cache.capacity)
+        slots = slice(self.decoding, len(self.rows))
+        self.cache.window = Window(slots, cells, length, self.cache.capacity)
+        mask = self._mask(rows, positions, length)
+        hidden = self.model.hidden(embeds, positions, mask, self.cache)
         self.prefilled += sum(new)
         for i, row in enumerate(rows):
             row.position += new[i]
@@ -193,6 +204,7 @@ class Ticker:
         for row in ready:
             if row.steps or row.sampling is not None:
                 self._swap(self.rows.index(row), self.decoding)
+                self.feedback.enter(self.decoding, row.position, row.hidden, not row.thinking, row.holes)
                 self.decoding += 1
             else:
                 self._finish(row)
@@ -203,22 +215,16 @@ class Ticker:
             return
         thinking = [row for row in rows if row.thinking]
         speaking = [row for row in rows if not row.thinking]
-        inputs: dict[int, Tensor] = {}
-        if thinking:
-            for row, thought in zip(
-                thinking, self.model.alignment(torch.stack([r.hidden for r in thinking])), strict=True
-            ):
-                row.thoughts.append(thought)
-                inputs[id(row)] = thought
         if speaking:
-            for row, embed in zip(speaking, self._embed([row.tokens[-1] for row in speaking]), strict=True):
-                inputs[id(row)] = embed
-        positions = torch.tensor([[row.position] for row in rows], device=self.model.device)
-        embeds = torch.stack([inputs[id(row)] for row in rows])[:, None]
-        hidden = self._forward(slice(0, len(rows)), embeds, positions, positions)
-        for row, state in zip(rows, hidden[:, 0], strict=True):
+            self.feedback.tokens[: len(rows)] = torch.tensor([0 if row.thinking else row.tokens[-1] for row in rows])
+        length = 1 + max(row.position for row in rows)
+        step = self.feedback.step(len(rows), length, thinking=bool(thinking), speaking=bool(speaking))
+        self.feedback.advance(step)
+        for row, fed, state in zip(rows, step.inputs, step.hidden, strict=True):
             row.position += 1
             row.hidden = state
+            if row.thinking:
+                row.thoughts.append(fed)
         self.thoughts += len(thinking)
         for row in thinking:
             if row.on_step:
@@ -229,16 +235,14 @@ class Ticker:
         for row in over:
             self._finish(row)
 
-    def _forward(self, slots: slice, embeds: Tensor, positions: Tensor, cells: Tensor) -> Tensor:
-        rows = self.rows[slots]
-        length = max(row.position + embeds.shape[1] for row in rows)
-        window = self.cache.window
-        window.rows, window.cells, window.length = slots, cells, min(length, self.cache.capacity)
-        mask = torch.arange(window.length, device=positions.device) <= positions[:, None, :, None]
+    def _mask(self, rows: Sequence[Row], positions: Tensor, length: int) -> Tensor:
+        """What is added to the attention scores of a prefill, [rows, 1, new, length]."""
+        seen = torch.arange(length, device=positions.device) <= positions[:, None, :, None]
         for i, row in enumerate(rows):
             for start, end in row.holes:
-                mask[i, :, :, start:end] = False
-        return self.model.hidden(embeds, positions, mask, self.cache)
+                seen[i, :, :, start:end] = False
+        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device)
+        return mask.masked_fill_(~seen, self.feedback.unseen)
 
     def _sample(self, rows: list[Row]) -> None:
         if not rows:
@@ -286,6 +290,7 @@ class Ticker:
         self.cache.move(b, a, row_b.position)
         if kept is not None:
             self.cache.write(b, 0, kept)
+        self.feedback.move(b, a)
         self.rows[a], self.rows[b] = row_b, row_a
 
     def _embed(self, part: Embeddable) -> Tensor:

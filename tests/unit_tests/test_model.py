@@ -95,7 +95,6 @@ def test_what_is_not_exact_is_refused_before_weights_are_read(
         ("granite", {"logits_scaling": 8.0}),
         ("cohere", {"logit_scale": 0.0625}),
         ("gemma2", {"head_dim": 32, "sliding_window": 256, "final_logit_softcapping": 1.0}),
-        ("gptj", {**GPT2, "rotary_dim": 16}),
     ],
 )
 def test_logits_and_positions_that_are_treated_in_some_other_way_are_seen_by_the_self_check(
@@ -126,6 +125,7 @@ ACCEPTED = [
     ("glm4", {"head_dim": 32}),
     ("smollm3", {"num_hidden_layers": 4}),
     ("gpt2", GPT2),
+    ("gptj", {**GPT2, "rotary_dim": 16}),
     ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64}),
 ]
 
@@ -141,7 +141,8 @@ def test_what_is_accepted_thinks_as_the_plain_model_does(kind: str, config: dict
                 embeds = model.get_input_embeddings()(torch.tensor([segment.prompt_ids]))
                 for thought in segment.thoughts:
                     hidden = model.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, -1]
-                    assert relative(thought, service.model.alignment(hidden)) < 1e-8
+                    exact = 1e-6 if kind == "gptj" else 1e-8  # it attends in float32 whatever its dtype
+                    assert relative(thought, service.model.alignment(hidden)) < exact
                     embeds = torch.cat([embeds, thought[None, None]], dim=1)
 
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from langchain_latentmas.engine.kv import KV
-from langchain_latentmas.engine.slots import SlotCache
+from langchain_latentmas.engine.slots import SlotCache, Window
 
 from ..support import kv_equal
 
@@ -44,7 +44,7 @@ def test_growing_keeps_what_is_there_and_never_shrinks(sizes: list[tuple[int, in
         assert cache.slots >= max(slots, before[0])
         assert cache.capacity >= max(capacity, before[1])
         assert foretold[0].bit_count() == foretold[1].bit_count() == 1
-        assert cache.layers[0].keys.shape == (cache.slots, 2, cache.capacity, 4)
+        assert cache.layers[0].keys.shape == (cache.slots, cache.capacity, 2, 4)
         before = foretold
     assert kv_equal(cache.read(0, 0, 100), kv(100))
 
@@ -61,8 +61,7 @@ def test_moving_a_slot_leaves_its_source(cache: SlotCache) -> None:
 
 def test_an_update_writes_each_row_at_its_own_cells(cache: SlotCache) -> None:
     cache.reserve(3, 128)
-    cache.window.rows, cache.window.length = slice(1, 3), 10
-    cache.window.cells = torch.tensor([[0, 1], [7, 8]])
+    cache.window = Window(slice(1, 3), torch.tensor([[0, 1], [7, 8]]), 10, cache.capacity)
     new = torch.randn(2, 2, 2, 4)
     keys, values = cache.layers[0].update(new, -new)
     assert keys.shape == values.shape == (2, 2, 10, 4)

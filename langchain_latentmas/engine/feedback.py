@@ -1,0 +1,110 @@
+"""The feedback: what each slot takes as its next input, a thought or a token."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .model import LanguageModel
+from .slots import SlotCache, Window
+
+
+class Step(NamedTuple):
+    """One decode step of the first rows of the slots."""
+
+    inputs: Tensor
+    """What was fed, [rows, hidden]: the thoughts of those that think."""
+    hidden: Tensor
+    """Last hidden states [rows, hidden]."""
+
+
+class Feedback:
+    """The state of decoding rows on the device, by slot; a step needs nothing from the host.
+
+    Attributes:
+        hidden: Last hidden states [slots, hidden].
+        tokens: Last tokens [slots].
+        speaking: Whether the next input is the token's embedding, or else the aligned hidden state, [slots].
+        positions: Where the next input goes, [slots].
+        mask: What is added to attention scores, [slots, capacity]: 0 where a cell is seen.
+    """
+
+    def __init__(self, model: LanguageModel, cache: SlotCache) -> None:
+        """State for the slots that the cache has; `fit` follows it when it grows."""
+        self.model, self.cache = model, cache
+        self.unseen = torch.finfo(model.dtype).min
+        self._allocate()
+
+    def fit(self) -> None:
+        """Grows to the slots and capacity of the cache; what is there stays."""
+        if self.mask.shape == (self.cache.slots, self.cache.capacity):
+            return
+        old = self._tensors
+        self._allocate()
+        for new, before in zip(self._tensors, old, strict=True):
+            new[tuple(slice(size) for size in before.shape)] = before
+
+    def enter(self, slot: int, position: int, hidden: Tensor, speaking: bool, holes: Sequence[tuple[int, int]]) -> None:
+        """Lets a row begin to decode.
+
+        Args:
+            slot: Its slot.
+            position: Where its next input goes; it sees all cells before.
+            hidden: Its last hidden state [hidden].
+            speaking: Whether it speaks; its last token is then put into `tokens` before each step.
+            holes: Ranges of cells that it must not see.
+        """
+        self.hidden[slot] = hidden
+        self.speaking[slot] = speaking
+        self.positions[slot] = position
+        self.mask[slot] = self.unseen
+        self.mask[slot, :position] = 0
+        for start, end in holes:
+            self.mask[slot, start:end] = self.unseen
+
+    def move(self, source: int, target: int) -> None:
+        """Puts the state of slot `source` in place of that of `target`."""
+        for state in self._tensors:
+            state[target] = state[source]
+
+    def step(self, rows: int, length: int, *, thinking: bool = True, speaking: bool = True) -> Step:
+        """Feeds the first `rows` slots their next inputs.
+
+        Running it again before `advance` computes the same and changes nothing, so it can be captured and replayed.
+
+        Args:
+            rows: How many slots take part.
+            length: Cells in sight, more than any of these rows' positions.
+            thinking: Whether some of them may think.
+            speaking: Whether some of them may speak.
+        """
+        slots, positions = slice(0, rows), self.positions[:rows, None]
+        if thinking:
+            inputs = self.model.alignment(self.hidden[slots])
+        if speaking:
+            embeds = self.model.embed(self.tokens[slots])
+            inputs = torch.where(self.speaking[slots, None], embeds, inputs) if thinking else embeds
+        self.cache.window = Window(slots, positions, length, self.cache.capacity)
+        self.mask[slots].scatter_(1, positions, 0)
+        mask = self.mask[slots, None, None, :length]
+        return Step(inputs, self.model.hidden(inputs[:, None], positions, mask, self.cache)[:, 0])
+
+    def advance(self, step: Step) -> None:
+        """Takes over what a step computed."""
+        rows = slice(0, len(step.hidden))
+        self.hidden[rows] = step.hidden
+        self.positions[rows] += 1
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.hidden, self.tokens, self.speaking, self.positions, self.mask
+
+    def _allocate(self) -> None:
+        slots, capacity = self.cache.slots, self.cache.capacity
+        place, whole = {"device": self.model.device}, {"device": self.model.device, "dtype": torch.long}
+        self.hidden = torch.zeros(slots, self.model.config.hidden_size, dtype=self.model.dtype, **place)
+        self.tokens = torch.zeros(slots, **whole)
+        self.speaking = torch.zeros(slots, dtype=torch.bool, **place)
+        self.positions = torch.zeros(slots, **whole)
+        self.mask = torch.full((slots, capacity), self.unseen, dtype=self.model.dtype, **place)
