@@ -92,7 +92,7 @@ def build(shape: str, device: str, dtype: torch.dtype) -> LanguageModel:
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(_config(shape), dtype=dtype)
-    return LanguageModel(model, AutoTokenizer.from_pretrained(bundled.MODEL), name=shape)
+    return LanguageModel(model, AutoTokenizer.from_pretrained(bundled.MODEL), name=f"random {shape}")
 
 
 def _config(shape: str) -> Any:

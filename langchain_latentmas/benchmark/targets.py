@@ -36,7 +36,7 @@ def targets(result: Mapping[str, Any]) -> Iterator[Target]:
         yield Target("a thought, times its floor", think["floor_ratio"], 1.25, least=False)
     if speak and cuda:
         yield Target("a token, times its floor", speak["floor_ratio"], 1.35, least=False)
-    if think and not cuda and name == "Qwen3-0.6B":
+    if think and not cuda and name == "random Qwen3-0.6B":
         yield Target("a thought, share of the plain loop", think["full_lm_ratio"], 0.68, least=False)
         yield Target("a thought, times its floor", think["floor_ratio"], 2.2, least=False)
     if think and not cuda and name == "bundled":

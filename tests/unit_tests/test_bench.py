@@ -175,7 +175,7 @@ def result(name: str, device: str, *rows: tuple[str, int, int, float, float, flo
 
 def test_targets_of_the_cpu() -> None:
     rows = [("think", 1, 2048, 9.0, 9.0, 1.0), ("think", 1, 256, 2.3, 0.6, 10.0), ("think", 32, 256, 1.0, 1.0, 95.0)]
-    found = {target.name: target.met for target in targets(result("Qwen3-0.6B", "cpu", *rows))}
+    found = {target.name: target.met for target in targets(result("random Qwen3-0.6B", "cpu", *rows))}
     assert found == {
         "a thought, share of the plain loop": True,
         "a thought, times its floor": False,
@@ -191,7 +191,7 @@ def test_targets_of_cuda() -> None:
         {"questions": 1, "arrangement": "sequential", "text_over_latent": 4.1},
         {"questions": 32, "arrangement": "sequential", "text_over_latent": 1.0},
     ]
-    found = list(targets(result("Qwen3-4B", "cuda:0", *rows, graphs=graphs)))
+    found = list(targets(result("random Qwen3-4B", "cuda:0", *rows, graphs=graphs)))
     assert [target.met for target in found] == [True, False, False, True]
     assert found[2].row() == {
         "name": "thoughts per second, 32 rows over 1",
