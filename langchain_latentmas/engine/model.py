@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..errors import ModelNotFound, ModelNotSupported
 from .alignment import Alignment
 from .kv import KV
+from .quantization import plain_tensors, quantization_config
 from .rotary import Rotary
 from .slots import SlotCache, Window
 
@@ -29,6 +30,7 @@ class LanguageModel:
         model: The transformers model, in eval mode.
         tokenizer: Its tokenizer.
         name: What it was loaded from.
+        quantization: How `load` quantized its weights, or None.
         alignment: Map from hidden states to input embeddings.
         eos: Token ids that end a text.
         rotary: How keys are moved, or None where they cannot be.
@@ -62,6 +64,7 @@ class LanguageModel:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name or model.config._name_or_path
+        self.quantization: str | None = None
         self.realign = realign
         self.config = model.config.get_text_config(decoder=True)
         self.max_positions = _checked_positions(self.config, self.name, max_positions)
@@ -94,6 +97,7 @@ class LanguageModel:
         dtype: str | torch.dtype = "auto",
         realign: bool = True,
         max_positions: int | None = None,
+        quantization: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> "LanguageModel":
@@ -106,24 +110,35 @@ class LanguageModel:
             dtype: A torch dtype or its name; "auto" takes the checkpoint's.
             realign: See `LanguageModel`.
             max_positions: See `LanguageModel`.
+            quantization: "int8" or "fp8": linear layers keep their weights in 8 bits, through torchao; embeddings stay.
+                Another fingerprint comes of it, so no memory is read by the model as it was, nor the other way round.
             revision: Branch, tag or commit on the hub.
             trust_remote_code: Passed to transformers; runs code of the model's author.
 
         Raises:
             ModelNotFound: If there is no such model, or it cannot be read.
             ModelNotSupported: See `LanguageModel`.
+            MissingExtra: If `quantization` is asked for and torchao is not installed.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ModelNotSupported(f"{dtype!r} is no dtype of torch; take 'auto', 'bfloat16', 'float16' or 'float32'.")
+        quantized = None if quantization is None else quantization_config(quantization, dtype)
         try:
             # The configuration first: a model that is refused costs no download of weights.
             config = AutoConfig.from_pretrained(name, **source)
+            if quantized and getattr(config, "quantization_config", None):
+                raise ModelNotSupported(f"{name}: its weights are quantized already; leave quantization=... out.")
             _checked_positions(config.get_text_config(decoder=True), name, max_positions)
             tokenizer = AutoTokenizer.from_pretrained(name, **source)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, device_map=device, output_loading_info=True, **source
+                name,
+                dtype=dtype,
+                device_map=device,
+                quantization_config=quantized,
+                output_loading_info=True,
+                **source,
             )
         except ModelNotSupported:
             raise
@@ -135,7 +150,9 @@ class LanguageModel:
             raise ModelNotFound(
                 f"{name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}."
             )
-        return cls(model, tokenizer, name=name, realign=realign, max_positions=max_positions)
+        loaded = cls(model, tokenizer, name=name, realign=realign, max_positions=max_positions)
+        loaded.quantization = quantization
+        return loaded
 
     def new_cache(self) -> SlotCache:
         """An empty slot cache of this model's layers."""
@@ -187,20 +204,27 @@ class LanguageModel:
             self.refresh()
 
     def _weight_versions(self) -> list[tuple[int, int]]:
-        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+        # A quantized weight has no storage of its own.
+        return [(p.data_ptr() or id(p), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
 
     def _fingerprint(self) -> str:
         """Hashes values, not representations: the same weights in another dtype that holds them hash the same."""
         digest = hashlib.sha256()
         with torch.no_grad():
-            for name, weight in sorted(self.model.state_dict().items()):
+            whole = sorted(self.model.state_dict().items())
+            for name, weight in (plain for each in whole for plain in plain_tensors(*each)):
                 digest.update(f"{name}{tuple(weight.shape)}".encode())
                 for part in weight.detach().flatten().split(HASHED_AT_ONCE):
                     narrow = part.float()
-                    exact = part.dtype != torch.float64 or torch.equal(narrow.double(), part)
+                    exact = part.dtype.itemsize <= 2 or torch.equal(narrow.to(part.dtype), part)
                     digest.update((narrow if exact else part).contiguous().cpu().numpy().tobytes())
         digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
         return digest.hexdigest()[:32]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, tied ones once."""
+        return sum(t.nbytes for p in self.model.parameters() for _, t in plain_tensors("", p))
 
     @property
     def _tolerance(self) -> float:

@@ -62,7 +62,8 @@ def _bytes(value: object) -> object:
     return TypeAdapter(ByteSize).validate_python(value) if isinstance(value, str) else value
 
 
-RECIPES_KEPT = 4096  # decoded ones; all others are read from the store again
+LOADING = ("device", "dtype", "quantization", "revision", "trust_remote_code")  # go to `LanguageModel.load`
+RECIPES_KEPT = 1 << 24  # bytes of decoded ones; all others are read from the store again
 KV_FRACTION = 0.4  # of the device memory that is free once the model is loaded
 LIVE_FRACTION = 0.4
 CPU_FRACTION = 0.2
@@ -175,7 +176,7 @@ class LocalService(LatentService):
         shelf, signs = store or InMemoryByteStore(), self._signer.timeless()
         self._store = RecipeStore(shelf, signs, model.config.hidden_size, model.dtype, settings.store_budget)
         self._retention = Retention(self._store, settings.keep_for)
-        self._recipes: Budget[Recipe] = Budget(RECIPES_KEPT, lambda recipe: 1)
+        self._recipes: Budget[Recipe] = Budget(RECIPES_KEPT, lambda recipe: recipe.segment.nbytes)
         free = _free_bytes(model.device)
         live = int(free * LIVE_FRACTION) if settings.live_budget is None else settings.live_budget
         kept = int(free * KV_FRACTION) if settings.kv_budget is None else settings.kv_budget
@@ -215,13 +216,10 @@ class LocalService(LatentService):
 
         Args:
             model: "bundled", a hub id, or a folder.
-            **settings: Fields of `LocalSettings`, and `device`, `dtype`, `revision`, `trust_remote_code`.
+            **settings: Fields of `LocalSettings`, and `device`, `dtype`, `quantization`, `revision`,
+                `trust_remote_code`.
         """
-        loading = {
-            name: settings.pop(name)
-            for name in ("device", "dtype", "revision", "trust_remote_code")
-            if name in settings
-        }
+        loading = {name: settings.pop(name) for name in LOADING if name in settings}
         checked = _checked_settings(settings)
         source = str(bundled.MODEL) if model == "bundled" else model
         loaded = LanguageModel.load(source, realign=checked.realign, max_positions=checked.max_positions, **loading)
@@ -314,8 +312,13 @@ class LocalService(LatentService):
         on_step: Callable[[int], None] | None = None,
     ) -> LatentRef:
         """See `LatentService.athink`."""
-        request = _Request(self, messages, latents, agent, steps=steps)
-        if (known := await asyncio.to_thread(request.known)) is not None:
+
+        def begun() -> tuple[_Request, LatentRef | None]:  # reads recipes, and makes tokens of the messages
+            request = _Request(self, messages, latents, agent, steps=steps)
+            return request, request.known()
+
+        request, known = await asyncio.to_thread(begun)
+        if known is not None:
             return known
         async for event in request.aevents(notify=on_step is not None):
             if isinstance(event, Result):
@@ -435,7 +438,7 @@ class LocalService(LatentService):
     def marker(self, ref: LatentRef) -> str:
         """See `LatentService.marker`."""
         self.verify([ref])
-        return str(Marker.of(ref, self._signer))
+        return self.signed_marker(ref)
 
     def take_markers(self, text: str, left: str = "") -> tuple[str, list[LatentRef]]:
         """See `LatentService.take_markers`."""
@@ -497,6 +500,8 @@ class LocalService(LatentService):
             "parameters": sum(p.numel() for p in model.model.parameters()),
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
+            "weight_bytes": model.weight_bytes,
             "max_positions": model.max_positions,
             "realign": model.realign,
             "think_tag": self.think_tag,
@@ -606,6 +611,10 @@ class LocalService(LatentService):
         )
         ref["mac"] = self._signer.sign(ref)
         return ref
+
+    def signed_marker(self, ref: LatentRef) -> str:
+        """The marker of a reference that this service has just made, or verified."""
+        return str(Marker.of(ref, self._signer))
 
     def _marked(self, marker: Marker) -> LatentRef:
         if marker.model != self.model.fingerprint[:8]:
@@ -827,7 +836,7 @@ def _checked_settings(settings: dict[str, Any]) -> LocalSettings:
     try:
         return LocalSettings(**settings)
     except ValidationError as error:
-        known = ", ".join(["device", "dtype", "revision", "trust_remote_code", *LocalSettings.model_fields])
+        known = ", ".join([*LOADING, *LocalSettings.model_fields])
         raise InvalidRequest(f"Setting {first_fault(error)}. Settings: {known}.") from error
 
 
