@@ -188,7 +188,7 @@ class KVPool:
         run = [self._recipe(key)]
         while len(run[0].parents) == 1 and not self._is_somewhere(run[0].parents[0]):
             run.insert(0, self._recipe(run[0].parents[0]))
-        # One prefill brings all of them back. But what is kept in 8 bits was computed on 8 bits: there, each has its own.
+        # One prefill brings all back. But what is kept in 8 bits was computed on 8 bits: there, each takes its own.
         legs = [[recipe] for recipe in run] if self.packed else [run]
         seen = self._lineage.layout(run[0].parents)
         futures = {recipe.id: Future[AnyKV]() for recipe in run}

@@ -36,6 +36,11 @@ class Segment:
         return len(self.prompt_ids) + len(self.thoughts) + len(self.spoken_ids)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in CPU memory, about."""
+        return self.thoughts.nbytes + 40 * (len(self.prompt_ids) + len(self.spoken_ids)) + 2000
+
+    @property
     def inputs(self) -> list[Embeddable]:
         """What one prefill is fed to rebuild its KV."""
         return [part for part in (self.prompt_ids, self.thoughts, self.spoken_ids) if len(part)]
