@@ -1,6 +1,5 @@
 """vLLM's engine, started from this process."""
 
-import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -86,6 +85,7 @@ class InProcess(Transport):
             "hf_overrides": {**asked.get("hf_overrides", {}), **overrides},
         }
         super().__init__(name, patience=0)
+        self._llm: Any = None
         try:
             self._llm, self._facts = self.call(_start(asked))
         except BaseException:
@@ -113,8 +113,9 @@ class InProcess(Transport):
 
     async def aclose(self) -> None:
         """See `Transport.aclose`."""
-        if (llm := getattr(self, "_llm", None)) is not None:  # else it never started
-            await asyncio.to_thread(llm.shutdown)
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.shutdown()  # here, since no thread starts any more where the interpreter is about to end
 
     async def _complete(self, body: dict[str, Any]) -> AsyncGenerator[Any]:
         """Pieces of a completion as they come."""
@@ -153,6 +154,7 @@ async def _start(asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would take locks of our threads along
     try:
         config = AsyncEngineArgs(**asked).create_engine_config()
     except (TypeError, ValueError) as error:

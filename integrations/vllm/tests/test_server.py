@@ -299,7 +299,9 @@ def test_two_replicas_behind_a_load_balancer(
         LatentService.load(f"vllm+{url}") as service,
     ):
         assert answers(team(service), inputs) == expected["sequential"]
-    served = [metric(url, "vllm:request_success_total") - n for url, n in zip((address, replica), before, strict=True)]
+        after = [metric(url, "vllm:request_success_total") for url in (address, replica)]
+        assert all(finding.fine for finding in diagnose(url))
+    served = [late - early for early, late in zip(before, after, strict=True)]
     assert sum(served) == 4 * GRAPHS
     if policy == "round_robin":
         assert served[0] == served[1]
