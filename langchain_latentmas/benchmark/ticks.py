@@ -20,7 +20,7 @@ from .spread import Spread, ratios
 What = Literal["think", "speak"]
 
 WARM_UP = 4  # ticks: the first ones allocate, capture and compile
-TURN_SECONDS = 0.25
+TURN_SECONDS = 0.1
 FEWEST, MOST = 3, 16  # ticks of a turn
 SPARE = 0.9  # of the free memory may be used; allocators do not use all of it
 
