@@ -70,19 +70,20 @@ class Load:
         with suppress(asyncio.CancelledError):
             await watching
 
-    async def _watch(self, service: LatentService) -> None:
-        while True:
-            self.memory.append((await asyncio.to_thread(counters, service))["process_resident_memory_bytes"])
-            await asyncio.sleep(SAMPLE_SECONDS)
+    async def _watch(self, service: Any) -> None:
+        with httpx.Client(base_url=service.url, timeout=30) as http:
+            while True:
+                self.memory.append((await asyncio.to_thread(counters, http))["process_resident_memory_bytes"])
+                await asyncio.sleep(SAMPLE_SECONDS)
 
 
-def counters(service: Any) -> dict[str, float]:
+def counters(http: httpx.Client) -> Counter[str]:
     """The server's own figures, by name; those with labels are added up."""
     found: Counter[str] = Counter()
-    for family in text_string_to_metric_families(httpx.get(f"{service.url}/metrics", timeout=30).text):
+    for family in text_string_to_metric_families(http.get("/metrics").text):
         for sample in family.samples:
             found[sample.name] += sample.value
-    return dict(found)
+    return found
 
 
 def started(folder: str, max_running: int, max_waiting: int, kv_budget: str) -> tuple["subprocess.Popen[str]", str]:
@@ -107,11 +108,11 @@ def main(
     graphs: Annotated[int, typer.Option(help="Graphs at a time.")] = 20,
     seconds: Annotated[float, typer.Option(help="For how long new ones are begun.")] = 15,
     steps: Annotated[int, typer.Option(help="Latent steps of each of the three thinkers.")] = 8,
-    max_running: Annotated[int, typer.Option(help="Requests that the server works on at a time.")] = 32,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; fewer make more 429s.")] = 64,
+    max_running: Annotated[int, typer.Option(help="Requests that the server works on at a time.")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; fewer make more 429s.")] = 128,
     kv_budget: Annotated[
-        str, typer.Option(help="KV that the server keeps; memory grows until that is full.")
-    ] = "16MiB",
+        str, typer.Option(help="KV that the server keeps: memory grows until it is full, and too little is rebuilt.")
+    ] = "160MiB",
     seed: Annotated[int, typer.Option(help="Of the questions.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
 ) -> None:
@@ -123,25 +124,28 @@ def main(
             with LatentService.load(address, patience=600) as service:
                 runs = []
                 for load, length in ((Load(1), max(5.0, seconds / 4)), (Load(graphs), seconds)):
-                    before = counters(service)
-                    asyncio.run(load.run(service, length, steps, questions))
-                    after = counters(service)
-                    refused = after["latentmas_refused_total"] - before["latentmas_refused_total"]
-                    ticks = after["latentmas_ticks_total"] - before["latentmas_ticks_total"]
-                    runs.append((load, int(refused), ticks / load.seconds))
+                    with httpx.Client(base_url=address, timeout=30) as http:
+                        before = counters(http)
+                        asyncio.run(load.run(service, length, steps, questions))
+                        more = counters(http) - before  # those that grew
+                    runs.append((load, more))
         finally:
             process.terminate()
             process.wait(60)
     alone = runs[0][0]
-    table = Table("graphs", "seconds", "done", "per second", "times one", "429s retried", "errors", "ticks/s", "MiB")
+    table = Table(
+        "graphs", "seconds", "done", "per second", "times one", "429s retried", "errors", "rebuilds", "ticks/s", "MiB"
+    )
     results = []
-    for load, refused, ticks in runs:
+    for load, more in runs:
+        refused, rebuilds = int(more["latentmas_refused_total"]), int(more["latentmas_kv_rebuilds_total"])
+        ticks = more["latentmas_ticks_total"] / load.seconds
         first, last = load.quarters
         errors = ", ".join(f"{count} {name}" for name, count in load.errors.items()) or "none"
         grown = f"{first / 2**20:.0f} to {last / 2**20:.0f} ({last / first - 1:+.1%})"
         times = load.per_second / alone.per_second
         cells = (load.graphs, f"{load.seconds:.1f}", load.done, f"{load.per_second:.2f}", f"{times:.1f}", refused)
-        table.add_row(*map(str, cells), errors, f"{ticks:.0f}", grown)
+        table.add_row(*map(str, cells), errors, str(rebuilds), f"{ticks:.0f}", grown)
         results.append(
             {
                 "graphs": load.graphs,
@@ -151,6 +155,7 @@ def main(
                 "times_one": times,
                 "refused_and_retried": refused,
                 "errors": dict(load.errors),
+                "kv_rebuilds": rebuilds,
                 "longest_seconds": load.longest,
                 "ticks_per_second": ticks,
                 "resident_first_quarter": first,

@@ -1,7 +1,9 @@
 """`latentmas serve`: the model service for several processes; `latentmas rotate-key`: a fresh signing key."""
 
+import gc
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,8 @@ import typer
 
 from ..errors import MissingExtra
 from .session import loading, reported
+
+SWITCH_SECONDS = 0.0001
 
 
 def serve(
@@ -61,10 +65,15 @@ def serve(
 
         settings = ServeSettings.gather(config, flags)
         with _json_lines(settings.log_level):
+            # Tick and store let go of the interpreter all the time, and wait up to this long to have it back from the
+            # event loop. 5 ms, as by default, is a whole tick of a small model.
+            sys.setswitchinterval(SWITCH_SECONDS)
             with loading(show=True):
                 from ..service.server import Server
 
                 server = Server(_service(settings), settings)
+            gc.collect()
+            gc.freeze()  # what is loaded by now stays, and no collection need look through it
             server.run()
 
 

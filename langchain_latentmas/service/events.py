@@ -4,16 +4,16 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import NamedTuple
 
 from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from ..errors import EngineFailed, LatentMASError, ServiceUnreachable
-from .wire import EVENTS, PROBLEM, Problem
+from ..errors import DeadlineExceeded, EngineFailed, LatentMASError, ServiceUnreachable
+from .wire import EVENTS, PROBLEM, TENSORS, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Reply(Response):
         pieces: AsyncGenerator[tuple[str, BaseModel], None],
         *,
         stream: bool,
+        deadline: float,
         keep_alive: float,
         instance: str,
         ended: Callable[[int], None],
@@ -50,12 +51,14 @@ class Reply(Response):
         Args:
             pieces: Yields names and data of events.
             stream: Whether every piece is sent as it comes.
+            deadline: Seconds after which the generator is cancelled, even if it is the client that does not read on.
             keep_alive: Seconds after which a comment shows that the server is still there.
             instance: Names the request in problem details.
             ended: Called once with the status: that of the first error, else 200, or 499 if the client hung up.
         """
         super().__init__(media_type=EVENTS if stream else "application/json")
-        self.pieces, self.stream, self.keep_alive = pieces, stream, keep_alive
+        self.pieces, self.stream = pieces, stream
+        self.deadline, self.keep_alive = deadline, keep_alive
         self.instance, self.ended = instance, ended
         self._begun = self._over = False
         self._sending = asyncio.Lock()  # two write: the answer, and the sign of life
@@ -81,20 +84,20 @@ class Reply(Response):
     async def _answer(self, send: Send) -> int:
         last: BaseModel | None = None
         try:
-            async with aclosing(self.pieces) as pieces:
+            async with within(self.deadline), aclosing(self.pieces) as pieces:
                 async for name, data in pieces:
                     last = data
                     if self.stream:
                         await self._send(send, name, data.model_dump_json(exclude_none=True))
+                if self.stream:
+                    await self._send_raw(send, b"", more=False)
+                else:
+                    assert last is not None
+                    await self._send_document(send, 200, "application/json", last)
         except OSError:  # the connection is gone; whoever watches it says so
             return 499
         except Exception as error:
             return await self._fail(send, error)
-        if self.stream:
-            await self._send_raw(send, b"", more=False)
-        else:
-            assert last is not None
-            await self._send_document(send, 200, "application/json", last)
         return 200
 
     async def _fail(self, send: Send, error: Exception) -> int:
@@ -102,11 +105,13 @@ class Reply(Response):
             logger.exception("a request failed", exc_info=error)
             error = EngineFailed(f"The server met an error that it did not expect; its log names it ({self.instance}).")
         problem = Problem.of(error, self.instance)
-        if not self._begun:
-            await self._send_document(send, problem.status, PROBLEM, problem)
-        else:
-            await self._send(send, "error", problem.model_dump_json(exclude_none=True))
-            await self._send_raw(send, b"", more=False)
+        with suppress(TimeoutError):  # who does not read on will not read this either
+            async with asyncio.timeout(self.keep_alive):
+                if not self._begun:
+                    await self._send_document(send, problem.status, PROBLEM, problem)
+                else:
+                    await self._send(send, "error", problem.model_dump_json(exclude_none=True))
+                    await self._send_raw(send, b"", more=False)
         return problem.status
 
     async def _beat(self, send: Send) -> None:
@@ -137,6 +142,37 @@ class Reply(Response):
             self._begun = self._over = True
             await send(_start(status, media_type, headers))
             await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class Tensors(Response):
+    """What a generator yields, as safetensors; an error before the first piece is raised."""
+
+    media_type = TENSORS
+
+    def __init__(self, pieces: AsyncGenerator[bytes, None], *, deadline: float) -> None:
+        """Describes the reply; the generator is started when it is sent.
+
+        Args:
+            pieces: Yields the bytes.
+            deadline: Seconds after which the generator is cancelled, and the connection closed if it has begun.
+        """
+        super().__init__()
+        self.pieces, self.deadline = pieces, deadline
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the reply."""
+        begun = False
+        try:
+            async with within(self.deadline), aclosing(self.pieces) as pieces:
+                async for piece in pieces:
+                    if not begun:
+                        begun = True
+                        await send(_start(200, TENSORS, []))
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+        except DeadlineExceeded:
+            if not begun:
+                raise
 
 
 class EventReader:
@@ -172,6 +208,24 @@ class EventReader:
         if len(self._data) > MAX_EVENT:
             raise _endless()
         return None
+
+
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """Cancels what is in it when the time is up.
+
+    Raises:
+        DeadlineExceeded: If it did.
+    """
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(
+            f"The request was not done within {seconds:g} s, its wait in the queue included."
+        ) from None
 
 
 def problem_of(status: int, content_type: str, body: bytes, retry_after: str | None) -> LatentMASError:

@@ -7,12 +7,11 @@ import random
 import secrets
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar
 from urllib.parse import urlsplit
-from weakref import WeakKeyDictionary
 
 import httpx
 import tenacity
@@ -144,7 +143,7 @@ class HTTPService(LatentService):
 
             self._options["verify"] = ssl.create_default_context(cafile=str(settings.ca))
         self._client = httpx.Client(**self._options)
-        self._async_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
+        self._async_clients: dict[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, AsyncGenerator[None]]] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._markers: Budget[str] = Budget(MARKERS_KEPT, lambda _: 1)  # by signature of the reference
@@ -390,12 +389,11 @@ class HTTPService(LatentService):
         """See `LatentService.close`; ends this client, not the server."""
         with self._lock:
             self._closed = True
-            clients = list(self._async_clients.items())
-            self._async_clients.clear()
+            clients = dict(self._async_clients)
         self._client.close()
-        for loop, client in clients:
+        for loop, (_, life) in clients.items():
             if loop.is_running():
-                asyncio.run_coroutine_threadsafe(client.aclose(), loop)
+                asyncio.run_coroutine_threadsafe(life.aclose(), loop)
 
     def _think_request(
         self, messages: LanguageModelInput, latents: Any, steps: int, agent: str, progress: bool
@@ -493,7 +491,8 @@ class HTTPService(LatentService):
     async def _aevents(self, path: str, body: BaseModel) -> Any:
         reader = EventReader()
         with _unreachable(self.url):
-            async with self._async_client().stream("POST", path, **_json(body)) as reply:
+            client = await self._async_client()
+            async with client.stream("POST", path, **_json(body)) as reply:
                 if reply.status_code != 200:
                     await reply.aread()
                     _check(reply)
@@ -522,14 +521,26 @@ class HTTPService(LatentService):
             raise _closed()
         return self._client
 
-    def _async_client(self) -> httpx.AsyncClient:
+    async def _async_client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()  # connections belong to the loop they were made in
         with self._lock:
             if self._closed:
                 raise _closed()
-            if loop not in self._async_clients:
-                self._async_clients[loop] = httpx.AsyncClient(**self._options)
-            return self._async_clients[loop]
+            if loop in self._async_clients:
+                return self._async_clients[loop][0]
+            client = httpx.AsyncClient(**self._options)
+            life = self._life(loop, client)
+            self._async_clients[loop] = client, life
+        await anext(life)
+        return client
+
+    async def _life(self, loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> AsyncGenerator[None]:
+        """Begun and left waiting: what `asyncio.run` closes at its end, and with it the connections of its loop."""
+        try:
+            yield
+        finally:
+            self._async_clients.pop(loop, None)
+            await client.aclose()
 
     def _retrying(self) -> tenacity.Retrying:
         return tenacity.Retrying(**self._policy())

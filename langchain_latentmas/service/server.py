@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -15,21 +16,22 @@ from typing import Any, TypeVar
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..errors import (
-    DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     LatentMASError,
     RequestTooLarge,
     TamperedReference,
 )
-from .events import Reply
+from .base import Chunk
+from .events import Reply, Tensors, within
 from .guard import Guard
 from .identity import WireRef
 from .local import LocalService
@@ -151,6 +153,7 @@ class Server:
         app.add_exception_handler(LatentMASError, _problem)
         app.add_exception_handler(RequestValidationError, _invalid)
         app.add_exception_handler(HTTPException, _http_problem)
+        app.add_exception_handler(ClientDisconnect, _hung_up)
         app.add_exception_handler(Exception, _unexpected)
         routed: list[tuple[str, str, Callable[..., Any], dict[str, Any]]] = [
             ("GET", "/health", self.health, {}),
@@ -165,7 +168,7 @@ class Server:
             ("GET", "/v1/references", self.references, {}),
             ("POST", "/v1/references/pin", self.pin, {}),
             ("POST", "/v1/references/drop", self.drop, {}),
-            ("POST", "/v1/memory/export", self.export_memory, {"response_class": _Tensors}),
+            ("POST", "/v1/memory/export", self.export_memory, {"response_class": Tensors, "status_code": 200}),
             ("POST", "/v1/memory/import", self.import_memory, {"openapi_extra": _TENSOR_BODY}),
         ]
         bearer = HTTPBearer(auto_error=False, description="The token, where the server wants one.")
@@ -230,7 +233,8 @@ class Server:
 
     async def lens(self, request: Request, body: LensRequest) -> LensReply:
         """Reads the thoughts of a reference's own segment out in the vocabulary."""
-        rows = await self._in_turn(request, lambda service: service.lens(body.ref.ref, body.top_k))
+        async with self._in_turn(request):
+            rows = await self._at_once(request, lambda service: service.lens(body.ref.ref, body.top_k))
         return LensReply.of(rows)
 
     async def marker(self, request: Request, body: RefRequest) -> MarkerReply:
@@ -263,7 +267,7 @@ class Server:
     async def export_memory(self, request: Request, body: ExportRequest) -> Response:
         """A memory as one safetensors file."""
 
-        def begin(service: LocalService) -> Iterator[bytes]:
+        def begun(service: LocalService) -> Iterator[bytes]:
             service.verify([body.ref.ref])
             nbytes = body.ref.positions * service.info()["kv_bytes_per_position"]
             if body.kv and nbytes > self.settings.max_memory:
@@ -272,40 +276,50 @@ class Server:
                 )
             return service.export_memory(body.ref.ref, body.kv)
 
-        return _Tensors(await self._in_turn(request, begin))
+        async def pieces() -> AsyncGenerator[bytes, None]:
+            async with self._turn(request):  # to the end: until then, all of it is in memory
+                file = await self._at_once(request, begun)
+                while piece := await asyncio.to_thread(next, file, b""):
+                    yield piece
+
+        return Tensors(pieces(), deadline=self.settings.deadline)
 
     async def import_memory(self, request: Request) -> RefReply:
         """Takes in a memory that a service of the same model exported."""
         limit, taken = self.settings.max_memory, 0
-        with tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors") as file:
-            async for chunk in request.stream():
-                taken += len(chunk)
-                if taken > limit:
-                    raise RequestTooLarge(f"The memory is larger than {limit} bytes.")
-                await asyncio.to_thread(file.write, chunk)
-            file.flush()
-            ref = await self._in_turn(request, lambda service: service.import_memory(Path(file.name)))
+        async with self._in_turn(request):  # from the beginning: no more files than turns
+            with tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors") as file:
+                async for chunk in request.stream():
+                    taken += len(chunk)
+                    if taken > limit:
+                        raise RequestTooLarge(f"The memory is larger than {limit} bytes.")
+                    await asyncio.to_thread(file.write, chunk)
+                file.flush()
+                ref = await self._at_once(request, lambda service: service.import_memory(Path(file.name)))
         return RefReply(ref=WireRef(**ref))
 
     async def _think(self, request: Request, body: ThinkRequest) -> AsyncGenerator[tuple[str, BaseModel], None]:
         service = self._service(request)
-        steps: asyncio.Queue[int] = asyncio.Queue()
+        steps: asyncio.Queue[int | None] = asyncio.Queue()  # None comes last
 
         async def work() -> Thought:
-            async with self._turn(request):
-                ref = await service.athink(
-                    body.plain_messages,
-                    body.refs,
-                    steps=body.steps,
-                    agent=body.agent,
-                    on_step=steps.put_nowait if body.stream and body.progress else None,
-                )
+            try:
+                async with self._turn(request):
+                    ref = await service.athink(
+                        body.plain_messages,
+                        body.refs,
+                        steps=body.steps,
+                        agent=body.agent,
+                        on_step=steps.put_nowait if body.stream and body.progress else None,
+                    )
+            finally:
+                steps.put_nowait(None)
             request.state.reference = ref["id"]
-            return Thought(ref=WireRef(**ref), marker=service.marker(ref))
+            return Thought(ref=WireRef(**ref), marker=service.signed_marker(ref))
 
         task = asyncio.ensure_future(work())
         try:
-            async for step in _until(steps, task):
+            while (step := await steps.get()) is not None:
                 self._first(request)
                 yield "step", Step(step=step)
             thought = await task
@@ -320,8 +334,9 @@ class Server:
         service = self._service(request)
         pieces: list[str] = []
         tokens: list[int] = []
-        async with self._turn(request):
-            chunks = service.aspeak(
+
+        def begun(service: LocalService) -> AsyncIterator[Chunk]:
+            return service.aspeak(
                 body.plain_messages,
                 body.refs,
                 max_tokens=body.max_tokens,
@@ -334,6 +349,9 @@ class Server:
                 prefix=body.prefix,
                 agent=body.agent,
             )
+
+        async with self._turn(request):
+            chunks = await self._at_once(request, begun)  # reads recipes, and makes tokens of the messages
             assert isinstance(chunks, AsyncGenerator)
             async with aclosing(chunks):
                 async for chunk in chunks:
@@ -345,7 +363,7 @@ class Server:
                             yield "chunk", SpokenChunk.of(chunk)
                         continue
                     request.state.reference = chunk.ref["id"]
-                    last = SpokenChunk.of(chunk, service.marker(chunk.ref))
+                    last = SpokenChunk.of(chunk, service.signed_marker(chunk.ref))
                     if not body.stream:
                         last = last.model_copy(update={"text": "".join(pieces), "token_ids": tokens})
                     yield "chunk", last
@@ -360,8 +378,9 @@ class Server:
         most = self.settings.deadline
         seconds = most if body.deadline is None else min(body.deadline, most)
         return Reply(
-            _by(seconds, pieces),
+            pieces,
             stream=body.stream,
+            deadline=seconds,
             keep_alive=self.settings.keep_alive,
             instance=request.state.id,
             ended=lambda status: setattr(request.state, "status", status),
@@ -378,13 +397,11 @@ class Server:
             self.metrics.queued.observe(request.state.queued)
             yield
 
-    async def _in_turn(self, request: Request, call: Callable[[LocalService], A]) -> A:
-        """Calls something that works on the model, within the deadline."""
-        try:
-            async with asyncio.timeout(self.settings.deadline), self._turn(request):
-                return await self._at_once(request, call)
-        except TimeoutError:
-            raise _late(self.settings.deadline) from None
+    @asynccontextmanager
+    async def _in_turn(self, request: Request) -> AsyncIterator[None]:
+        """A turn, within the deadline."""
+        async with within(self.settings.deadline), self._turn(request):
+            yield
 
     async def _at_once(self, request: Request, call: Callable[[LocalService], A]) -> A:
         return await asyncio.to_thread(call, self._service(request))
@@ -393,10 +410,6 @@ class Server:
         if not hasattr(request.state, "first"):
             request.state.first = time.monotonic() - request.state.begun
             self.metrics.first.labels(request.scope["route"].path).observe(request.state.first)
-
-
-class _Tensors(StreamingResponse):
-    media_type = TENSORS
 
 
 _TENSOR_BODY = {
@@ -416,6 +429,9 @@ class _Uvicorn(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: Any = None) -> None:
+        # Whoever is at work may have to wait for a disk; by itself, asyncio has few more threads than there are cores.
+        threads = ThreadPoolExecutor(self.server.settings.max_running + 4, "latentmas-serve")
+        asyncio.get_running_loop().set_default_executor(threads)
         await super().startup(sockets)
         for listening in (socket for each in self.servers for socket in each.sockets):
             host, port = listening.getsockname()[:2]
@@ -437,34 +453,6 @@ class _Uvicorn(uvicorn.Server):
         logger.warning("the drain is over", extra={"fields": {"running": self.server.turns.running}})
         # Whatever is left gets ServiceClosed, which clients may retry elsewhere.
         await asyncio.to_thread(self.server.service.close)
-
-
-async def _until(steps: "asyncio.Queue[int]", task: "asyncio.Future[Any]") -> AsyncIterator[int]:
-    """What is put into a queue until a task is done."""
-    while not (task.done() and steps.empty()):
-        getting = asyncio.ensure_future(steps.get())
-        try:
-            await asyncio.wait((getting, task), return_when=asyncio.FIRST_COMPLETED)
-            if getting.done():
-                yield getting.result()
-        finally:
-            getting.cancel()
-
-
-async def _by(
-    seconds: float, pieces: AsyncGenerator[tuple[str, BaseModel], None]
-) -> AsyncGenerator[tuple[str, BaseModel], None]:
-    """The same pieces, if they come in time."""
-    try:
-        async with asyncio.timeout(seconds), aclosing(pieces):
-            async for piece in pieces:
-                yield piece
-    except TimeoutError:
-        raise _late(seconds) from None
-
-
-def _late(seconds: float) -> DeadlineExceeded:
-    return DeadlineExceeded(f"The request was not done within {seconds:g} s, its wait in the queue included.")
 
 
 def _document(request: Request, error: LatentMASError) -> JSONResponse:
@@ -496,6 +484,10 @@ async def _http_problem(request: Request, error: Exception) -> JSONResponse:
         instance=request.state.id,
     )
     return JSONResponse(problem.model_dump(exclude_none=True), problem.status, error.headers, PROBLEM)
+
+
+async def _hung_up(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # for the log
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -249,6 +249,15 @@ def test_what_the_server_did_not_expect_says_nothing_of_its_inside(
     assert "secret" not in reply.text
 
 
+def test_the_connections_of_an_event_loop_end_with_it(server: Server, remote: LatentService) -> None:
+    ended = []
+    for question in "ab":
+        asyncio.run(remote.athink(messages(question), steps=1))
+        ended.append(len(remote._async_clients))
+    assert ended == [0, 0]
+    assert asyncio.run(remote.athink(messages("a"), steps=1)) == remote.think(messages("a"), steps=1)
+
+
 def test_nobody_there_is_said_so() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -305,6 +314,42 @@ def test_also_one_that_hangs_up_before_it_heard_anything(fresh_service: Any, gat
         held.open()
         wait_for(lambda: service.info()["rows"] == 0 and service.info()["waiting"] == 0, 10)
         assert service.info()["thoughts"] < 300
+
+
+def test_also_one_that_hangs_up_while_it_sends_a_memory(fresh_service: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(fresh_service(), max_running=1) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 5) as raw:
+            raw.sendall(f"POST /v1/memory/import HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50\r\n\r\nx".encode())
+            wait_for(lambda: server.turns.running == 1, 10)  # so there are no more files than turns
+        wait_for(lambda: server.turns.running == 0, 10)
+        counted = server.metrics.requests.labels("/v1/memory/import", 499)._value
+        wait_for(lambda: counted.get() == 1, 10)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_memory_that_comes_too_slowly_is_given_up(fresh_service: Any) -> None:
+    with serving(fresh_service(), deadline=0.2) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 5) as raw:
+            raw.sendall(f"POST /v1/memory/import HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50\r\n\r\nx".encode())
+            assert b" 504 " in raw.recv(4096)
+
+
+def test_a_long_prompt_stalls_nobody_else(fresh_service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, held = fresh_service(), Gate()
+    encode = service.encode
+    monkeypatch.setattr(service, "encode", lambda *args: (held.wait(), encode(*args))[1])
+    with serving(service) as server, client(server) as remote, ThreadPoolExecutor(2) as threads:
+        work = [threads.submit(remote.think, PROMPT, steps=1), threads.submit(say, remote, PROMPT, max_tokens=1)]
+        try:
+            for _ in work:
+                held.entered.wait(10)
+            assert httpx.get(f"{server.address}/ready", timeout=5).status_code == 200
+        finally:
+            held.open()
+        for each in work:
+            each.result(60)
 
 
 async def test_cancelling_the_task_ends_the_work(fresh_service: Any, gate: Any) -> None:

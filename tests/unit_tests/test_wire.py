@@ -1,27 +1,32 @@
+import asyncio
 import inspect
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.responses import Response
 
 from langchain_latentmas import errors
-from langchain_latentmas.errors import LatentMASError, ServiceBusy
+from langchain_latentmas.errors import DeadlineExceeded, LatentMASError, ServiceBusy
 from langchain_latentmas.service import Chunk, LensRow
-from langchain_latentmas.service.events import Event, EventReader, problem_of
+from langchain_latentmas.service.events import Event, EventReader, Reply, Tensors, problem_of
 from langchain_latentmas.service.guard import _nests_deeper
 from langchain_latentmas.service.identity import WireRef
 from langchain_latentmas.service.messages import as_openai
 from langchain_latentmas.service.wire import (
     PROBLEM,
+    Done,
     LensReply,
     Message,
     Problem,
     SpeakRequest,
     SpokenChunk,
+    Step,
     ThinkRequest,
 )
 
@@ -136,6 +141,68 @@ def test_events_are_read_as_they_were_written(events: list[tuple[str, str]], bea
     reader = EventReader()
     read = [event for at in range(0, len(written), size) for event in reader.feed(written[at : at + size])]
     assert read == [Event(name, json.dumps(data, ensure_ascii=False)) for name, data in events]
+
+
+async def sent_to_one_who_does_not_read(response: Response) -> list[str]:
+    """Types of the messages that were sent; the first body is never taken."""
+    types = []
+
+    async def send(message: Any) -> None:
+        types.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    await asyncio.wait_for(response({"type": "http"}, receive, send), 10)
+    return types
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_deadline_counts_for_a_client_that_does_not_read_on(stream: bool) -> None:
+    statuses: list[int] = []
+    over = asyncio.Event()
+
+    async def pieces() -> AsyncGenerator[tuple[str, BaseModel], None]:
+        try:
+            while stream:
+                yield "step", Step(step=1)
+            yield "done", Done()
+        finally:
+            over.set()
+
+    options = {"stream": stream, "keep_alive": 0.05, "instance": "", "ended": statuses.append}
+    sent = await sent_to_one_who_does_not_read(Reply(pieces(), deadline=0.1, **options))
+    assert sent[0] == "http.response.start"
+    assert over.is_set()
+    assert statuses == [504]
+
+
+async def test_the_deadline_counts_for_a_memory_that_nobody_takes() -> None:
+    over = asyncio.Event()
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"x"
+        finally:
+            over.set()
+
+    assert await sent_to_one_who_does_not_read(Tensors(pieces(), deadline=0.1)) == [
+        "http.response.start",
+        "http.response.body",
+    ]
+    assert over.is_set()
+
+
+async def test_an_error_before_the_first_byte_of_a_memory_is_raised() -> None:
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        await asyncio.Event().wait()
+        yield b""
+
+    with pytest.raises(DeadlineExceeded):
+        await sent_to_one_who_does_not_read(Tensors(pieces(), deadline=0.1))
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)

@@ -18,7 +18,7 @@ from langchain_latentmas import LatentRef, LatentService
 from langchain_latentmas.errors import InvalidReference, InvalidRequest, TamperedReference
 from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.server import Server
-from langchain_latentmas.service.transfer import read_memory
+from langchain_latentmas.service.transfer import MAX_HEADER, read_memory
 from langchain_latentmas.service.wire import PROBLEM
 from tests.conftest import load_parts
 from tests.served import client, serving
@@ -178,12 +178,31 @@ def test_mutated_files_are_refused_or_sound(remote: LatentService, ref: LatentRe
             tracemalloc.stop()
 
 
-@pytest.mark.parametrize("length", [0, 2**26 + 1, 2**40, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("length", [0, MAX_HEADER + 1, 2**40, 2**63, 2**64 - 1])
 def test_the_length_that_a_file_announces_is_not_allocated(remote: LatentService, tmp_path: Path, length: int) -> None:
     path = tmp_path / "memory"
     path.write_bytes(length.to_bytes(8, "little") + b"{}" * 50)
     with pytest.raises(InvalidRequest):
         remote.import_memory(path)
+
+
+def test_a_header_of_nothing_but_tokens_stays_small(tmp_path: Path) -> None:
+    segment = {"id": f"lat_{0:032x}", "agent": "a", "alignment": "realign", "parents": [], "steps": 0, "spoken_ids": []}
+    about = {"model": "0" * 32, "hidden_size": 64, "segments": [{**segment, "prompt_ids": [300]}]}
+    room = MAX_HEADER - len(json.dumps({"__metadata__": {"memory": json.dumps(about)}}))
+    text = json.dumps(about).replace("[300]", f"[300{',300' * (room // 4)}]")
+    header = json.dumps({"__metadata__": {"memory": text}}).encode()
+    assert MAX_HEADER - 4 < len(header) <= MAX_HEADER
+    path = tmp_path / "memory"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    tracemalloc.start()
+    try:
+        exported = read_memory(path, 64, torch.float64)
+        with pytest.raises(InvalidRequest):
+            exported.check(1000, 10**7)
+        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_description_is_kept_and_nothing_breaks_the_server(server: Server) -> None:
