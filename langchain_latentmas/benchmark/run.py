@@ -128,6 +128,7 @@ class Bench:
             "parameters": sum(p.numel() for p in model.model.parameters()),
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
             "fingerprint": model.fingerprint,
             "kv_bytes_per_position": model.bytes_per_position,
             "weights_gb": {what: weight_bytes(model, what) / 1e9 for what in get_args(What)},

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .. import bundled
 from ..engine.model import LanguageModel
+from ..engine.quantization import quantization_config
 from ..errors import InvalidRequest
 from .memory import free_bytes, in_gb
 
@@ -72,17 +73,21 @@ def parameters(shape: str) -> int:
         return int(AutoModelForCausalLM.from_config(_config(shape)).num_parameters())
 
 
-def build(shape: str, device: str, dtype: torch.dtype) -> LanguageModel:
+def build(shape: str, device: str, dtype: torch.dtype, quantization: str | None = None) -> LanguageModel:
     """A model of a shape, its weights random, the tokenizer and its chat template the bundled model's.
 
     Args:
         shape: One of `SHAPES`.
         device: Where it is made, at once in its dtype.
         dtype: Of the weights.
+        quantization: See `LanguageModel.load`.
 
     Raises:
         InvalidRequest: If there is no such shape, or it does not fit the device.
+        ModelNotSupported: If there is no such quantization.
+        MissingExtra: If torchao is needed and not installed.
     """
+    quantized = None if quantization is None else quantization_config(quantization, dtype)
     needed, free = parameters(shape) * dtype.itemsize, free_bytes(torch.device(device))
     if needed > free:
         raise InvalidRequest(
@@ -92,7 +97,13 @@ def build(shape: str, device: str, dtype: torch.dtype) -> LanguageModel:
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(_config(shape), dtype=dtype)
-    return LanguageModel(model, AutoTokenizer.from_pretrained(bundled.MODEL), name=f"random {shape}")
+    if quantized is not None:
+        from torchao.quantization import quantize_
+
+        quantize_(model.get_decoder(), quantized.quant_type)
+    loaded = LanguageModel(model, AutoTokenizer.from_pretrained(bundled.MODEL), name=f"random {shape}")
+    loaded.quantization = quantization
+    return loaded
 
 
 def _config(shape: str) -> Any:

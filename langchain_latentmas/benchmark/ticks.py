@@ -11,6 +11,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from ..engine.kv import KV, Placed
 from ..engine.model import LanguageModel
+from ..engine.quantization import plain_tensors
 from ..engine.sampling import Sampling
 from ..engine.tick import Result, Row, Ticker
 from ..errors import EngineFailed
@@ -44,7 +45,8 @@ def weight_bytes(model: LanguageModel, what: What) -> int:
     matrix. Of the input embeddings, a speaking row reads one line, which is not counted.
     """
     inputs, head = model.model.get_input_embeddings().weight, model.model.get_output_embeddings().weight
-    body = sum(p.nbytes for p in model.model.get_decoder().parameters() if p is not inputs)
+    read = [weight for weight in model.model.get_decoder().parameters() if weight is not inputs]
+    body = sum(part.nbytes for weight in read for _, part in plain_tensors("", weight))
     if what == "speak":
         return body + head.nbytes
     return body + (0 if model.alignment.weight is None else model.alignment.weight.nbytes)

@@ -32,6 +32,7 @@ def bench(
     dtype: Annotated[
         str, typer.Option(help="Name of a torch dtype; auto takes the checkpoint's, of a shape bfloat16 on CUDA.")
     ] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="int8 or fp8 weights (extra quant).")] = None,
     rows: Annotated[str, typer.Option(help="How many rows side by side.")] = "1 2 4 8 16 32 64",
     positions: Annotated[str, typer.Option(help="How long their memories are.")] = "256 2048 8192",
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each loop.")] = 5,
@@ -62,7 +63,7 @@ def bench(
 
             check_path(svg)
         with loading(show=not as_json):
-            loaded = _load(model, shape, device, dtype, threads)
+            loaded = _load(model, shape, device, dtype, quantization, threads)
             from ..benchmark.run import Bench, Graphs
 
             cuda = loaded.device.type == "cuda"
@@ -83,7 +84,9 @@ def bench(
             draw_bench(result, svg)
 
 
-def _load(model: str, shape: str | None, device: str | None, dtype: str, threads: int | None) -> "LanguageModel":
+def _load(
+    model: str, shape: str | None, device: str | None, dtype: str, quantization: str | None, threads: int | None
+) -> "LanguageModel":
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -105,8 +108,9 @@ def _load(model: str, shape: str | None, device: str | None, dtype: str, threads
         named = getattr(torch, chosen, None)
         if not isinstance(named, torch.dtype) or not named.is_floating_point:
             raise InvalidRequest(f"{dtype!r} is no dtype of weights; take bfloat16, float16 or float32.")
-        return build(shape, device, named)
-    loaded = LanguageModel.load(str(bundled.MODEL) if model == "bundled" else model, device=device, dtype=dtype)
+        return build(shape, device, named, quantization)
+    source = str(bundled.MODEL) if model == "bundled" else model
+    loaded = LanguageModel.load(source, device=device, dtype=dtype, quantization=quantization)
     loaded.name = model
     return loaded
 
@@ -139,7 +143,9 @@ def _picture(result: dict[str, Any]) -> RenderableType:
         f"memory: {result['bandwidth_gb_s']:,.1f} GB/s, copied · weights to read: "
         f"{weights['think']} a thought, {weights['speak']} a token"
     )
-    parts: list[RenderableType] = [headline("bench", {**about, "device": machine["device"]}, rest)]
+    parts: list[RenderableType] = [
+        headline("bench", {**about, "dtype": _dtype(about), "device": machine["device"]}, rest)
+    ]
     for what in WHAT:
         if cells := [row for row in result["rows"] if row["what"] == what]:
             parts += [Text(), _table(what, cells)]
@@ -246,6 +252,10 @@ def _notes(result: dict[str, Any]) -> Iterator[RenderableType]:
         "too, a DynamicCache, rows of equal length; share: tick over plain loop, turn by turn.",
         style="dim",
     )
+
+
+def _dtype(about: dict[str, Any]) -> str:
+    return f"{about['dtype']}, {about['quantization']} weights," if about["quantization"] else str(about["dtype"])
 
 
 def _size(gb: float) -> str:

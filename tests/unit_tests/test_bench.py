@@ -103,6 +103,18 @@ def test_a_shape_is_a_model_that_thinks(monkeypatch: pytest.MonkeyPatch) -> None
         assert service.think("What is 12 plus 30?", steps=3)["steps"] == 3
 
 
+def test_a_shape_in_8_bits_reads_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    monkeypatch.setitem(SHAPES, "tiny", {**SHAPES["Qwen3-0.6B"], **TINY})
+    whole, packed = (build("tiny", "cpu", torch.float32, kind) for kind in (None, "int8"))
+    aligned = 4 * TINY["hidden_size"] ** 2
+    share = (weight_bytes(packed, "think") - aligned) / (weight_bytes(whole, "think") - aligned)
+    assert 0.25 < share < 0.3  # scales and norms stay as they are
+    head = 4 * TINY["vocab_size"] * TINY["hidden_size"]
+    for model in (whole, packed):
+        assert weight_bytes(model, "speak") - weight_bytes(model, "think") == head - aligned
+
+
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 96,
