@@ -89,8 +89,9 @@ def main(
             "graphs": "relay and words: three thinkers and a judger, who sees the question in words only; alone: one "
             "agent, in text",
         },
-        table(rows, n),
-        "[dim]Right: 95 % Wilson interval. Same tokens: whoever answered said what he said in the first row, token by "
+        answers(rows, n),
+        errors(rows),
+        "[dim]Right: 95 % Wilson interval. Same: whoever answered said what he said in the first row, token by "
         "token. Off: root mean square of the difference to the first row, relative to it, over all thoughts, and over "
         f"what the judger reads in the first {COMPARED} questions. KV: bytes that a position of a stored memory takes."
         "[/]",
@@ -139,23 +140,31 @@ def off(tensors: Any) -> float:
     return (difference / whole) ** 0.5
 
 
-def table(rows: Sequence[dict[str, Any]], n: int) -> Table:
-    shown = Table(box=None, padding=(0, 1), header_style="dim")
-    shown.add_column("in percent", no_wrap=True)
-    for graph in GRAPHS:
-        shown.add_column(f"{graph}:\nright", justify="right", no_wrap=True)
-        shown.add_column("same\ntokens", justify="right")
-    for name in ("thoughts\noff", "keys\noff", "values\noff", "weights\nbytes", "KV\nbytes"):
-        shown.add_column(name, justify="right")
+def answers(rows: Sequence[dict[str, Any]], n: int) -> Table:
+    shown = _table(*(f"{graph}: {what}" for graph in GRAPHS for what in ("right %", "same %")))
     for row in rows:
         cells = []
         for graph in GRAPHS:
             low, high = wilson(row[graph]["right"], n)
             right = f"{100 * row[graph]['right'] / n:.0f} [dim]({100 * low:.0f}..{100 * high:.0f})[/]"
             cells += [right, f"{100 * row[graph]['same_tokens']:.0f}"]
-        cells += [f"{100 * row[name]:.2g}" for name in ("thoughts_off", "keys_off", "values_off")]
-        cells += [f"{row['weight_bytes']:,}", f"{row['kv_bytes_per_position']:,.0f}"]
         shown.add_row(row["precision"], *cells)
+    return shown
+
+
+def errors(rows: Sequence[dict[str, Any]]) -> Table:
+    shown = _table("thoughts off", "keys off", "values off", "bytes of weights", "bytes of KV")
+    for row in rows:
+        cells = [f"{100 * row[name]:.2g} %" for name in ("thoughts_off", "keys_off", "values_off")]
+        shown.add_row(row["precision"], *cells, f"{row['weight_bytes']:,}", f"{row['kv_bytes_per_position']:,.0f}")
+    return shown
+
+
+def _table(*names: str) -> Table:
+    shown = Table(box=None, padding=(0, 1), header_style="dim")
+    shown.add_column("", no_wrap=True)
+    for name in names:
+        shown.add_column(name, justify="right")
     return shown
 
 
