@@ -26,7 +26,8 @@ class Target(NamedTuple):
 def targets(result: Mapping[str, Any]) -> Iterator[Target]:
     """The targets that a result of `Bench.run` says something about.
 
-    Those of single ticks hold for the shortest memories that were measured; those of many rows for 32 against 1.
+    Those of single ticks hold for the shortest memories that were measured; those of many rows for 32 against 1,
+    those of many questions for 64 or more.
     """
     cuda, name = result["model"]["device"].startswith("cuda"), result["model"]["name"]
     longest_first = sorted(result["rows"], key=lambda row: row["positions"], reverse=True)
@@ -45,7 +46,8 @@ def targets(result: Mapping[str, Any]) -> Iterator[Target]:
     if think and many and think["positions"] == many["positions"]:
         times = many["per_second"] / think["per_second"]
         yield Target("thoughts per second, 32 rows over 1", times, 20 if cuda else 9, least=True)
-    if at_once := result.get("concurrency"):
+    at_once = result.get("concurrency")
+    if at_once and at_once["concurrent"] >= 64:
         yield Target(
             f"questions per second, {at_once['concurrent']} at once over 1 at a time", at_once["times"], 6, least=True
         )

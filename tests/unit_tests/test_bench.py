@@ -1,6 +1,7 @@
 """`latentmas bench`: the arithmetic of floors and bounds, what is left out, targets, and the command on tiny models."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from benchmarks.overhead import overhead
+from benchmarks.summary import main as summary
 from langchain_latentmas import LatentService
 from langchain_latentmas.benchmark import shapes, ticks
 from langchain_latentmas.benchmark.graphs import concurrency, text_against_latent
 from langchain_latentmas.benchmark.memory import Copy
 from langchain_latentmas.benchmark.shapes import SHAPES, build, parameters
-from langchain_latentmas.benchmark.targets import targets
+from langchain_latentmas.benchmark.targets import Target, targets
 from langchain_latentmas.benchmark.ticks import (
     Measured,
     Work,
@@ -27,6 +29,7 @@ from langchain_latentmas.benchmark.ticks import (
 from langchain_latentmas.cli import app
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.errors import EngineFailed, InvalidRequest
+from langchain_latentmas.evaluation.machine import machine
 from langchain_latentmas.service.local import LocalService
 
 from ..support import PARITY
@@ -268,7 +271,7 @@ def test_the_command_prints_json() -> None:
     assert "graphs" not in document
 
 
-def test_the_command_prints_tables_and_draws(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_tables_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     picture = tmp_path / "bench.svg"
     ran = run(*TINY_RUN, "--rows", "1", "--positions", "48 100000", "--svg", str(picture))
@@ -286,7 +289,8 @@ def test_graphs_are_measured_where_they_are_asked_for() -> None:
     assert ran.exit_code == 0, ran.output
     document = json.loads(ran.stdout)
     assert [graph["arrangement"] for graph in document["graphs"]] == ["sequential", "hierarchical"]
-    assert [target["name"] for target in document["targets"]] == ["questions per second, 2 at once over 1 at a time"]
+    assert (document["concurrency"]["concurrent"], document["concurrency"]["alone"]) == (2, 1)
+    assert document["targets"] == []
 
 
 @pytest.mark.parametrize(
@@ -304,6 +308,24 @@ def test_wrong_options_are_refused_in_one_line(arguments: tuple[str, ...], why: 
     ran = run(*arguments, "--json")
     assert ran.exit_code == 2
     assert why in json.loads(ran.stdout)["message"]
+
+
+def test_the_summary_says_which_targets_were_met(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    met = Target("a thought, times its floor", 1.2, 1.25, least=False)
+    missed = Target("thoughts per second, 32 rows over 1", 19, 20, least=True)
+    document = {
+        "machine": {**machine(), "device": "NVIDIA Test"},
+        "model": {"name": "random Qwen3-4B", "dtype": "bfloat16"},
+        "bandwidth_gb_s": 4000.0,
+        "targets": [met.row(), missed.row()],
+    }
+    (tmp_path / "Qwen3-4B.json").write_text(json.dumps(document))
+    overheads = {"rows": [{"node": "thinks one step", "together_us": {"median": 900.0}}]}
+    (tmp_path / "overhead.json").write_text(json.dumps(overheads))
+    summary(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert "NVIDIA Test, 4,000 GB/s" in lines[0]
+    assert [line.split()[-1] for line in lines[2:]] == ["met", "missed", "met"]
 
 
 def test_overhead_is_what_lies_outside_of_the_engine(bundled: LatentService) -> None:
