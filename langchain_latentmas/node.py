@@ -149,7 +149,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         known = [] if runs_as_text(config) else list(_field(state, "latents") or [])
         try:
             latents, notes = self._read(known, _field(state, "messages") or [])
-            read = ancestry(latents, known)
+            read = ancestry(latents, known) if any(map(_memory_of, messages)) else set()
         except (TypeError, KeyError):  # a checkpoint may be written by others; looking through a long one takes time
             for ref in known:
                 checked_ref(ref)
