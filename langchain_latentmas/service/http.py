@@ -584,8 +584,9 @@ class _Told:
     def take(self, event: Event) -> None:
         step = _parsed(event.data, Step).step
         if self.on_step is not None and step > self.steps:
+            for each in range(self.steps + 1, step + 1):  # the server tells of several at a time
+                self.on_step(each)
             self.steps = step
-            self.on_step(step)
 
 
 class _Spoken:

@@ -66,6 +66,7 @@ from .wire import (
 logger = logging.getLogger(__name__)
 
 PAGE = 1000  # references at a time
+PROGRESS = 0.25  # seconds between two events that say how far a think is
 GRACE = 5.0  # seconds after the drain in which replies of what was ended reach their clients
 A = TypeVar("A")
 
@@ -300,28 +301,33 @@ class Server:
 
     async def _think(self, request: Request, body: ThinkRequest) -> AsyncGenerator[tuple[str, BaseModel], None]:
         service = self._service(request)
-        steps: asyncio.Queue[int | None] = asyncio.Queue()  # None comes last
+        taken = told = 0
+        progress = body.stream and body.progress
+
+        def took(step: int) -> None:
+            nonlocal taken
+            taken = step
+            self._first(request)
 
         async def work() -> Thought:
-            try:
-                async with self._turn(request):
-                    ref = await service.athink(
-                        body.plain_messages,
-                        body.refs,
-                        steps=body.steps,
-                        agent=body.agent,
-                        on_step=steps.put_nowait if body.stream and body.progress else None,
-                    )
-            finally:
-                steps.put_nowait(None)
+            async with self._turn(request):
+                ref = await service.athink(
+                    body.plain_messages,
+                    body.refs,
+                    steps=body.steps,
+                    agent=body.agent,
+                    on_step=took if progress else None,
+                )
             request.state.reference = ref["id"]
             return Thought(ref=WireRef(**ref), marker=service.signed_marker(ref))
 
         task = asyncio.ensure_future(work())
         try:
-            while (step := await steps.get()) is not None:
-                self._first(request)
-                yield "step", Step(step=step)
+            while not task.done():
+                await asyncio.wait((task,), timeout=PROGRESS if progress else None)
+                if told < taken:
+                    told = taken
+                    yield "step", Step(step=told)
             thought = await task
             self._first(request)
             yield "done", thought

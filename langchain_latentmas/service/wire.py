@@ -118,7 +118,7 @@ class ThinkRequest(_Request):
 
     steps: Annotated[int, Field(ge=0, lt=2**40)] = 20
     progress: bool = False
-    """Whether the stream has an event for every latent step."""
+    """Whether the stream says now and then how many latent steps were taken."""
 
 
 class SpeakRequest(_Request):
@@ -176,7 +176,7 @@ class Thought(_Wire):
 
 
 class Step(_Wire):
-    """A latent step was taken."""
+    """So many latent steps were taken."""
 
     step: int
 
