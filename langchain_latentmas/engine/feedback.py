@@ -1,22 +1,13 @@
 """The feedback: what each slot takes as its next input, a thought or a token."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .graphs import Graphs, Step
 from .model import LanguageModel
-from .slots import SlotCache, Window
-
-
-class Step(NamedTuple):
-    """One decode step of the first rows of the slots."""
-
-    inputs: Tensor
-    """What was fed, [rows, hidden]: the thoughts of those that think."""
-    hidden: Tensor
-    """Last hidden states [rows, hidden]."""
+from .slots import SlotCache, Window, power_of_two
 
 
 class Feedback:
@@ -30,9 +21,15 @@ class Feedback:
         mask: What is added to attention scores, [slots, capacity]: 0 where a cell is seen.
     """
 
-    def __init__(self, model: LanguageModel, cache: SlotCache) -> None:
-        """State for the slots that the cache has; `fit` follows it when it grows."""
-        self.model, self.cache = model, cache
+    def __init__(self, model: LanguageModel, cache: SlotCache, graphs: Graphs | None = None) -> None:
+        """State for the slots that the cache has; `fit` follows it when it grows.
+
+        Args:
+            model: The model that takes the steps.
+            cache: The slots.
+            graphs: Records and replays the steps; None computes every one.
+        """
+        self.model, self.cache, self.graphs = model, cache, graphs
         self.unseen = torch.finfo(model.dtype).min
         self._allocate()
 
@@ -68,17 +65,29 @@ class Feedback:
         for state in self._tensors:
             state[target] = state[source]
 
-    def step(self, rows: int, length: int, *, thinking: bool = True, speaking: bool = True) -> Step:
-        """Feeds the first `rows` slots their next inputs.
-
-        Running it again before `advance` computes the same and changes nothing, so it can be captured and replayed.
+    def step(self, rows: int, length: int, *, thinking: bool, speaking: bool) -> Step:
+        """Feeds the first `rows` slots their next inputs, and takes over what comes of it.
 
         Args:
             rows: How many slots take part.
             length: Cells in sight, more than any of these rows' positions.
-            thinking: Whether some of them may think.
-            speaking: Whether some of them may speak.
+            thinking: Whether some of them think.
+            speaking: Whether some of them speak.
         """
+        if self.graphs is None or self.graphs.fault:
+            step = self._compute(rows, length, thinking, speaking)
+        else:
+            # Slots in excess write into their last cell, as padding does, and nobody sees that.
+            size = power_of_two(rows), min(bucket(length), self.cache.capacity)
+            self.positions[rows : size[0]] = self.cache.capacity - 1
+            step = self.graphs.step(size, lambda: self._compute(*size, thinking=True, speaking=True))
+            step = Step(step.inputs[:rows], step.hidden[:rows])
+        self.hidden[:rows] = step.hidden
+        self.positions[:rows] += 1
+        return step
+
+    def _compute(self, rows: int, length: int, thinking: bool, speaking: bool) -> Step:
+        """A step before anything is taken over: doing it again gives the same."""
         slots, positions = slice(0, rows), self.positions[:rows, None]
         if thinking:
             inputs = self.model.alignment(self.hidden[slots])
@@ -89,12 +98,6 @@ class Feedback:
         self.mask[slots].scatter_(1, positions, 0)
         mask = self.mask[slots, None, None, :length]
         return Step(inputs, self.model.hidden(inputs[:, None], positions, mask, self.cache)[:, 0])
-
-    def advance(self, step: Step) -> None:
-        """Takes over what a step computed."""
-        rows = slice(0, len(step.hidden))
-        self.hidden[rows] = step.hidden
-        self.positions[rows] += 1
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
@@ -108,3 +111,11 @@ class Feedback:
         self.speaking = torch.zeros(slots, dtype=torch.bool, **place)
         self.positions = torch.zeros(slots, **whole)
         self.mask = torch.full((slots, capacity), self.unseen, dtype=self.model.dtype, **place)
+        if self.graphs is not None:
+            self.graphs.clear()
+
+
+def bucket(length: int) -> int:
+    """The next of 128, 192, 256, 384, 512, 768, ...: few lengths to record, and at most half as much again to read."""
+    whole = max(128, power_of_two(length))
+    return whole * 3 // 4 if whole > 128 and length <= whole * 3 // 4 else whole

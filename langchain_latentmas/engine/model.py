@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelNotFound, ModelNotSupported
+from . import attention
 from .alignment import Alignment
 from .kv import KV
 from .quantization import plain_tensors, quantization_config
@@ -48,6 +50,7 @@ class LanguageModel:
         name: str = "",
         realign: bool = True,
         max_positions: int | None = None,
+        compile: bool = False,
     ) -> None:
         """Wraps a loaded model, checks it, and computes alignment and fingerprint.
 
@@ -57,6 +60,7 @@ class LanguageModel:
             name: What to call it.
             realign: Whether the alignment uses `W` (design, rule 2).
             max_positions: A lower limit than the model's own; needed for models that are exact only up to a length.
+            compile: Whether decode steps go through `torch.compile`: faster, after seconds to minutes of compiling.
 
         Raises:
             ModelNotSupported: If a latent step would not be exact; says why.
@@ -69,6 +73,11 @@ class LanguageModel:
         self.config = model.config.get_text_config(decoder=True)
         self.max_positions = _checked_positions(self.config, self.name, max_positions)
         self.decoder = model.get_decoder()
+        self.compiled: Callable[..., Any] | None = None
+        if compile:
+            self.compiled = torch.compile(self.decoder.forward)
+            if self.config._attn_implementation == "sdpa":  # compiled, it copies keys and values for each query head
+                model.set_attn_implementation(attention.NAME)
         self.eos = _end_tokens(model, tokenizer)
         self.device, self.dtype = model.get_input_embeddings().weight.device, model.dtype
         if any(p.is_meta for p in model.parameters()):
@@ -97,6 +106,7 @@ class LanguageModel:
         dtype: str | torch.dtype = "auto",
         realign: bool = True,
         max_positions: int | None = None,
+        compile: bool = False,
         quantization: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -110,6 +120,7 @@ class LanguageModel:
             dtype: A torch dtype or its name; "auto" takes the checkpoint's.
             realign: See `LanguageModel`.
             max_positions: See `LanguageModel`.
+            compile: See `LanguageModel`.
             quantization: "int8" or "fp8": linear layers keep their weights in 8 bits, through torchao; embeddings stay.
                 Another fingerprint comes of it, so no memory is read by the model as it was, nor the other way round.
             revision: Branch, tag or commit on the hub.
@@ -150,7 +161,7 @@ class LanguageModel:
             raise ModelNotFound(
                 f"{name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}."
             )
-        loaded = cls(model, tokenizer, name=name, realign=realign, max_positions=max_positions)
+        loaded = cls(model, tokenizer, name=name, realign=realign, max_positions=max_positions, compile=compile)
         loaded.quantization = quantization
         return loaded
 
@@ -182,7 +193,8 @@ class LanguageModel:
         Returns:
             Last hidden states after the final norm, [rows, new, hidden].
         """
-        return self.decoder(
+        decoder = self.compiled if self.compiled and embeds.shape[1] == 1 else self.decoder
+        return decoder(
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state
 
@@ -271,8 +283,9 @@ class LanguageModel:
             IndexError,
             KeyError,
         ) as error:
+            how = " when compiled, which takes a C++ compiler on a CPU and can be left out" if self.compiled else ""
             raise ModelNotSupported(
-                f"{self.name}: {type(self.model).__name__} does not run on the slot cache ({_first_line(error)})."
+                f"{self.name}: {type(self.model).__name__} does not run on the slot cache{how} ({_first_line(error)})."
             ) from error
         for mine, theirs in zip(ours, plain, strict=True):
             difference = (mine - theirs.to(mine.device)).abs().max() / theirs.abs().max()

@@ -128,7 +128,7 @@ class SlotCache(Cache):
 
     def size_for(self, slots: int, capacity: int) -> tuple[int, int]:
         """What `reserve` would grow to."""
-        return max(self.slots, _power_of_two(slots)), max(self.capacity, _power_of_two(capacity))
+        return max(self.slots, power_of_two(slots)), max(self.capacity, power_of_two(capacity))
 
     def reserve(self, slots: int, capacity: int) -> None:
         """Makes room for `slots` rows of `capacity` cells; what is live stays."""
@@ -163,5 +163,6 @@ class SlotCache(Cache):
             layer.values[target, :length] = layer.values[source, :length]
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The smallest one that is not less."""
     return 1 << (n - 1).bit_length()

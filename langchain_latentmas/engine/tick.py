@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .feedback import Feedback
+from .graphs import Graphs
 from .kv import KV, Placed
 from .model import LanguageModel
 from .sampling import Sampler, Sampling
@@ -112,7 +113,15 @@ class Ticker:
     slice of the slots and no live KV is ever gathered. Belongs to one thread.
     """
 
-    def __init__(self, model: LanguageModel, *, max_rows: int, live_bytes: int, chunk: int = 512) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        max_rows: int,
+        live_bytes: int,
+        chunk: int = 512,
+        graphs: Graphs | None = None,
+    ) -> None:
         """Starts without rows.
 
         Args:
@@ -120,8 +129,10 @@ class Ticker:
             max_rows: Most rows at a time.
             live_bytes: Most bytes of slots; a single row is always let in.
             chunk: Most positions of one row that one tick prefills, so that long prompts do not stall the others.
+            graphs: Replays decode steps; None computes every one.
         """
         self.model, self.max_rows, self.live_bytes, self.chunk = model, max_rows, live_bytes, chunk
+        self.graphs = graphs
         self.ticks = self.thoughts = self.spoken = self.prefilled = 0
         self.clear()
 
@@ -161,7 +172,7 @@ class Ticker:
 
     def _renew(self) -> None:
         self.cache = self.model.new_cache()
-        self.feedback = Feedback(self.model, self.cache)
+        self.feedback = Feedback(self.model, self.cache, self.graphs)
 
     def _affords(self, row: Row) -> bool:
         slots, capacity = self.cache.size_for(len(self.rows) + 1, row.end + 1)
@@ -219,7 +230,6 @@ class Ticker:
             self.feedback.tokens[: len(rows)] = torch.tensor([0 if row.thinking else row.tokens[-1] for row in rows])
         length = 1 + max(row.position for row in rows)
         step = self.feedback.step(len(rows), length, thinking=bool(thinking), speaking=bool(speaking))
-        self.feedback.advance(step)
         for row, fed, state in zip(rows, step.inputs, step.hidden, strict=True):
             row.position += 1
             row.hidden = state

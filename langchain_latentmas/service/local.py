@@ -23,6 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Ty
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import bundled
+from ..engine.graphs import Graphs
 from ..engine.kv import KV, AnyKV
 from ..engine.lens import read_out
 from ..engine.model import LanguageModel
@@ -83,6 +84,9 @@ class LocalSettings(BaseModel):
         chat_template: A Jinja chat template, for tokenizers that bring none.
         template_args: Passed to the chat template, say `{"enable_thinking": False}`.
         max_positions: A lower limit of positions than the model's own.
+        compile: Whether decode steps go through `torch.compile`. On a CPU that takes a C++ compiler. The first steps
+            take seconds for the bundled model, and minutes for one of 28 layers; torch keeps what it compiled.
+        cuda_graphs: Whether decode steps on one CUDA device are recorded and replayed.
         store: Where recipes go: None keeps them in this process, a folder makes them durable, and any LangChain byte
             store does what it does. Several processes may share a folder.
         store_budget: Most bytes of recipes in a folder, such as "2GiB"; what would exceed it is refused before it is
@@ -115,6 +119,8 @@ class LocalSettings(BaseModel):
     chat_template: str | None = None
     template_args: dict[str, Any] = Field(default_factory=dict)
     max_positions: int | None = None
+    compile: bool = False
+    cuda_graphs: bool = True
     store: str | Path | BaseStore | None = None
     key: bytes | None = None
     store_budget: Bytes | None = None
@@ -182,7 +188,13 @@ class LocalService(LatentService):
         kept = int(free * KV_FRACTION) if settings.kv_budget is None else settings.kv_budget
         self._host = host
         if host is None:
-            self._ticker = Ticker(model, max_rows=settings.max_rows, live_bytes=live, chunk=settings.prefill_chunk)
+            self._ticker = Ticker(
+                model,
+                max_rows=settings.max_rows,
+                live_bytes=live,
+                chunk=settings.prefill_chunk,
+                graphs=Graphs.of(model) if settings.cuda_graphs else None,
+            )
             self._scheduler = Scheduler(self._ticker)
         else:
             self._ticker, self._scheduler = host._ticker, host._scheduler
@@ -222,7 +234,7 @@ class LocalService(LatentService):
         loading = {name: settings.pop(name) for name in LOADING if name in settings}
         checked = _checked_settings(settings)
         source = str(bundled.MODEL) if model == "bundled" else model
-        loaded = LanguageModel.load(source, realign=checked.realign, max_positions=checked.max_positions, **loading)
+        loaded = LanguageModel.load(source, **_of_the_model(checked), **loading)
         loaded.name = model
         return cls(loaded, checked)
 
@@ -236,9 +248,7 @@ class LocalService(LatentService):
             **settings: Fields of `LocalSettings`.
         """
         checked = _checked_settings(settings)
-        return cls(
-            LanguageModel(model, tokenizer, realign=checked.realign, max_positions=checked.max_positions), checked
-        )
+        return cls(LanguageModel(model, tokenizer, **_of_the_model(checked)), checked)
 
     def tenants(self, names: Sequence[str]) -> "dict[str, LocalService]":
         """The same model for others, once: to each, references, markers, recipes and KV of their own.
@@ -502,6 +512,8 @@ class LocalService(LatentService):
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": model.quantization,
             "weight_bytes": model.weight_bytes,
+            "compiled": model.compiled is not None,
+            "cuda_graphs": (ticker.graphs.fault or "on") if ticker.graphs else "off",
             "max_positions": model.max_positions,
             "realign": model.realign,
             "think_tag": self.think_tag,
@@ -830,6 +842,10 @@ class _Request:
 def _listed(latents: Any) -> list[Any]:
     several = isinstance(latents, Iterable) and not isinstance(latents, Mapping)
     return list(latents) if several else [] if latents is None else [latents]
+
+
+def _of_the_model(settings: LocalSettings) -> dict[str, Any]:
+    return settings.model_dump(include={"realign", "max_positions", "compile"})
 
 
 def _checked_settings(settings: dict[str, Any]) -> LocalSettings:

@@ -36,6 +36,8 @@ OF_THE_SERVER = {
     "kv_disk_budget": "--gpu-memory-utilization",
     "kv_folder": "--gpu-memory-utilization",
     "max_rows": "--max-num-seqs",
+    "compile": "--compilation-config",
+    "cuda_graphs": "--enforce-eager",
     "prefill_chunk": "--max-num-batched-tokens",
 }
 

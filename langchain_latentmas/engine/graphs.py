@@ -1,0 +1,100 @@
+"""CUDA graphs: a decode step is recorded once and replayed, so that no kernel waits for the host to launch it."""
+
+import logging
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from .model import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+
+class Step(NamedTuple):
+    """One decode step of the first rows of the slots."""
+
+    inputs: Tensor
+    """What was fed, [rows, hidden]: the thoughts of those that think."""
+    hidden: Tensor
+    """Last hidden states [rows, hidden]."""
+
+
+Compute = Callable[[], Step]
+"""A step that gives the same again, wherever it writes, until what it reads is changed."""
+
+
+class Graphs:
+    """Recorded steps. Each is compared with what it was recorded from before it is used.
+
+    Attributes:
+        fault: Why no step is replayed any more, or None.
+    """
+
+    def __init__(self, record: Callable[[Compute], Compute], tolerance: float) -> None:
+        """Starts without recorded steps.
+
+        Args:
+            record: Makes a step one that replays into tensors of its own.
+            tolerance: Largest difference allowed to the step itself, relative to its largest number.
+        """
+        self.record, self.tolerance = record, tolerance
+        self.fault: str | None = None
+        self._recorded: dict[Hashable, Compute] = {}
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> Self | None:
+        """Those of a model on one CUDA device, or None."""
+        if model.device.type != "cuda" or set(model.kv_devices) != {model.device}:
+            return None
+        pool, tolerance = torch.cuda.graph_pool_handle(), 10 * float(torch.finfo(model.dtype).eps) ** 0.5
+        return cls(lambda compute: _record(compute, model.device, pool), tolerance)
+
+    def clear(self) -> None:
+        """Forgets what was recorded; the tensors that it reads and writes are no longer the ones in use."""
+        self._recorded.clear()
+
+    def step(self, key: Hashable, compute: Compute) -> Step:
+        """Replays a step, and records it first if this is the first with its key.
+
+        Args:
+            key: Says what the step reads and writes, its shapes included.
+            compute: The step.
+        """
+        if key not in self._recorded:
+            self._recorded[key] = self._checked(compute)
+        # The next replay writes where this one has written.
+        return Step(*(part.clone() for part in self._recorded[key]()))
+
+    def _checked(self, compute: Compute) -> Compute:
+        expected = Step(*(part.clone() for part in compute()))
+        try:
+            replay = self.record(compute)
+            differences = [(a - b).abs().max() / b.abs().max() for a, b in zip(replay(), expected, strict=True)]
+            if all(difference <= self.tolerance for difference in differences):
+                return replay
+            self.fault = f"a replayed step differs by {max(map(float, differences)):.1e}"
+        except RuntimeError as error:
+            self.fault = str(error).strip().splitlines()[0]
+        logger.warning("CUDA graphs are off, every kernel is launched by itself: %s", self.fault)
+        return compute
+
+
+def _record(compute: Compute, device: torch.device, pool: Any) -> Compute:
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # kernels are chosen and workspaces allocated before anything is recorded
+            compute()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on with what they do on the device.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        step = compute()
+
+    def replay() -> Step:
+        graph.replay()
+        return step
+
+    return replay
