@@ -205,6 +205,8 @@ class LanguageModel:
 
     def refresh(self) -> None:
         """Computes alignment and fingerprint anew, for weights that were changed in place."""
+        # Where each weight is, since a walk through all modules takes longer than all else that a request costs here.
+        self._held = [(m._parameters, name) for m in self.model.modules() for name in m._parameters]
         self._versions = self._weight_versions()
         self.alignment = Alignment.of(self.model, self.realign)
         self.fingerprint = self._fingerprint()
@@ -216,8 +218,9 @@ class LanguageModel:
             self.refresh()
 
     def _weight_versions(self) -> list[tuple[int, int]]:
+        weights = [p for there, name in self._held if (p := there[name]) is not None]
         # A quantized weight has no storage of its own.
-        return [(p.data_ptr() or id(p), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+        return [(p.data_ptr() or id(p), 0 if p.is_inference() else p._version) for p in weights]
 
     def _fingerprint(self) -> str:
         """Hashes values, not representations: the same weights in another dtype that holds them hash the same."""
