@@ -73,7 +73,9 @@ def parameters(shape: str) -> int:
         return int(AutoModelForCausalLM.from_config(_config(shape)).num_parameters())
 
 
-def build(shape: str, device: str, dtype: torch.dtype, quantization: str | None = None) -> LanguageModel:
+def build(
+    shape: str, device: str, dtype: torch.dtype, quantization: str | None = None, compile: bool = False
+) -> LanguageModel:
     """A model of a shape, its weights random, the tokenizer and its chat template the bundled model's.
 
     Args:
@@ -81,6 +83,7 @@ def build(shape: str, device: str, dtype: torch.dtype, quantization: str | None 
         device: Where it is made, at once in its dtype.
         dtype: Of the weights.
         quantization: See `LanguageModel.load`.
+        compile: See `LanguageModel`.
 
     Raises:
         InvalidRequest: If there is no such shape, or it does not fit the device.
@@ -101,7 +104,7 @@ def build(shape: str, device: str, dtype: torch.dtype, quantization: str | None 
         from torchao.quantization import quantize_
 
         quantize_(model.get_decoder(), quantized.quant_type)
-    loaded = LanguageModel(model, AutoTokenizer.from_pretrained(bundled.MODEL), name=f"random {shape}")
+    loaded = LanguageModel(model, AutoTokenizer.from_pretrained(bundled.MODEL), name=f"random {shape}", compile=compile)
     loaded.quantization = quantization
     return loaded
 

@@ -1,7 +1,8 @@
 """Single ticks: thinking and speaking rows, beside a plain transformers loop and `generate`, all in turns."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
+from ..engine import attention
+from ..engine.graphs import Graphs
 from ..engine.kv import KV, Placed
 from ..engine.model import LanguageModel
 from ..engine.quantization import plain_tensors
@@ -92,7 +95,8 @@ class Engine:
     """This package's ticks."""
 
     def __init__(self, model: LanguageModel, work: Work, past: KV) -> None:
-        self.rows, self.ticker = work.rows, Ticker(model, max_rows=work.rows, live_bytes=1 << 62)
+        self.rows = work.rows
+        self.ticker = Ticker(model, max_rows=work.rows, live_bytes=1 << 62, graphs=Graphs.of(model))
         to_come = work.positions - past.positions - 2
         how: dict[str, Any] = {"steps": to_come}
         if work.what == "speak":
@@ -220,18 +224,32 @@ def measure(model: LanguageModel, work: Work, repeats: int, copy: Copy, copied: 
         middle = work._replace(positions=work.positions - repeats * ticks // 2)
         measured = Measured(work, floor_bytes(model, middle))
         for loop in loops:
-            loop.run(WARM_UP)
+            with _attention_for(loop, model):
+                loop.run(WARM_UP)
         for _ in range(repeats):
             copied.append(copy.run())
             for loop, into in zip(loops, (measured.engine, measured.published, measured.generate), strict=False):
-                begun = clock(model.device)
-                loop.run(ticks)
-                into.append((clock(model.device) - begun) / ticks)
+                with _attention_for(loop, model):
+                    begun = clock(model.device)
+                    loop.run(ticks)
+                    into.append((clock(model.device) - begun) / ticks)
         del loops, loop, past
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
     return measured
+
+
+@contextmanager
+def _attention_for(loop: Loop, model: LanguageModel) -> Iterator[None]:
+    """What a model attends with when it is compiled is ours, so the others get transformers' own meanwhile."""
+    ours = model.config._attn_implementation
+    if ours == attention.NAME and not isinstance(loop, Engine):
+        model.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = ours
 
 
 def _random_kv(model: LanguageModel, positions: int) -> KV:

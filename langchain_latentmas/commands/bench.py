@@ -33,6 +33,7 @@ def bench(
         str, typer.Option(help="Name of a torch dtype; auto takes the checkpoint's, of a shape bfloat16 on CUDA.")
     ] = "auto",
     quantization: Annotated[str | None, typer.Option(help="int8 or fp8 weights (extra quant).")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Decode through torch.compile.")] = False,
     rows: Annotated[str, typer.Option(help="How many rows side by side.")] = "1 2 4 8 16 32 64",
     positions: Annotated[str, typer.Option(help="How long their memories are.")] = "256 2048 8192",
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each loop.")] = 5,
@@ -63,7 +64,7 @@ def bench(
 
             check_path(svg)
         with loading(show=not as_json):
-            loaded = _load(model, shape, device, dtype, quantization, threads)
+            loaded = _load(model, shape, device, dtype, quantization, threads, compiled)
             from ..benchmark.run import Bench, Graphs
 
             cuda = loaded.device.type == "cuda"
@@ -85,7 +86,13 @@ def bench(
 
 
 def _load(
-    model: str, shape: str | None, device: str | None, dtype: str, quantization: str | None, threads: int | None
+    model: str,
+    shape: str | None,
+    device: str | None,
+    dtype: str,
+    quantization: str | None,
+    threads: int | None,
+    compiled: bool,
 ) -> "LanguageModel":
     import torch
     from transformers.utils import logging as transformers_logging
@@ -108,9 +115,9 @@ def _load(
         named = getattr(torch, chosen, None)
         if not isinstance(named, torch.dtype) or not named.is_floating_point:
             raise InvalidRequest(f"{dtype!r} is no dtype of weights; take bfloat16, float16 or float32.")
-        return build(shape, device, named, quantization)
+        return build(shape, device, named, quantization, compiled)
     source = str(bundled.MODEL) if model == "bundled" else model
-    loaded = LanguageModel.load(source, device=device, dtype=dtype, quantization=quantization)
+    loaded = LanguageModel.load(source, device=device, dtype=dtype, quantization=quantization, compile=compiled)
     loaded.name = model
     return loaded
 
@@ -255,7 +262,8 @@ def _notes(result: dict[str, Any]) -> Iterator[RenderableType]:
 
 
 def _dtype(about: dict[str, Any]) -> str:
-    return f"{about['dtype']}, {about['quantization']} weights," if about["quantization"] else str(about["dtype"])
+    how = [f"{about['quantization']} weights"] if about["quantization"] else []
+    return ", ".join([about["dtype"], *how, *(["compiled"] if about["compiled"] else [])])
 
 
 def _size(gb: float) -> str:
