@@ -6,8 +6,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .kv import KV, AnyKV
 
-DENSE = torch.contiguous_format
-
 
 class Window:
     """Which cells of the slots the next forward pass writes and sees; all layers share one."""
@@ -22,21 +20,28 @@ class Window:
             capacity: Cells of a slot.
         """
         self.rows, self.length = rows, length
-        slots = torch.arange(rows.start, rows.stop, device=cells.device)[:, None]
-        self._targets = {cells.device: (slots * capacity + cells).flatten()}
+        self._cells, self._capacity = cells, capacity
+        self._targets: dict[tuple[int, torch.device], Tensor] = {}
 
-    def targets(self, device: torch.device) -> Tensor:
-        """Where each new position goes in all slots laid end to end, [rows * new], on `device`."""
-        if device not in self._targets:
-            self._targets[device] = next(iter(self._targets.values())).to(device)
-        return self._targets[device]
+    def targets(self, heads: int, device: torch.device) -> Tensor:
+        """Where each new position goes in the cells of all slots and heads laid end to end.
+
+        Args:
+            heads: Heads of keys and values.
+            device: Where it is needed.
+
+        Returns:
+            [rows * heads * new], the same tensor for every layer that is alike.
+        """
+        if (heads, device) not in self._targets:
+            slots = torch.arange(self.rows.start, self.rows.stop, device=device)[:, None]
+            runs = (slots * heads + torch.arange(heads, device=device)) * self._capacity
+            self._targets[heads, device] = (runs[..., None] + self._cells.to(device)[:, None]).flatten()
+        return self._targets[heads, device]
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [slots, capacity, kv_heads, head_dim]; a row writes at its own positions.
-
-    Positions come before heads, so that what a position writes is one run of memory, and all rows write at once.
-    """
+    """Keys and values of one layer, [slots, kv_heads, capacity, head_dim]; a row writes at its own positions."""
 
     is_compileable = True
     is_sliding = False
@@ -49,17 +54,17 @@ class SlotLayer(CacheLayerMixin):
         """Allocates the slots, once the model has shown shape, dtype and device."""
         slots, capacity = self.cache.slots, self.cache.capacity
         # Zeros, not empty: a masked cell has weight 0, and 0 times a stray NaN would be NaN.
-        self.keys = key_states.new_zeros(slots, capacity, key_states.shape[1], key_states.shape[3])
-        self.values = value_states.new_zeros(slots, capacity, value_states.shape[1], value_states.shape[3])
+        self.keys = key_states.new_zeros(slots, key_states.shape[1], capacity, key_states.shape[3])
+        self.values = value_states.new_zeros(slots, value_states.shape[1], capacity, value_states.shape[3])
         self.is_initialized = True
 
     def resize(self) -> None:
         """Grows to the cache's slots and capacity; what is there stays."""
         old_keys, old_values = self.keys, self.values
-        slots, capacity = old_keys.shape[:2]
-        self.lazy_initialization(old_keys.transpose(1, 2), old_values.transpose(1, 2))
-        self.keys[:slots, :capacity] = old_keys
-        self.values[:slots, :capacity] = old_values
+        slots, _, capacity, _ = old_keys.shape
+        self.lazy_initialization(old_keys, old_values)
+        self.keys[:slots, :, :capacity] = old_keys
+        self.values[:slots, :, :capacity] = old_values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -78,12 +83,10 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         window = self.cache.window
-        targets = window.targets(key_states.device)
-        seen = []
-        for cells, new in ((self.keys, key_states), (self.values, value_states)):
-            cells.view(-1, *cells.shape[2:]).index_copy_(0, targets, new.transpose(1, 2).flatten(0, 1))
-            seen.append(cells[window.rows, : window.length].transpose(1, 2))
-        return seen[0], seen[1]
+        targets = window.targets(key_states.shape[1], key_states.device)
+        self.keys.view(-1, self.keys.shape[3]).index_copy_(0, targets, key_states.flatten(0, 2))
+        self.values.view(-1, self.values.shape[3]).index_copy_(0, targets, value_states.flatten(0, 2))
+        return self.keys[window.rows, :, : window.length], self.values[window.rows, :, : window.length]
 
     def get_seq_length(self) -> int:
         """0: positions and masks are always given, so transformers derives neither from the cache."""
@@ -124,7 +127,7 @@ class SlotCache(Cache):
     def bytes_per_position(self) -> int:
         """Bytes that one position of one row takes over all layers; 0 before the first forward pass."""
         tensors = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
-        return sum(t.nbytes // (t.shape[0] * t.shape[1]) for t in tensors)
+        return sum(t.nbytes // (t.shape[0] * t.shape[2]) for t in tensors)
 
     def size_for(self, slots: int, capacity: int) -> tuple[int, int]:
         """What `reserve` would grow to."""
@@ -144,14 +147,14 @@ class SlotCache(Cache):
         for layer, keys, values in zip(self.layers, kv.keys, kv.values, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys[None], values[None])
-            layer.keys[slot, start : start + keys.shape[1]] = keys.transpose(0, 1)
-            layer.values[slot, start : start + values.shape[1]] = values.transpose(0, 1)
+            layer.keys[slot, :, start : start + keys.shape[1]] = keys
+            layer.values[slot, :, start : start + values.shape[1]] = values
 
     def read(self, slot: int, start: int, end: int) -> KV:
         """Copies the cells [start, end) of a slot out."""
         return KV(
-            [layer.keys[slot, start:end].transpose(0, 1).clone(memory_format=DENSE) for layer in self.layers],
-            [layer.values[slot, start:end].transpose(0, 1).clone(memory_format=DENSE) for layer in self.layers],
+            [layer.keys[slot, :, start:end].clone() for layer in self.layers],
+            [layer.values[slot, :, start:end].clone() for layer in self.layers],
         )
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -159,8 +162,8 @@ class SlotCache(Cache):
         for layer in self.layers:
             if not layer.is_initialized:
                 return  # no row has written anything yet
-            layer.keys[target, :length] = layer.keys[source, :length]
-            layer.values[target, :length] = layer.values[source, :length]
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]
 
 
 def power_of_two(n: int) -> int:

@@ -44,7 +44,7 @@ def test_growing_keeps_what_is_there_and_never_shrinks(sizes: list[tuple[int, in
         assert cache.slots >= max(slots, before[0])
         assert cache.capacity >= max(capacity, before[1])
         assert foretold[0].bit_count() == foretold[1].bit_count() == 1
-        assert cache.layers[0].keys.shape == (cache.slots, cache.capacity, 2, 4)
+        assert cache.layers[0].keys.shape == (cache.slots, 2, cache.capacity, 4)
         before = foretold
     assert kv_equal(cache.read(0, 0, 100), kv(100))
 
