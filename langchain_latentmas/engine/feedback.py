@@ -80,7 +80,8 @@ class Feedback:
             # Slots in excess write into their last cell, as padding does, and nobody sees that.
             size = power_of_two(rows), min(bucket(length), self.cache.capacity)
             self.positions[rows : size[0]] = self.cache.capacity - 1
-            step = self.graphs.step(size, lambda: self._compute(*size, thinking=True, speaking=True))
+            key = (*size, self.model.alignment)  # which is another one when weights were changed
+            step = self.graphs.step(key, lambda: self._compute(*size, thinking=True, speaking=True))
             step = Step(step.inputs[:rows], step.hidden[:rows])
         self.hidden[:rows] = step.hidden
         self.positions[:rows] += 1
@@ -97,7 +98,10 @@ class Feedback:
         self.cache.window = Window(slots, positions, length, self.cache.capacity)
         self.mask[slots].scatter_(1, positions, 0)
         mask = self.mask[slots, None, None, :length]
-        return Step(inputs, self.model.hidden(inputs[:, None], positions, mask, self.cache)[:, 0])
+        known = positions.clamp_max(
+            self.model.max_positions - 1
+        )  # a slot in excess may be longer than the model can see
+        return Step(inputs, self.model.hidden(inputs[:, None], known, mask, self.cache)[:, 0])
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:

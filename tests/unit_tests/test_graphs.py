@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from langchain_latentmas import LatentService
 from langchain_latentmas.engine.feedback import bucket
@@ -80,6 +81,37 @@ def test_one_graph_serves_many_steps_and_a_grown_cache_gets_new_ones(model: Lang
         tick.join(Row((), 0, [[5] * 200], steps=1, on_done=len, on_error=pytest.fail))
         tick.step()
     assert len(recorder.recorded) == 2
+
+
+def test_slots_in_excess_stay_within_the_positions_that_a_model_has_learned() -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", vocab_size=384, n_embd=32, n_layer=1, n_head=2, n_positions=200)
+    model = LanguageModel(AutoModelForCausalLM.from_config(config).double(), load_parts("qwen3-tied", "float64")[1])
+    recorder = Recorder()
+    for graphs in (None, Graphs(recorder, tolerance=1e-8)):
+        tick, found = Ticker(model, max_rows=4, live_bytes=1 << 40, graphs=graphs), list[Result]()
+        with torch.inference_mode():
+            for length in (190, 5, 9):
+                tick.join(Row((), 0, [[7] * length], steps=4, on_done=found.append, on_error=pytest.fail))
+            while tick.rows:
+                tick.step()
+        assert [len(result.thoughts) for result in found] == [4, 4, 4]
+    assert recorder.recorded[0] == (4, 32)
+
+
+def test_weights_that_were_changed_get_new_graphs() -> None:
+    model = LanguageModel(*load_parts("qwen3-tied", "float64"))
+    recorder = Recorder()
+    graphs = Graphs(recorder, tolerance=1e-8)
+    before = run(model, graphs)
+    recorded = len(recorder.recorded)
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight.mul_(1.5)
+    model.refresh_if_changed()
+    after, plain = run(model, graphs), run(model, None)
+    assert len(recorder.recorded) > recorded
+    assert relative(after[0].thoughts, plain[0].thoughts) < 1e-8
+    assert relative(after[0].thoughts, before[0].thoughts) > 1e-2
 
 
 def test_a_replay_that_differs_is_not_used_and_said(model: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
