@@ -6,9 +6,10 @@ import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -66,19 +67,14 @@ class Reply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the reply."""
         answer = asyncio.ensure_future(self._answer(send))
-        gone = asyncio.ensure_future(_hung_up(receive))
         beat = asyncio.ensure_future(self._beat(send)) if self.stream else None
         status = 499
         try:
-            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
+            if await _came_to_its_end(answer, receive):
                 status = answer.result()
         finally:
-            for task in (answer, gone, beat):
-                if task is not None and not task.done():
-                    task.cancel()
-                    with suppress(asyncio.CancelledError, OSError):
-                        await task
+            if beat is not None:
+                await _cancelled(beat)
             self.ended(status)
 
     async def _answer(self, send: Send) -> int:
@@ -145,7 +141,10 @@ class Reply(Response):
 
 
 class Tensors(Response):
-    """What a generator yields, as safetensors; an error before the first piece is raised."""
+    """What a generator yields, as safetensors; an error before the first piece is raised.
+
+    When the client hangs up, the generator is cancelled at once.
+    """
 
     media_type = TENSORS
 
@@ -158,20 +157,31 @@ class Tensors(Response):
         """
         super().__init__()
         self.pieces, self.deadline = pieces, deadline
+        self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the reply."""
-        begun = False
+        """Sends the reply.
+
+        Raises:
+            ClientDisconnect: If the client hung up before the first piece.
+        """
+        sending = asyncio.ensure_future(self._send(send))
+        if await _came_to_its_end(sending, receive):
+            sending.result()
+        elif not self._begun:
+            raise ClientDisconnect
+
+    async def _send(self, send: Send) -> None:
         try:
             async with within(self.deadline), aclosing(self.pieces) as pieces:
                 async for piece in pieces:
-                    if not begun:
-                        begun = True
+                    if not self._begun:
+                        self._begun = True
                         await send(_start(200, TENSORS, []))
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                 await send({"type": "http.response.body", "body": b""})
         except DeadlineExceeded:
-            if not begun:
+            if not self._begun:
                 raise
 
 
@@ -245,6 +255,24 @@ def problem_of(status: int, content_type: str, body: bytes, retry_after: str | N
 
 def _endless() -> ServiceUnreachable:
     return ServiceUnreachable(f"The server sent an event of more than {MAX_EVENT} characters.")
+
+
+async def _came_to_its_end(work: "asyncio.Future[Any]", receive: Receive) -> bool:
+    """Whether it did before the client hung up; what did not is cancelled."""
+    gone = asyncio.ensure_future(_hung_up(receive))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        return work.done()
+    finally:
+        await _cancelled(work, gone)
+
+
+async def _cancelled(*tasks: "asyncio.Future[Any]") -> None:
+    for task in tasks:
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError, OSError):
+                await task
 
 
 async def _hung_up(receive: Receive) -> None:

@@ -76,6 +76,17 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[LocalService], G
         each.open()
 
 
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[LocalService], None]:
+    """Makes every tick of a service take so long that hundreds of them outlast a busy machine's pauses."""
+
+    def slow(service: LocalService) -> None:
+        step = service._ticker.step
+        monkeypatch.setattr(service._ticker, "step", lambda: (time.sleep(0.03), step()))
+
+    return slow
+
+
 # The same interface.
 
 
@@ -291,16 +302,16 @@ def test_a_closed_client_is_closed(server: Server) -> None:
 # Load.
 
 
-def test_a_client_that_hangs_up_frees_its_slot(fresh_service: Any) -> None:
+def test_a_client_that_hangs_up_frees_its_slot(fresh_service: Any, slow: Any) -> None:
     service = fresh_service()
+    slow(service)
     with serving(service) as server, client(server) as remote:
         spoken = remote.speak(PROMPT, max_tokens=400)
         next(spoken)
         assert service.info()["rows"] == 1
         spoken.close()
-        wait_for(lambda: service.info()["rows"] == 0, 10)
+        wait_for(lambda: service.info()["rows"] == 0 and server.turns.running == 0)
         assert service.info()["tokens"] < 400
-        assert server.turns.running == 0
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -328,6 +339,30 @@ def test_also_one_that_hangs_up_while_it_sends_a_memory(fresh_service: Any, capl
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+def test_also_one_that_hangs_up_before_it_was_sent_a_memory(
+    fresh_service: Any, gate: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = fresh_service()
+    with serving(service, max_running=1) as server, client(server) as remote, ThreadPoolExecutor(1) as threads:
+        body = json.dumps({"ref": remote.think(PROMPT, steps=1)})
+        held = gate(service)
+        first = threads.submit(remote.think, PROMPT, steps=2)
+        wait_for(lambda: server.turns.running == 1)
+        host, port = server.address.removeprefix("http://").split(":")
+        head = f"POST /v1/memory/export HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((host, int(port)), 5) as raw:
+            raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            wait_for(lambda: server.turns.waiting == 1)
+        try:
+            wait_for(lambda: server.turns.waiting == 0, 30)
+            counted = server.metrics.requests.labels("/v1/memory/export", 499)._value
+            wait_for(lambda: counted.get() == 1)
+        finally:
+            held.open()
+        assert first.result(60)["steps"] == 2
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_a_memory_that_comes_too_slowly_is_given_up(fresh_service: Any) -> None:
     with serving(fresh_service(), deadline=0.2) as server:
         host, port = server.address.removeprefix("http://").split(":")
@@ -337,15 +372,15 @@ def test_a_memory_that_comes_too_slowly_is_given_up(fresh_service: Any) -> None:
 
 
 def test_a_long_prompt_stalls_nobody_else(fresh_service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    service, held = fresh_service(), Gate()
+    service, held, begun = fresh_service(), Gate(), threading.Semaphore(0)
     encode = service.encode
-    monkeypatch.setattr(service, "encode", lambda *args: (held.wait(), encode(*args))[1])
+    monkeypatch.setattr(service, "encode", lambda *args: (begun.release(), held.wait(), encode(*args))[2])
     with serving(service) as server, client(server) as remote, ThreadPoolExecutor(2) as threads:
         work = [threads.submit(remote.think, PROMPT, steps=1), threads.submit(say, remote, PROMPT, max_tokens=1)]
         try:
             for _ in work:
-                held.entered.wait(10)
-            assert httpx.get(f"{server.address}/ready", timeout=5).status_code == 200
+                assert begun.acquire(timeout=30)
+            assert httpx.get(f"{server.address}/ready", timeout=20).status_code == 200
         finally:
             held.open()
         for each in work:
@@ -465,8 +500,10 @@ def test_draining_lets_what_has_begun_end_and_takes_nothing_new(fresh_service: A
         assert first.result(30)["steps"] == 2
 
 
-def test_when_the_drain_is_over_the_rest_is_told(fresh_service: Any) -> None:
-    with serving(fresh_service(), drain=0.1) as server, client(server, patience=0) as remote:
+def test_when_the_drain_is_over_the_rest_is_told(fresh_service: Any, slow: Any) -> None:
+    service = fresh_service()
+    slow(service)
+    with serving(service, drain=0.1) as server, client(server, patience=0) as remote:
         spoken = remote.speak(PROMPT, max_tokens=490, temperature=1, seed=2)  # this one does not end by itself
         next(spoken)
         server.drain()

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -204,12 +205,14 @@ def test_what_waits_to_be_written_is_bounded(tmp_path: Path, monkeypatch: pytest
     with disk._lock:
         pass
     disk._thread.submit(lambda: disk._path("x")).result()
-    blocked = disk._thread.submit(lambda: __import__("time").sleep(0.2))
+    go_on = Event()
+    blocked = disk._thread.submit(go_on.wait, 60)
     disk.put("lat_a", kv())
     disk.put("lat_b", kv())
     assert "lat_a" in disk
     assert "lat_b" not in disk
     assert disk.get("lat_a", 3).done()  # not written yet, and readable
+    go_on.set()
     blocked.result()
     disk.close()
 
