@@ -30,7 +30,7 @@ class Feedback:
             graphs: Records and replays the steps; None computes every one.
         """
         self.model, self.cache, self.graphs = model, cache, graphs
-        self.unseen = torch.finfo(model.dtype).min
+        self.unseen, self._alignment = torch.finfo(model.dtype).min, model.alignment
         self._allocate()
 
     def fit(self) -> None:
@@ -80,8 +80,11 @@ class Feedback:
             # Slots in excess write into their last cell, as padding does, and nobody sees that.
             size = power_of_two(rows), min(bucket(length), self.cache.capacity)
             self.positions[rows : size[0]] = self.cache.capacity - 1
-            key = (*size, self.model.alignment)  # which is another one when weights were changed
-            step = self.graphs.step(key, lambda: self._compute(*size, thinking=True, speaking=True))
+            self.mask[rows : size[0], 0] = 0  # some kernels make NaN of attention to nothing
+            if self._alignment is not self.model.alignment:  # weights were changed
+                self.graphs.clear()
+                self._alignment = self.model.alignment
+            step = self.graphs.step(size, lambda: self._compute(*size, thinking=True, speaking=True))
             step = Step(step.inputs[:rows], step.hidden[:rows])
         self.hidden[:rows] = step.hidden
         self.positions[:rows] += 1
@@ -98,9 +101,8 @@ class Feedback:
         self.cache.window = Window(slots, positions, length, self.cache.capacity)
         self.mask[slots].scatter_(1, positions, 0)
         mask = self.mask[slots, None, None, :length]
-        known = positions.clamp_max(
-            self.model.max_positions - 1
-        )  # a slot in excess may be longer than the model can see
+        # A slot in excess may be longer than the model can see.
+        known = positions.clamp_max(self.model.max_positions - 1)
         return Step(inputs, self.model.hidden(inputs[:, None], known, mask, self.cache)[:, 0])
 
     @property

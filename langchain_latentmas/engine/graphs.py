@@ -1,8 +1,9 @@
 """CUDA graphs: a decode step is recorded once and replayed, so that no kernel waits for the host to launch it."""
 
 import logging
+import weakref
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -48,8 +49,7 @@ class Graphs:
         """Those of a model on one CUDA device, or None."""
         if model.device.type != "cuda" or set(model.kv_devices) != {model.device}:
             return None
-        pool, tolerance = torch.cuda.graph_pool_handle(), 10 * float(torch.finfo(model.dtype).eps) ** 0.5
-        return cls(lambda compute: _record(compute, model.device, pool), tolerance)
+        return cls(Recorder(model.device), 10 * float(torch.finfo(model.dtype).eps) ** 0.5)
 
     def clear(self) -> None:
         """Forgets what was recorded; the tensors that it reads and writes are no longer the ones in use."""
@@ -71,6 +71,8 @@ class Graphs:
         expected = Step(*(part.clone() for part in compute()))
         try:
             replay = self.record(compute)
+            for part in replay():
+                part.fill_(torch.nan)  # what a replay leaves as it is must not pass for what it computed
             differences = [(a - b).abs().max() / b.abs().max() for a, b in zip(replay(), expected, strict=True)]
             if all(difference <= self.tolerance for difference in differences):
                 return replay
@@ -81,20 +83,36 @@ class Graphs:
         return compute
 
 
-def _record(compute: Compute, device: torch.device, pool: Any) -> Compute:
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # kernels are chosen and workspaces allocated before anything is recorded
-            compute()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on with what they do on the device.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step = compute()
+class Recorder:
+    """Records on one stream of a device, since torch keeps workspaces for every stream that it has computed on."""
 
-    def replay() -> Step:
-        graph.replay()
-        return step
+    def __init__(self, device: torch.device) -> None:
+        """Takes a stream.
 
-    return replay
+        Args:
+            device: The CUDA device that the steps run on.
+        """
+        self.stream = torch.cuda.Stream(device)
+        self._living: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+
+    def __call__(self, compute: Compute) -> Compute:
+        """Makes a step one that replays into tensors of its own."""
+        if not self._living:  # torch takes no pool up again whose graphs are all gone
+            self._pool = torch.cuda.graph_pool_handle()
+        caller, graph = torch.cuda.current_stream(self.stream.device), torch.cuda.CUDAGraph()
+        self.stream.wait_stream(caller)
+        # Entered here too: `torch.cuda.graph` stays in its stream when recording fails.
+        with torch.cuda.stream(self.stream):
+            for _ in range(2):  # kernels are chosen and workspaces allocated before anything is recorded
+                compute()
+            # Other threads may go on with what they do on the device.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
+                step = compute()
+        caller.wait_stream(self.stream)
+        self._living.add(graph)
+
+        def replay() -> Step:
+            graph.replay()
+            return step
+
+        return replay

@@ -1,18 +1,26 @@
 """Recorded steps, with a recorder that runs on a CPU: what it replays is as fixed in place as on CUDA."""
 
+import gc
 import logging
+import weakref
+from contextlib import nullcontext
+from itertools import count
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from langchain_latentmas import LatentService
 from langchain_latentmas.engine.feedback import bucket
 from langchain_latentmas.engine.graphs import Compute, Graphs, Step
+from langchain_latentmas.engine.graphs import Recorder as CudaRecorder
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.engine.sampling import Sampling
+from langchain_latentmas.engine.slots import SlotCache
 from langchain_latentmas.engine.tick import Result, Row, Ticker
 
 from ..conftest import load_parts
@@ -108,9 +116,30 @@ def test_weights_that_were_changed_get_new_graphs() -> None:
         tick.step()
         tick.step()
         assert len(recorder.recorded) == 1
+        before = weakref.ref(model.alignment)
         model.refresh()
         tick.step()
     assert len(recorder.recorded) == 2
+    gc.collect()
+    assert before() is None  # nor are the old ones kept
+
+
+def test_slots_in_excess_see_something(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    tick = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=Graphs(Recorder(), tolerance=1e-8))
+    seen, hidden = [], model.hidden
+
+    def looked_at(embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+        seen.append((mask == 0).any(-1))
+        return hidden(embeds, positions, mask, cache)
+
+    monkeypatch.setattr(model, "hidden", looked_at)
+    with torch.inference_mode():
+        for length in (150, 20, 9):  # the last cell is out of sight of the bucket
+            tick.join(Row((), 0, [[5] * length], steps=2, on_done=len, on_error=pytest.fail))
+        while tick.rows:
+            tick.step()
+    assert {len(rows) for rows in seen} >= {3, 4}
+    assert all(rows.all() for rows in seen)
 
 
 def test_a_replay_that_differs_is_not_used_and_said(model: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
@@ -121,6 +150,34 @@ def test_a_replay_that_differs_is_not_used_and_said(model: LanguageModel, caplog
     assert graphs.fault == "a replayed step differs by 1.0e-02"
     assert "CUDA graphs are off" in caplog.text
     assert [r.tokens for r in found] == [r.tokens for r in run(model, None)]
+
+
+def test_what_a_replay_leaves_as_it_is_passes_for_nothing(model: LanguageModel) -> None:
+    def record_nothing(compute: Compute) -> Compute:  # as on another device than the one that is recorded
+        step = compute()
+        return lambda: step
+
+    graphs = Graphs(record_nothing, tolerance=1e-8)
+    assert [r.tokens for r in run(model, graphs)] == [r.tokens for r in run(model, None)]
+    assert graphs.fault == "a replayed step differs by nan"
+
+
+def test_a_pool_whose_graphs_are_all_gone_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch refuses to record into a pool whose graphs are all gone (vLLM's pull request 53682)."""
+    cuda, used = MagicMock(), list[tuple[object, object]]()
+    cuda.graph_pool_handle.side_effect = count().__next__
+    cuda.CUDAGraph = type("CUDAGraph", (), {"replay": lambda self: None})
+    cuda.graph = lambda graph, pool, stream, **_: used.append((pool, stream)) or nullcontext()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    record = CudaRecorder(torch.device("cuda:1"))
+    compute = lambda: Step(torch.zeros(1), torch.zeros(1))  # noqa: E731
+    living = [record(compute), record(compute)]
+    living.clear()
+    record(compute)
+    cuda.Stream.assert_called_once_with(torch.device("cuda:1"))
+    assert used == [(0, record.stream), (0, record.stream), (1, record.stream)]
 
 
 def test_a_step_that_cannot_be_recorded_is_computed(model: LanguageModel) -> None:
