@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import Any
 from uuid import uuid4
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from transformers import AutoConfig
 
 from .. import bundled
@@ -19,7 +19,18 @@ HOW_TO_INSTALL = (
 )
 
 
-OF_THE_ENGINE = ("device", "live_budget", "kv_cpu_budget", "kv_disk_budget", "kv_folder", "prefill_chunk")
+OF_THE_ENGINE = (
+    "device",
+    "kv_dtype",
+    "live_budget",
+    "kv_cpu_budget",
+    "kv_disk_budget",
+    "kv_folder",
+    "compile",
+    "cuda_graphs",
+    "prefill_chunk",
+)
+OURS = ("model", "tokenizer", "revision", "tokenizer_revision", "served_model_name")
 
 
 class EngineSettings(LocalSettings):
@@ -35,6 +46,13 @@ class EngineSettings(LocalSettings):
     dtype: str = "auto"
     revision: str | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("engine")
+    @classmethod
+    def _not_ours(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        if named := sorted(engine.keys() & set(OURS)):
+            raise ValueError(f"{named[0]} follows from vllm:<model> and revision=...; leave it out")
+        return engine
 
     def arguments(self) -> dict[str, Any]:
         """Fields of `vllm.AsyncEngineArgs`; what was not asked for is vLLM's to choose."""

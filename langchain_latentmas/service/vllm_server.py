@@ -29,6 +29,7 @@ OF_THE_SERVER = {
     "realign": """--hf-overrides '{"latent_realign": false}'""",
     "device": "--device",
     "dtype": "--dtype",
+    "kv_dtype": "--kv-cache-dtype",
     "revision": "--revision",
     "kv_budget": "--gpu-memory-utilization",
     "live_budget": "--gpu-memory-utilization",

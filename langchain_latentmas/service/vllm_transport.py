@@ -4,7 +4,7 @@ import asyncio
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from ..errors import ContextTooLong, InvalidRequest, ServiceClosed
@@ -28,6 +28,7 @@ class Transport(ABC):
     def __init__(self, name: str, patience: float) -> None:
         """Starts the loop."""
         self.name, self.patience, self.closed = name, patience, False
+        self._lock = threading.RLock()  # so that nothing is begun behind the back of `close`, and then never ends
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=_run, args=(self._loop,), name="latentmas-vllm", daemon=True)
         self._thread.start()
@@ -53,8 +54,15 @@ class Transport(ABC):
         """Frees what it holds, once all work has ended."""
 
     def call(self, work: Coroutine[Any, Any, A]) -> A:
-        """Does something on the loop, and waits for it."""
-        return self._schedule(work).result()
+        """Does something on the loop, and waits for it.
+
+        Raises:
+            ServiceClosed: If `close` ended it.
+        """
+        try:
+            return self._schedule(work).result()
+        except CancelledError:
+            raise _closed() from None
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Does something on the loop."""
@@ -62,9 +70,6 @@ class Transport(ABC):
 
     def close(self) -> None:
         """Ends all work. Idempotent."""
-        if self.closed:
-            return
-        self.closed = True
 
         async def end() -> None:
             own = asyncio.current_task()
@@ -75,16 +80,21 @@ class Transport(ABC):
             await self.aclose()
             await self._loop.shutdown_asyncgens()
 
-        ended = asyncio.run_coroutine_threadsafe(end(), self._loop)
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+            ended = asyncio.run_coroutine_threadsafe(end(), self._loop)
         ended.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
         if threading.current_thread() is not self._thread:  # a service may be forgotten anywhere
             self._thread.join(CLOSED_WITHIN)
 
     def _schedule(self, work: Coroutine[Any, Any, A]) -> "Future[A]":
-        if self.closed:
-            work.close()
-            raise ServiceClosed("The service is closed; load another one.")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:
+            if not self.closed:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise _closed()
 
 
 def refused(said: str) -> InvalidRequest:
@@ -92,6 +102,10 @@ def refused(said: str) -> InvalidRequest:
     if "context length" in said or "max_model_len" in said:
         return ContextTooLong(f"vLLM: {said}")
     return InvalidRequest(f"vLLM refuses the request: {said}")
+
+
+def _closed() -> ServiceClosed:
+    return ServiceClosed("The service is closed; load another one.")
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

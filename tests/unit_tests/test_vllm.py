@@ -1,9 +1,10 @@
 """The client of vLLM against a double of its completions API, and against the service in this process."""
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -26,6 +27,7 @@ from langchain_latentmas.errors import (
     WrongModel,
 )
 from langchain_latentmas.service.vllm import VLLMService
+from langchain_latentmas.service.vllm_in_process import OF_THE_ENGINE, OURS
 from langchain_latentmas.service.vllm_server import OF_THE_SERVER
 
 from ..conftest import load_parts
@@ -186,8 +188,7 @@ async def test_a_cancelled_think_is_taken_back(vllm: VLLMService, double: VLLMDo
     task = asyncio.create_task(vllm.athink(QUESTION, steps=50))
     await asyncio.to_thread(wait_for, lambda: double.open == 1)
     task.cancel()
-    await asyncio.to_thread(wait_for, lambda: double.open == 0)
-    assert vllm.info()["rows"] == 0
+    await asyncio.to_thread(wait_for, lambda: double.open == 0 and vllm.info()["rows"] == 0)
 
 
 def test_a_stream_that_is_left_is_taken_back(vllm: VLLMService, double: VLLMDouble) -> None:
@@ -212,6 +213,24 @@ def test_closing_ends_what_is_at_work(vllm: VLLMService, double: VLLMDouble) -> 
     with pytest.raises(ServiceClosed):
         vllm.think(QUESTION, steps=6)
     vllm.close()
+
+
+def test_closing_ends_also_what_somebody_waits_for(vllm: VLLMService) -> None:
+    begun = Event()
+
+    async def for_ever() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    def close() -> None:
+        assert begun.wait(60)
+        vllm.close()
+
+    def call() -> None:
+        with pytest.raises(ServiceClosed):
+            vllm._transport.call(for_ever())
+
+    at_once([call, close])
 
 
 @pytest.mark.parametrize("call", ["think", "speak"])
@@ -315,6 +334,12 @@ def test_what_the_server_decides_is_no_setting_here(name: str) -> None:
         VLLMService.load("vllm+http://there:8000", **{name: 1})
 
 
+@pytest.mark.parametrize("setting", [*({name: 1} for name in OF_THE_ENGINE), *({"engine": {name: 1}} for name in OURS)])
+def test_what_vllm_in_this_process_decides_is_no_setting_either(setting: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="engine"):
+        LatentService.load("vllm:bundled", **setting)
+
+
 @pytest.mark.parametrize("url", ["vllm+http://", "vllm+http://user:password@there:8000", "vllm+http://there?x=1"])
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(InvalidRequest, match="vllm\\+http://host:port"):
@@ -326,8 +351,9 @@ def test_several_memories_are_one_chain_and_no_setting_changes_that(connect: Con
         connect(merge="rotate")
 
 
-@pytest.mark.skipif(find_spec("vllm.config") is not None, reason="vLLM is installed")
-def test_vllm_in_this_process_names_the_extra() -> None:
+def test_vllm_in_this_process_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "latentmas_vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(MissingExtra, match=r"langchain-latentmas\[vllm\]"):
         LatentService.load("vllm:bundled")
 
