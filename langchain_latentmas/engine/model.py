@@ -207,18 +207,19 @@ class LanguageModel:
         """Computes alignment and fingerprint anew, for weights that were changed in place."""
         # Where each weight is, since a walk through all modules takes longer than all else that a request costs here.
         self._held = [(m._parameters, name) for m in self.model.modules() for name in m._parameters]
+        self._modules = [(m._modules, dict(m._modules)) for m in self.model.modules()]
         self._versions = self._weight_versions()
         self.alignment = Alignment.of(self.model, self.realign)
         self.fingerprint = self._fingerprint()
 
     def refresh_if_changed(self) -> None:
-        """Calls `refresh` if torch's version counters say that a weight was written (writes through `.data` hide)."""
-        if self._versions != self._weight_versions():
+        """Calls `refresh` if modules were put in, or out, or a weight was written (writes through `.data` hide)."""
+        if self._versions != self._weight_versions() or any(now != then for now, then in self._modules):
             logger.warning("%s: the weights changed; alignment and fingerprint are computed anew", self.name)
             self.refresh()
 
     def _weight_versions(self) -> list[tuple[int, int]]:
-        weights = [p for there, name in self._held if (p := there[name]) is not None]
+        weights = [p for there, name in self._held if (p := there.get(name)) is not None]
         # A quantized weight has no storage of its own.
         return [(p.data_ptr() or id(p), 0 if p.is_inference() else p._version) for p in weights]
 

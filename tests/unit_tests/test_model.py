@@ -269,6 +269,23 @@ def test_a_weight_changed_in_place_makes_another_model(writable: LocalService) -
     assert say(writable, messages("Hi"), [new]).ref["parents"] == [new["id"]]
 
 
+def test_an_adapter_put_in_makes_another_model(writable: LocalService) -> None:
+    class Doubled(torch.nn.Module):
+        def __init__(self, base: torch.nn.Module) -> None:
+            super().__init__()
+            self.base, self.factor = base, torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) * self.factor.to(x.dtype)
+
+    before, old = writable.info()["fingerprint"], writable.think(messages("Hi"), steps=2)
+    attention = writable.model.model.get_decoder().layers[0].self_attn
+    attention.o_proj = Doubled(attention.o_proj)
+    with pytest.raises(WrongModel):
+        writable.think(messages("Hi"), [old])
+    assert writable.info()["fingerprint"] != before
+
+
 def test_a_changed_embedding_changes_the_alignment_at_once(writable: LocalService) -> None:
     with torch.no_grad():
         writable.model.model.get_input_embeddings().weight.mul_(2)
