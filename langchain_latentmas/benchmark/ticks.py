@@ -16,6 +16,7 @@ from ..engine.kv import KV, Placed
 from ..engine.model import LanguageModel
 from ..engine.quantization import plain_tensors
 from ..engine.sampling import Sampling
+from ..engine.slots import power_of_two
 from ..engine.tick import Result, Row, Ticker
 from ..errors import EngineFailed
 from .memory import Copy, clock, free_bytes, in_gb
@@ -67,7 +68,7 @@ def memory_needed(model: LanguageModel, work: Work) -> int:
     """
     loops = 1 if work.what == "think" else 2
     kv, layers = model.bytes_per_position, model.config.num_hidden_layers
-    slots = kv * _power_of_two(work.rows) * _power_of_two(work.positions)
+    slots = kv * power_of_two(work.rows) * power_of_two(work.positions)
     plain = kv * work.rows * work.positions
     logits = 4 * 4 * work.rows * model.config.vocab_size
     return slots + loops * plain + plain // layers + kv * work.positions + logits
@@ -174,6 +175,8 @@ class Measured:
     """Seconds a tick."""
     published: list[float] = field(default_factory=list)
     generate: list[float] = field(default_factory=list)
+    cuda_graphs: str = "off"
+    """See `Ticker.cuda_graphs`, after the last turn."""
 
     def row(self, bandwidth: float) -> dict[str, Any]:
         """As plain JSON.
@@ -197,6 +200,7 @@ class Measured:
             "full_lm_ms": 1000 * Spread.of(self.published).median,
             "generate_ms": generated and generated.median,
             "ticks": len(self.engine),
+            "cuda_graphs": self.cuda_graphs,
         }
 
 
@@ -218,7 +222,8 @@ def measure(model: LanguageModel, work: Work, repeats: int, copy: Copy, copied: 
     start = work.positions - WARM_UP - repeats * ticks - 3
     with torch.inference_mode():
         past = _random_kv(model, start)
-        loops: list[Loop] = [Engine(model, work, past), Published(model, work, past)]
+        engine = Engine(model, work, past)
+        loops: list[Loop] = [engine, Published(model, work, past)]
         if work.what == "speak":
             loops.append(Generate(model, work, past))
         middle = work._replace(positions=work.positions - repeats * ticks // 2)
@@ -233,7 +238,8 @@ def measure(model: LanguageModel, work: Work, repeats: int, copy: Copy, copied: 
                     begun = clock(model.device)
                     loop.run(ticks)
                     into.append((clock(model.device) - begun) / ticks)
-        del loops, loop, past
+        measured.cuda_graphs = engine.ticker.cuda_graphs
+        del loops, loop, engine, past
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -270,10 +276,6 @@ def _dynamic_cache(model: LanguageModel, rows: int, past: KV) -> DynamicCache:
     for layer, (keys, values) in enumerate(zip(past.keys, past.values, strict=True)):
         cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
     return cache
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _ended(_: Result) -> None:

@@ -253,6 +253,9 @@ def _notes(result: dict[str, Any]) -> Iterator[RenderableType]:
     for why, group in groupby(result["skipped"], key=lambda one: (one["what"], one["positions"], one["why"])):
         counts = ", ".join(str(one["rows"]) for one in group)
         yield Text(f"Left out: {why[0]}, {why[1]:,} positions, {counts} rows: {why[2]}.", "yellow")
+    for why in dict.fromkeys(row["cuda_graphs"] for row in result["rows"]):
+        if why not in ("on", "off"):
+            yield Text(f"Not all ticks were replayed as CUDA graphs: {why}.", "yellow")
     yield Text(
         "Medians of a tick (smallest..largest turn). Floor: weights read once and the live KV of all rows, at the "
         "speed of the copy. Plain loop: the whole causal model with logits, where it thinks with all hidden states "

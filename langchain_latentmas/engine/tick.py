@@ -136,6 +136,11 @@ class Ticker:
         self.ticks = self.thoughts = self.spoken = self.prefilled = 0
         self.clear()
 
+    @property
+    def cuda_graphs(self) -> str:
+        """Whether decode steps are replayed: "on", "off", or why they no longer are."""
+        return "off" if self.graphs is None else self.graphs.fault or "on"
+
     def clear(self) -> list[Row]:
         """Drops all rows and slots; returns the rows."""
         dropped = getattr(self, "rows", [])

@@ -513,7 +513,7 @@ class LocalService(LatentService):
             "quantization": model.quantization,
             "weight_bytes": model.weight_bytes,
             "compiled": model.compiled is not None,
-            "cuda_graphs": (ticker.graphs.fault or "on") if ticker.graphs else "off",
+            "cuda_graphs": ticker.cuda_graphs,
             "max_positions": model.max_positions,
             "realign": model.realign,
             "think_tag": self.think_tag,

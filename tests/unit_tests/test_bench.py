@@ -27,6 +27,8 @@ from langchain_latentmas.benchmark.ticks import (
     weight_bytes,
 )
 from langchain_latentmas.cli import app
+from langchain_latentmas.commands.bench import _notes
+from langchain_latentmas.engine.graphs import Compute, Graphs
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.errors import EngineFailed, InvalidRequest
 from langchain_latentmas.evaluation.machine import machine
@@ -170,7 +172,21 @@ def test_every_loop_takes_its_turns(model: LanguageModel) -> None:
         assert len(measured.engine) == len(measured.published) == 2
         assert len(measured.generate) == generated
         assert min([*measured.engine, *measured.published]) > 0
+        assert measured.row(1.0)["cuda_graphs"] == "off"
     assert len(copied) == 4
+
+
+def test_cuda_graphs_that_were_given_up_are_told(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(compute: Compute) -> Compute:
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(ticks.Graphs, "of", lambda model: Graphs(refuse, 1.0))
+    model.eos = frozenset()
+    measured = measure(model, Work("think", 1, 48), 1, Copy(model.device, size=1 << 16), [])
+    row = measured.row(1.0)
+    assert row["cuda_graphs"] == "operation not permitted"
+    told = [str(part) for part in _notes({"rows": [row], "skipped": []})]
+    assert any("operation not permitted" in part for part in told)
 
 
 def test_a_text_that_ends_by_itself_is_not_measured(model: LanguageModel) -> None:
