@@ -189,7 +189,7 @@ class HTTPService(LatentService):
     ) -> LatentRef:
         """See `LatentService.think`."""
         body = self._think_request(messages, latents, steps, agent, on_step is not None)
-        told = _Told(on_step)
+        told = _Told(on_step, steps)
         for attempt in self._retrying():
             with attempt, self._events("/v1/think", body) as events:
                 for event in events:
@@ -211,7 +211,7 @@ class HTTPService(LatentService):
     ) -> LatentRef:
         """See `LatentService.athink`."""
         body = self._think_request(messages, latents, steps, agent, on_step is not None)
-        told = _Told(on_step)
+        told = _Told(on_step, steps)
 
         async def once() -> LatentRef:
             stream = self._aevents("/v1/think", body)
@@ -528,6 +528,8 @@ class HTTPService(LatentService):
                 raise _closed()
             if loop in self._async_clients:
                 return self._async_clients[loop][0]
+            for ended in [each for each in self._async_clients if each.is_closed()]:
+                del self._async_clients[ended]  # one that ended without `asyncio.run`
             client = httpx.AsyncClient(**self._options)
             life = self._life(loop, client)
             self._async_clients[loop] = client, life
@@ -578,11 +580,13 @@ class _Wait(wait_base):
 class _Told:
     """Latent steps that were reported; a repeated request does not report them again."""
 
-    def __init__(self, on_step: Callable[[int], None] | None) -> None:
-        self.on_step, self.steps = on_step, 0
+    def __init__(self, on_step: Callable[[int], None] | None, most: int) -> None:
+        self.on_step, self.most, self.steps = on_step, most, 0
 
     def take(self, event: Event) -> None:
         step = _parsed(event.data, Step).step
+        if step > self.most:
+            raise _foreign(f"step {step} of {self.most}")
         if self.on_step is not None and step > self.steps:
             for each in range(self.steps + 1, step + 1):  # the server tells of several at a time
                 self.on_step(each)

@@ -29,6 +29,8 @@ from langchain_latentmas.errors import (
     WrongModel,
 )
 from langchain_latentmas.service import Chunk
+from langchain_latentmas.service.events import Event
+from langchain_latentmas.service.http import _Told
 from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.logs import JSONLines
 from langchain_latentmas.service.server import Server
@@ -266,7 +268,19 @@ def test_the_connections_of_an_event_loop_end_with_it(server: Server, remote: La
         asyncio.run(remote.athink(messages(question), steps=1))
         ended.append(len(remote._async_clients))
     assert ended == [0, 0]
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(remote.athink(messages("a"), steps=1))
+    loop.close()
+    asyncio.run(remote.athink(messages("b"), steps=1))
+    assert not remote._async_clients
     assert asyncio.run(remote.athink(messages("a"), steps=1)) == remote.think(messages("a"), steps=1)
+
+
+def test_more_steps_than_were_asked_for_are_not_believed() -> None:
+    told: list[int] = []
+    with pytest.raises(EngineFailed, match="step 4 of 3"):
+        _Told(told.append, 3).take(Event("step", '{"step": 4}'))
+    assert told == []
 
 
 def test_nobody_there_is_said_so() -> None:
