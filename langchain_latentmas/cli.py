@@ -1,5 +1,7 @@
 """The command line, `latentmas`: one file per command in `commands/`."""
 
+import logging
+
 import typer
 
 from .commands.ask import ask
@@ -18,6 +20,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 @app.callback()
 def main() -> None:
     """LangGraph agents that pass latent memory instead of text."""
+    # Where torchao is installed, transformers imports it, and it says at length what it does not need.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 app.command()(demo)

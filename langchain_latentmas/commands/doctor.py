@@ -108,7 +108,7 @@ def _facts(server: "Server") -> "Any":
         return None
     yield Finding("plugin", True, f"latentmas-vllm {facts['latentmas_vllm']}")
     yield Finding("LATENT", True, f"token {facts['latent_token_id']} of {facts['architecture']}, {facts['alignment']}")
-    yield Finding("version", True, f"vLLM {facts['vllm']}; the plugin runs with {facts['vllm_supported']}")
+    yield Finding("version", True, f"vLLM {facts['vllm']}; the plugin runs with {facts.get('vllm_supported', '?')}")
     caching = facts["prefix_caching"]
     yield Finding(
         "prefix caching",

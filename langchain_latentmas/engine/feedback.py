@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .alignment import Alignment
 from .graphs import Graphs, Step
 from .model import LanguageModel
 from .slots import SlotCache, Window, power_of_two
@@ -74,27 +75,28 @@ class Feedback:
             thinking: Whether some of them think.
             speaking: Whether some of them speak.
         """
+        alignment = self.model.alignment  # one for the whole step, whoever changes weights meanwhile
         if self.graphs is None or self.graphs.fault:
-            step = self._compute(rows, length, thinking, speaking)
+            step = self._compute(alignment, rows, length, thinking, speaking)
         else:
             # Slots in excess write into their last cell, as padding does, and nobody sees that.
             size = power_of_two(rows), min(bucket(length), self.cache.capacity)
             self.positions[rows : size[0]] = self.cache.capacity - 1
             self.mask[rows : size[0], 0] = 0  # some kernels make NaN of attention to nothing
-            if self._alignment is not self.model.alignment:  # weights were changed
+            if self._alignment is not alignment:  # weights were changed
                 self.graphs.clear()
-                self._alignment = self.model.alignment
-            step = self.graphs.step(size, lambda: self._compute(*size, thinking=True, speaking=True))
+                self._alignment = alignment
+            step = self.graphs.step(size, lambda: self._compute(alignment, *size, thinking=True, speaking=True))
             step = Step(step.inputs[:rows], step.hidden[:rows])
         self.hidden[:rows] = step.hidden
         self.positions[:rows] += 1
         return step
 
-    def _compute(self, rows: int, length: int, thinking: bool, speaking: bool) -> Step:
+    def _compute(self, alignment: Alignment, rows: int, length: int, thinking: bool, speaking: bool) -> Step:
         """A step before anything is taken over: doing it again gives the same."""
         slots, positions = slice(0, rows), self.positions[:rows, None]
         if thinking:
-            inputs = self.model.alignment(self.hidden[slots])
+            inputs = alignment(self.hidden[slots])
         if speaking:
             embeds = self.model.embed(self.tokens[slots])
             inputs = torch.where(self.speaking[slots, None], embeds, inputs) if thinking else embeds

@@ -79,6 +79,7 @@ class Graphs:
             self.fault = f"a replayed step differs by {max(map(float, differences)):.1e}"
         except RuntimeError as error:
             self.fault = str(error).strip().splitlines()[0]
+        self._recorded.clear()
         logger.warning("CUDA graphs are off, every kernel is launched by itself: %s", self.fault)
         return compute
 

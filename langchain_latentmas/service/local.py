@@ -156,8 +156,8 @@ class LocalService(LatentService):
             host: The service whose ticks this one shares; None for ticks of its own.
 
         Raises:
-            ModelNotSupported: If the tokenizer has no chat template, or `merge="rotate"` is asked of a model whose keys
-                cannot be rotated.
+            ModelNotSupported: If the tokenizer has no chat template, `merge="rotate"` is asked of a model whose keys
+                cannot be rotated, or `kv_dtype="int8"` of one in float16.
             InvalidRequest: If a budget is given for a store or a disk that is not there, or the key file is readable
                 for others.
         """
@@ -168,6 +168,11 @@ class LocalService(LatentService):
             raise ModelNotSupported(f"{model.name}: its tokenizer has no chat template; pass chat_template=...")
         if settings.merge == "rotate" and model.rotary is None:
             raise ModelNotSupported(f"{model.name}: its keys cannot be rotated; take merge='auto' or 'rebuild'.")
+        if settings.kv_dtype == "int8" and model.dtype == torch.float16:
+            raise ModelNotSupported(
+                f"{model.name}: in float16 the scales of kv_dtype='int8' lose small numbers; take dtype='bfloat16' or "
+                "'float32', or kv_dtype='auto'."
+            )
         tag = settings.think_tag
         self.think_tag: str = (getattr(model.config, "think_tag", None) or "") if tag is None else tag
         store = settings.store

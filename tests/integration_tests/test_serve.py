@@ -96,10 +96,9 @@ def test_a_graph_goes_on_when_the_server_is_killed_and_started_again(tmp_path: P
 def test_sigterm_lets_work_end_and_exits_cleanly(tmp_path: Path) -> None:
     with Process("--store", str(tmp_path)) as process, client(process, patience=0) as remote:
         # Thinking takes all of its steps, while a text may end at once.
-        ref = remote.think(
-            "Count.", steps=500, on_step=lambda step: process.process.send_signal(signal.SIGTERM) if step == 1 else None
-        )
-        assert ref["steps"] == 500
+        stop = lambda step: process.process.send_signal(signal.SIGTERM) if step == 1 else None  # noqa: E731
+        ref = remote.think("Count.", steps=1500, on_step=stop)
+        assert ref["steps"] == 1500
         assert process.process.wait(60) == 0
         wait_for(lambda: process.log[-1]["message"] == "ended")
         assert [line["message"] for line in process.log[-3:-1]] == ["draining", "POST /v1/think"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from langchain_latentmas import LatentRef, LatentService
 from langchain_latentmas.engine.kv import KV
-from langchain_latentmas.errors import InvalidRequest
+from langchain_latentmas.errors import InvalidRequest, ModelNotSupported
 from langchain_latentmas.service.local import LocalService
 
 from ..conftest import Fresh
@@ -159,6 +159,11 @@ def test_altered_memories_have_the_keys_that_readers_get(fresh_service: Fresh) -
 def test_tenants_keep_8_bits_too(fresh_service: Fresh) -> None:
     made = fresh_service(kv_dtype="int8").tenants(["a"])
     assert made["a"].info()["kv_dtype"] == "int8"
+
+
+def test_float16_is_refused_since_its_scales_lose_small_numbers() -> None:
+    with pytest.raises(ModelNotSupported, match="take dtype='bfloat16' or 'float32', or kv_dtype='auto'"):
+        LatentService.load("bundled", dtype="float16", kv_dtype="int8")
 
 
 @pytest.mark.parametrize("bad", ["int4", "float16", None, 8])

@@ -202,8 +202,6 @@ def test_a_disk_that_is_nearly_full_is_left_to_others(tmp_path: Path, monkeypatc
 def test_what_waits_to_be_written_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_WAITING", 3 * POSITION)
     disk = spill(tmp_path)
-    with disk._lock:
-        pass
     disk._thread.submit(lambda: disk._path("x")).result()
     go_on = Event()
     blocked = disk._thread.submit(go_on.wait, 60)
