@@ -83,10 +83,11 @@ def evaluate(
                         folder / ANSWERS,
                         lambda mode, arrangement, *done: bars(_name(mode, arrangement), *done),
                     )
-                (folder / RESULT).write_text(json.dumps(summary.as_json(), indent=2, ensure_ascii=False))
-            about = describe(service, model)
+                about = describe(service, model)
+                document = {"model": about, **summary.as_json()}
+                (folder / RESULT).write_text(json.dumps(document, indent=2, ensure_ascii=False))
         if as_json:
-            print_json(model=about, **summary.as_json())
+            print_json(**document)
         else:
             open_console().print(picture(summary, about))
 

@@ -125,7 +125,7 @@ def draw_bars(summary: Mapping[str, Any], path: str | Path) -> None:
         axes.margins(y=0.24)
         _bare(axes, "bottom", "y")
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside upper right", ncols=2)
-    about = f"{summary['task']}, {n} questions, {summary.get('model', {}).get('name', 'unknown')} model"
+    about = f"{summary['task']}, {n} questions, {summary['model']['name']} model"
     figure.suptitle(about, fontsize=10, x=0.01, ha="left")
     _save(figure, path)
 

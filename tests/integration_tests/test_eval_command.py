@@ -62,7 +62,8 @@ def test_the_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for shown in ("single agent", "sequential", "hierarchical", "text / latent", "seed 0", "torch", "answers.jsonl"):
         assert shown in done.stdout
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["n"] == 3
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["n"], summary["model"]["name"]) == (3, "bundled")
 
 
 @pytest.mark.parametrize("ended", [signal.SIGKILL, signal.SIGINT])

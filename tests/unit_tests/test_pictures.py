@@ -20,6 +20,7 @@ from .test_worth import audit, edge
 
 SUMMARY: dict[str, Any] = {
     "task": "relay",
+    "model": {"name": "bundled"},
     "n": 100,
     "rows": [
         {"arrangement": "single", "mode": "single", "accuracy": 67, "output_tokens": 55, "seconds": 2.3},
