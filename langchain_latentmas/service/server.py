@@ -290,7 +290,7 @@ class Server:
         limit, taken = self.settings.max_memory, 0
         async with self._in_turn(request):  # from the beginning: no more files than turns
             with tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors") as file:
-                async for chunk in request.stream():
+                async for chunk in self._in_time(request.stream()):
                     taken += len(chunk)
                     if taken > limit:
                         raise RequestTooLarge(f"The memory is larger than {limit} bytes.")
@@ -298,6 +298,17 @@ class Server:
                 file.flush()
                 ref = await self._at_once(request, lambda service: service.import_memory(Path(file.name)))
         return RefReply(ref=WireRef(**ref))
+
+    async def _in_time(self, body: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+        """A body too long to be waited for as a whole: each part of it has to come in time."""
+        seconds = self.settings.body_seconds
+        while True:
+            try:
+                yield await asyncio.wait_for(anext(body), seconds)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise InvalidRequest(f"Nothing more of the body came within {seconds} s.") from None
 
     async def _think(self, request: Request, body: ThinkRequest) -> AsyncGenerator[tuple[str, BaseModel], None]:
         service = self._service(request)

@@ -377,12 +377,13 @@ def test_also_one_that_hangs_up_before_it_was_sent_a_memory(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_a_memory_that_comes_too_slowly_is_given_up(fresh_service: Any) -> None:
-    with serving(fresh_service(), deadline=0.2) as server:
+@pytest.mark.parametrize(("limit", "status"), [({"deadline": 0.2}, b" 504 "), ({"body_seconds": 0.2}, b" 422 ")])
+def test_a_memory_that_comes_too_slowly_is_given_up(fresh_service: Any, limit: dict[str, float], status: bytes) -> None:
+    with serving(fresh_service(), **limit) as server:
         host, port = server.address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), 5) as raw:
             raw.sendall(f"POST /v1/memory/import HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50\r\n\r\nx".encode())
-            assert b" 504 " in raw.recv(4096)
+            assert status in raw.recv(4096)
 
 
 def test_a_long_prompt_stalls_nobody_else(fresh_service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
