@@ -2,7 +2,8 @@
 # All figures of a GPU in one go, on a bare machine with PyTorch and transformers: sh benchmarks/gpu.sh [folder]
 #   PYTHON   the interpreter to use (python3)
 #   DEVICE   cuda, or cpu for a scaled-down try of the script itself
-# Writes the JSON of every part to the folder (bench-<device>) and prints one table at the end.
+# Writes the JSON of every part to the folder (bench-<device>) and prints one table at the end. Compiled ticks are left
+# out for the time that compiling takes: latentmas bench --shape Qwen3-4B --compile
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -29,4 +30,5 @@ for shape in $SHAPES; do
 done
 echo "overhead" >&2
 "$PYTHON" -m benchmarks.overhead --device "$DEVICE" --json >"$OUT/overhead.json"
-"$PYTHON" -m benchmarks.summary "$OUT" | tee "$OUT/summary.txt"
+"$PYTHON" -m benchmarks.summary "$OUT" >"$OUT/summary.txt"
+cat "$OUT/summary.txt"

@@ -60,7 +60,8 @@ class LanguageModel:
             name: What to call it.
             realign: Whether the alignment uses `W` (design, rule 2).
             max_positions: A lower limit than the model's own; needed for models that are exact only up to a length.
-            compile: Whether decode steps go through `torch.compile`: faster, after seconds to minutes of compiling.
+            compile: Whether decode steps go through `torch.compile`: faster, after seconds to minutes of compiling. If
+                the model attends by "sdpa", it then attends by "latentmas" for good, see `attention.attend`.
 
         Raises:
             ModelNotSupported: If a latent step would not be exact; says why.
