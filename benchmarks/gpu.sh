@@ -30,5 +30,5 @@ for shape in $SHAPES; do
 done
 echo "overhead" >&2
 "$PYTHON" -m benchmarks.overhead --device "$DEVICE" --json >"$OUT/overhead.json"
-"$PYTHON" -m benchmarks.summary "$OUT" >"$OUT/summary.txt"
+"$PYTHON" -m benchmarks.summary "$OUT" >"$OUT/summary.txt" || { cat "$OUT/summary.txt" >&2; exit 1; }
 cat "$OUT/summary.txt"
