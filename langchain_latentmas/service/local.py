@@ -515,7 +515,7 @@ class LocalService(LatentService):
             "parameters": sum(p.numel() for p in model.model.parameters()),
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "quantization": model.quantization,
+            "quantization": model.quantization or "none",
             "weight_bytes": model.weight_bytes,
             "compiled": model.compiled is not None,
             "cuda_graphs": ticker.cuda_graphs,

@@ -81,7 +81,7 @@ def test_linear_layers_shrink_and_the_alignment_stays(model: str, kind: str) -> 
         assert torch.equal(service.model.alignment.norm, plain.model.alignment.norm)
         info, whole = service.info(), plain.info()
         linear = sum(p.numel() for name, p in plain.model.model.named_parameters() if name.endswith("proj.weight"))
-        assert (info["quantization"], whole["quantization"]) == (kind, None)
+        assert (info["quantization"], whole["quantization"]) == (kind, "none")
         assert info["parameters"] == whole["parameters"]
         assert whole["weight_bytes"] == 4 * whole["parameters"]
         assert whole["weight_bytes"] - 3 * linear < info["weight_bytes"] < whole["weight_bytes"] - 2.5 * linear
