@@ -1,200 +1,271 @@
-"""Recorded steps, with a recorder that runs on a CPU: what it replays is as fixed in place as on CUDA."""
+"""LatentAgentNode inside of graphs: streams that are left, conversations, batches, retries, and wrong calls."""
 
-import gc
-import logging
-import weakref
-from contextlib import nullcontext
-from itertools import count
-from unittest.mock import MagicMock
+import asyncio
+import json
+from typing import Any
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from langchain_core.messages import AIMessageChunk, HumanMessage
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import END, START, StateGraph
+from langgraph.types import RetryPolicy
 
-from langchain_latentmas import LatentService
-from langchain_latentmas.engine.feedback import bucket
-from langchain_latentmas.engine.graphs import Compute, Graphs, Step
-from langchain_latentmas.engine.graphs import Recorder as CudaRecorder
-from langchain_latentmas.engine.model import LanguageModel
-from langchain_latentmas.engine.sampling import Sampling
-from langchain_latentmas.engine.slots import SlotCache
-from langchain_latentmas.engine.tick import Result, Row, Ticker
+from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, LatentState
+from langchain_latentmas.errors import InvalidRequest, ModelNotFound, TamperedReference, WrongModel
+from langchain_latentmas.service import shared
+from langchain_latentmas.service.local import LocalService
+from langchain_latentmas.teams import hierarchical, sequential
 
-from ..conftest import load_parts
-from ..support import kv_difference, relative
+from ..conftest import Fresh
+from ..support import wait_for
 
-
-class Recorder:
-    """Keeps results in tensors of its own, which each replay overwrites."""
-
-    def __init__(self) -> None:
-        self.recorded: list[tuple[int, ...]] = []
-
-    def __call__(self, compute: Compute) -> Compute:
-        fixed = Step(*(part.clone() for part in compute()))
-        self.recorded.append(tuple(fixed.hidden.shape))
-
-        def replay() -> Step:
-            for place, part in zip(fixed, compute(), strict=True):
-                place.copy_(part)
-            return fixed
-
-        return replay
+QUESTION: Any = {"messages": [("human", "What is 12 plus 30 minus 5?")]}
+LONG = 1500  # tokens that nobody wants to wait for
 
 
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    return LanguageModel(*load_parts("qwen3-tied", "float64"))
+def chain(service: LatentService | None, *nodes: LatentAgentNode) -> Any:
+    builder = StateGraph(LatentState)
+    for node in nodes:
+        builder.add_node(str(node.name), node)
+    for one, following in zip([START, *(n.name for n in nodes)], [*(n.name for n in nodes), END], strict=True):
+        builder.add_edge(str(one), str(following))
+    return builder.compile()
 
 
-def run(model: LanguageModel, graphs: Graphs | None) -> list[Result]:
-    """Five thinkers and speakers of different lengths; two of them come later, and the cache grows meanwhile."""
-    tick, results = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=graphs), dict[int, Result]()
-    with torch.inference_mode():
-        for i, length in enumerate((4, 30, 117, 2, 150)):
-            how = {"sampling": Sampling(max_tokens=9)} if i % 2 else {"steps": 5 + 4 * i}
-            done = lambda result, i=i: results.__setitem__(i, result)  # noqa: E731
-            ids = torch.randint(3, 384, (length,), generator=torch.Generator().manual_seed(i)).tolist()
-            tick.join(Row((), 0, [ids], on_done=done, on_error=pytest.fail, **how))
-            if i > 1:
-                tick.step()
-        while tick.rows:
-            tick.step()
-    return [results[i] for i in range(5)]
+@pytest.fixture
+def endless(fresh_service: Fresh) -> tuple[LocalService, Any]:
+    service = fresh_service()
+    service.model.eos = frozenset()
+    thinker = LatentAgentNode("planner", "Plan.", service=service, steps=2)
+    judger = LatentAgentNode("judger", "Judge.", service=service, speak=True, max_tokens=LONG)
+    return service, chain(service, thinker, judger)
 
 
-def test_replayed_steps_give_what_computed_ones_give(model: LanguageModel) -> None:
-    recorder = Recorder()
-    graphs = Graphs(recorder, tolerance=1e-8)
-    for ours, theirs in zip(run(model, graphs), run(model, None), strict=True):
-        assert kv_difference(ours.kv, theirs.kv) < 1e-8
-        assert relative(ours.thoughts, theirs.thoughts) < 1e-8
-        assert (ours.tokens, ours.finish) == (theirs.tokens, theirs.finish)
-    assert graphs.fault is None
-    assert {rows for rows, _ in recorder.recorded} >= {1, 4}
+async def test_leaving_an_async_stream_of_a_graph_frees_the_slot(endless: tuple[LocalService, Any]) -> None:
+    service, graph = endless
+    stream = graph.astream(QUESTION, stream_mode="messages")
+    await anext(stream)
+    assert service.info()["rows"] == 1
+    await stream.aclose()
+    await asyncio.to_thread(service.think, "Something else.", steps=2)
+    wait_for(lambda: service.info()["rows"] == 0)
+    assert service.info()["tokens"] < LONG
 
 
-def test_one_graph_serves_many_steps_and_a_grown_cache_gets_new_ones(model: LanguageModel) -> None:
-    recorder = Recorder()
-    graphs = Graphs(recorder, tolerance=1e-8)
-    tick = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=graphs)
-    with torch.inference_mode():
-        tick.join(Row((), 0, [[5] * 20], steps=40, on_done=len, on_error=pytest.fail))
-        for _ in range(30):
-            tick.step()
-        assert len(recorder.recorded) == 1
-        tick.join(Row((), 0, [[5] * 200], steps=1, on_done=len, on_error=pytest.fail))
-        tick.step()
-    assert len(recorder.recorded) == 2
+async def test_cancelling_a_graph_frees_the_slot(endless: tuple[LocalService, Any]) -> None:
+    service, graph = endless
+    task = asyncio.create_task(graph.ainvoke(QUESTION))
+    await asyncio.to_thread(wait_for, lambda: service.info()["tokens"] > 0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.to_thread(service.think, "Something else.", steps=2)
+    wait_for(lambda: service.info()["rows"] == 0)
+    assert service.info()["tokens"] < LONG
 
 
-def test_slots_in_excess_stay_within_the_positions_that_a_model_has_learned() -> None:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("gpt2", vocab_size=384, n_embd=32, n_layer=1, n_head=2, n_positions=200)
-    model = LanguageModel(AutoModelForCausalLM.from_config(config).double(), load_parts("qwen3-tied", "float64")[1])
-    recorder = Recorder()
-    for graphs in (None, Graphs(recorder, tolerance=1e-8)):
-        tick, found = Ticker(model, max_rows=4, live_bytes=1 << 40, graphs=graphs), list[Result]()
-        with torch.inference_mode():
-            for length in (190, 5, 9):
-                tick.join(Row((), 0, [[7] * length], steps=4, on_done=found.append, on_error=pytest.fail))
-            while tick.rows:
-                tick.step()
-        assert [len(result.thoughts) for result in found] == [4, 4, 4]
-    assert recorder.recorded[0] == (4, 32)
+def test_leaving_a_stream_of_a_chat_model_frees_the_slot(endless: tuple[LocalService, Any]) -> None:
+    from langchain_latentmas import ChatLatentMAS
+
+    service, _ = endless
+    stream = ChatLatentMAS(service=service, max_tokens=LONG).stream("Speak.")
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    service.think("Something else.", steps=2)
+    wait_for(lambda: service.info()["rows"] == 0)
+    assert service.info()["tokens"] < LONG
 
 
-def test_weights_that_were_changed_get_new_graphs() -> None:
-    model = LanguageModel(*load_parts("qwen3-tied", "float64"))
-    recorder = Recorder()
-    tick = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=Graphs(recorder, tolerance=1e-8))
-    with torch.inference_mode():
-        tick.join(Row((), 0, [[5] * 20], steps=40, on_done=len, on_error=pytest.fail))
-        tick.step()
-        tick.step()
-        assert len(recorder.recorded) == 1
-        before = weakref.ref(model.alignment)
-        model.refresh()
-        tick.step()
-    assert len(recorder.recorded) == 2
-    gc.collect()
-    assert before() is None  # nor are the old ones kept
+@pytest.mark.parametrize("mode", ["sync", "async"])
+async def test_tokens_come_while_the_judger_still_speaks(endless: tuple[LocalService, Any], mode: str) -> None:
+    """The first token is there long before the last one was decoded."""
+    service, graph = endless
+    if mode == "async":
+        stream = graph.astream(QUESTION, stream_mode=["messages", "custom"])
+        events = [await anext(stream) for _ in range(4)]
+        seen = service.info()["tokens"]
+        await stream.aclose()
+    else:
+        short = chain(service, LatentAgentNode("judger", "Judge.", service=service, speak=True, max_tokens=200))
+        stream = short.stream(QUESTION, stream_mode=["messages", "custom"])
+        events = [next(stream)]
+        seen = service.info()["tokens"]
+        stream.close()
+    assert any(name == "messages" and isinstance(event[0], AIMessageChunk) for name, event in events)
+    assert seen < 200
 
 
-def test_slots_in_excess_see_something(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    tick = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=Graphs(Recorder(), tolerance=1e-8))
-    seen, hidden = [], model.hidden
-
-    def looked_at(embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
-        seen.append((mask == 0).any(-1))
-        return hidden(embeds, positions, mask, cache)
-
-    monkeypatch.setattr(model, "hidden", looked_at)
-    with torch.inference_mode():
-        for length in (150, 20, 9):  # the last cell is out of sight of the bucket
-            tick.join(Row((), 0, [[5] * length], steps=2, on_done=len, on_error=pytest.fail))
-        while tick.rows:
-            tick.step()
-    assert {len(rows) for rows in seen} >= {3, 4}
-    assert all(rows.all() for rows in seen)
+def test_progress_names_agent_step_and_steps(fresh_service: Fresh) -> None:
+    graph = chain(None, LatentAgentNode("planner", "Plan.", service=fresh_service(), steps=3))
+    events = list(graph.stream(QUESTION, stream_mode="custom"))
+    assert events == [{"agent": "planner", "step": step, "steps": 3} for step in (1, 2, 3)]
+    json.dumps(events)
 
 
-def test_a_replay_that_differs_is_not_used_and_said(model: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
-    wrong = lambda compute: lambda: Step(compute().inputs, compute().hidden * 1.01)  # noqa: E731
-    graphs = Graphs(wrong, tolerance=1e-8)
-    with caplog.at_level(logging.WARNING):
-        found = run(model, graphs)
-    assert graphs.fault == "a replayed step differs by 1.0e-02"
-    assert "CUDA graphs are off" in caplog.text
-    assert [r.tokens for r in found] == [r.tokens for r in run(model, None)]
+def test_streamed_chunks_add_up_to_the_message_in_the_state(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    graph = sequential(service, steps=2, max_tokens=12).compile()
+    chunks, final = [], None
+    for mode, event in graph.stream(QUESTION, stream_mode=["messages", "values"]):
+        if mode == "messages":
+            chunks.append(event[0])
+        else:
+            final = event["messages"][-1]
+    spoken = [chunk for chunk in chunks if isinstance(chunk, AIMessageChunk)]
+    assert final is not None
+    assert "".join(chunk.text for chunk in spoken) == final.text
+    assert {chunk.id for chunk in spoken} == {final.id}
+    assert final.usage_metadata["output_token_details"] == {"latent_steps": 6}
+    assert final.response_metadata["finish_reason"] in ("stop", "length")
+    assert final.response_metadata["merge"] == "none"
 
 
-def test_what_a_replay_leaves_as_it_is_passes_for_nothing(model: LanguageModel) -> None:
-    def record_nothing(compute: Compute) -> Compute:  # as on another device than the one that is recorded
-        step = compute()
-        return lambda: step
-
-    graphs = Graphs(record_nothing, tolerance=1e-8)
-    assert [r.tokens for r in run(model, graphs)] == [r.tokens for r in run(model, None)]
-    assert graphs.fault == "a replayed step differs by nan"
-
-
-def test_a_pool_whose_graphs_are_all_gone_is_given_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """torch refuses to record into a pool whose graphs are all gone (vLLM's pull request 53682)."""
-    cuda, used = MagicMock(), list[tuple[object, object]]()
-    cuda.graph_pool_handle.side_effect = count().__next__
-    cuda.CUDAGraph = type("CUDAGraph", (), {"replay": lambda self: None})
-    cuda.graph = lambda graph, pool, stream, **_: used.append((pool, stream)) or nullcontext()
-    monkeypatch.setattr(torch, "cuda", cuda)
-    record = CudaRecorder(torch.device("cuda:1"))
-    compute = lambda: Step(torch.zeros(1), torch.zeros(1))  # noqa: E731
-    living = [record(compute), record(compute)]
-    living.clear()
-    record(compute)
-    cuda.Stream.assert_called_once_with(torch.device("cuda:1"))
-    assert used == [(0, record.stream), (0, record.stream), (1, record.stream)]
+def test_a_conversation_reads_its_first_turn_through_memory_alone(fresh_service: Fresh) -> None:
+    service, config = fresh_service(), {"configurable": {"thread_id": "1"}}
+    graph = sequential(service, steps=2, max_tokens=6).compile(checkpointer=InMemorySaver())
+    first = graph.invoke(QUESTION, config)  # type: ignore[arg-type]
+    second = graph.invoke({"messages": [("human", "And 2 more?")]}, config)  # type: ignore[arg-type]
+    planner = second["latents"][4]
+    prompt = service.model.tokenizer.decode(list(service.memory(planner).segments[-1].prompt_ids))
+    assert planner["parents"] == [first["latents"][-1]["id"]]
+    assert "And 2 more?" in prompt
+    assert f"assistant\n{first['messages'][-1].text}<|im_end|>" not in prompt
+    assert len(second["latents"]) == 8
+    assert [s.agent for s in service.memory(second["latents"][-1]).segments] == [
+        *("planner", "critic", "refiner", "judger"),
+        *("planner", "critic", "refiner", "judger"),
+    ]
 
 
-def test_a_step_that_cannot_be_recorded_is_computed(model: LanguageModel) -> None:
-    def refuse(compute: Compute) -> Compute:
-        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
-
-    graphs = Graphs(refuse, tolerance=1e-8)
-    assert [r.tokens for r in run(model, graphs)] == [r.tokens for r in run(model, None)]
-    assert graphs.fault == "operation not permitted when stream is capturing"
-
-
-def test_there_are_none_on_a_cpu(model: LanguageModel) -> None:
-    assert Graphs.of(model) is None
-    with LatentService.load("bundled") as service:
-        assert service.info()["cuda_graphs"] == "off"
+def test_batches_share_ticks_and_equal_single_runs(fresh_service: Fresh) -> None:
+    questions = [{"messages": [("human", f"What is {i} plus {'1 plus ' * i}1?")]} for i in range(4)]
+    single = fresh_service()
+    alone = [hierarchical(single, steps=4, max_tokens=6).compile().invoke(q)["latents"] for q in questions]  # type: ignore[arg-type]
+    service = fresh_service(key=single._signer._key)
+    together = hierarchical(service, steps=4, max_tokens=6).compile().batch(questions)  # type: ignore[arg-type]
+    assert [state["latents"] for state in together] == alone
+    assert service.info()["ticks"] < single.info()["ticks"]
 
 
-@given(st.integers(1, 100_000))
-def test_a_bucket_is_at_most_half_as_much_again(length: int) -> None:
-    assert length <= bucket(length) <= max(128, length * 1.5)
+async def test_a_node_alone_runs_batches_too(fresh_service: Fresh) -> None:
+    node = LatentAgentNode("judger", "Judge.", service=fresh_service(), speak=True, max_tokens=4)
+    states = [{"messages": [HumanMessage(f"Number {i}.")], "latents": []} for i in range(3)]
+    alone = [node.invoke(state)["messages"][0].text for state in states]
+    assert [update["messages"][0].text for update in node.batch(states)] == alone
+    assert [update["messages"][0].text for update in await node.abatch(states)] == alone
+
+
+def test_text_mode_reads_agents_in_the_order_of_reads(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    text: Any = {"configurable": {"edges": "text"}}
+    builder = StateGraph(LatentState)
+    for name in ("a", "b"):
+        builder.add_node(name, LatentAgentNode(name, f"You are {name}.", service=service, max_tokens=4))
+        builder.add_edge(START, name)
+    builder.add_node("judger", LatentAgentNode("judger", "Judge.", service=service, speak=True, reads=["b", "a"]))
+    builder.add_edge(["a", "b"], "judger")
+    said = {m.name: m for m in builder.compile().invoke(QUESTION, text)["messages"][1:]}
+    ref = said["judger"].response_metadata["latent_ref"]
+    (segment,) = service.memory(ref).segments
+    prompt = service.model.tokenizer.decode(list(segment.prompt_ids))
+    assert prompt.index("b: ") < prompt.index("a: ") < prompt.index("What is 12")
+    assert said["judger"].usage_metadata["output_token_details"] == {"latent_steps": 0}  # type: ignore[index]
+
+
+def test_a_retried_node_thinks_the_same_again_once(fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, hidden = fresh_service(), None
+    hidden = service.model.hidden
+
+    def fail_once(*arguments: Any) -> Any:
+        monkeypatch.setattr(service.model, "hidden", hidden)
+        raise RuntimeError("the device hiccups")
+
+    monkeypatch.setattr(service.model, "hidden", fail_once)
+    builder = StateGraph(LatentState)
+    node = LatentAgentNode("planner", "Plan.", service=service, steps=2)
+    builder.add_node("planner", node, retry_policy=RetryPolicy(initial_interval=0.001, jitter=False))
+    builder.add_edge(START, "planner")
+    assert len(builder.compile().invoke(QUESTION)["latents"]) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change", [{"positions": 1}, {"agent": "boss"}, {"mac": "0" * 64}, {"parents": None}, {"id": 5}]
+)
+def test_a_reference_that_was_changed_in_the_state_is_refused(fresh_service: Fresh, change: dict[str, Any]) -> None:
+    service = fresh_service()
+    ref = {**service.think("Plan.", steps=1, agent="planner"), **change}
+    ticks = service.info()["ticks"]
+    for reads in (None, ["planner", "boss"]):
+        node = LatentAgentNode("judger", "Judge.", service=service, speak=True, reads=reads)
+        with pytest.raises((TamperedReference, InvalidRequest)):
+            node.invoke({**QUESTION, "latents": [ref]})
+    assert service.info()["ticks"] == ticks
+
+
+def test_a_state_of_another_model_is_refused(fresh_service: Fresh) -> None:
+    ref = fresh_service().think("Plan.", steps=1, agent="planner")
+    with pytest.raises(WrongModel, match="'planner'"):
+        LatentAgentNode("judger", "Judge.", service=fresh_service("llama-untied"), steps=1).invoke(
+            {**QUESTION, "latents": [ref]}
+        )
+
+
+def test_a_negative_temperature_is_refused_before_any_work(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    with pytest.raises(InvalidRequest, match="temperature"):
+        chain(None, LatentAgentNode("judger", "Judge.", service=service, speak=True, temperature=-1.0)).invoke(QUESTION)
+    assert service.info()["ticks"] == 0
+
+
+def test_what_is_no_service_is_refused_wherever_it_comes_from(fresh_service: Fresh) -> None:
+    builder = StateGraph(LatentState, context_schema=dict)  # type: ignore[type-var]
+    builder.add_node("planner", LatentAgentNode("planner", "Plan.", steps=1))
+    builder.add_edge(START, "planner")
+    with pytest.raises(InvalidRequest, match="must be a LatentService"):
+        builder.compile().invoke(QUESTION, context={"service": "bundled"})
+
+
+def test_a_node_without_service_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTMAS_SERVICE", "no/such-model")
+    monkeypatch.setattr(shared, "_services", {})
+    with pytest.raises(ModelNotFound, match=r"'no/such-model'.*Give a hub id, a folder"):
+        LatentAgentNode("planner", "Plan.").invoke(QUESTION)
+
+
+def test_one_shared_service_serves_all_nodes(monkeypatch: pytest.MonkeyPatch, service32: LatentService) -> None:
+    loaded: list[str] = []
+
+    def load(name: str, **settings: Any) -> LatentService:
+        loaded.append(name)
+        return service32
+
+    monkeypatch.setenv("LATENTMAS_SERVICE", "some/model")
+    monkeypatch.setattr(shared, "_services", {})
+    monkeypatch.setattr(LatentService, "load", load)
+    nodes = [LatentAgentNode(name, f"You are {name}.", steps=1) for name in ("a", "b", "c")]
+    assert len(chain(None, *nodes).invoke(QUESTION)["latents"]) == 3
+    assert loaded == ["some/model"]
+
+
+def test_a_chat_model_says_how_its_model_is_loaded(monkeypatch: pytest.MonkeyPatch, service32: LatentService) -> None:
+    loaded: list[tuple[str, Any, Any]] = []
+
+    def load(name: str, **settings: Any) -> LatentService:
+        loaded.append((name, settings["device"], settings["dtype"]))
+        return service32
+
+    monkeypatch.setenv("LATENTMAS_DEVICE", "cpu")
+    monkeypatch.setattr(shared, "_services", {})
+    monkeypatch.setattr(LatentService, "load", load)
+    for llm in (
+        ChatLatentMAS(model="some/model", max_tokens=1),
+        ChatLatentMAS(model="some/model", max_tokens=1, device="cpu"),
+        ChatLatentMAS(model="some/model", max_tokens=1, device="cuda", dtype="bfloat16"),
+    ):
+        llm.invoke("Hello")
+    llm.invoke("Hello", model="other/model")
+    assert loaded == [
+        ("some/model", "cpu", "auto"),
+        ("some/model", "cuda", "bfloat16"),
+        ("other/model", "cuda", "bfloat16"),
+    ]

@@ -1,0 +1,200 @@
+"""Recorded steps, with a recorder that runs on a CPU: what it replays is as fixed in place as on CUDA."""
+
+import gc
+import logging
+import weakref
+from contextlib import nullcontext
+from itertools import count
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from langchain_latentmas import LatentService
+from langchain_latentmas.engine.feedback import bucket
+from langchain_latentmas.engine.graphs import Compute, Graphs, Step
+from langchain_latentmas.engine.graphs import Recorder as CudaRecorder
+from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.engine.sampling import Sampling
+from langchain_latentmas.engine.slots import SlotCache
+from langchain_latentmas.engine.tick import Result, Row, Ticker
+
+from ..conftest import load_parts
+from ..support import kv_difference, relative
+
+
+class Recorder:
+    """Keeps results in tensors of its own, which each replay overwrites."""
+
+    def __init__(self) -> None:
+        self.recorded: list[tuple[int, ...]] = []
+
+    def __call__(self, compute: Compute) -> Compute:
+        fixed = Step(*(part.clone() for part in compute()))
+        self.recorded.append(tuple(fixed.hidden.shape))
+
+        def replay() -> Step:
+            for place, part in zip(fixed, compute(), strict=True):
+                place.copy_(part)
+            return fixed
+
+        return replay
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel(*load_parts("qwen3-tied", "float64"))
+
+
+def run(model: LanguageModel, graphs: Graphs | None) -> list[Result]:
+    """Five thinkers and speakers of different lengths; two of them come later, and the cache grows meanwhile."""
+    tick, results = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=graphs), dict[int, Result]()
+    with torch.inference_mode():
+        for i, length in enumerate((4, 30, 117, 2, 150)):
+            how = {"sampling": Sampling(max_tokens=9)} if i % 2 else {"steps": 5 + 4 * i}
+            done = lambda result, i=i: results.__setitem__(i, result)  # noqa: E731
+            ids = torch.randint(3, 384, (length,), generator=torch.Generator().manual_seed(i)).tolist()
+            tick.join(Row((), 0, [ids], on_done=done, on_error=pytest.fail, **how))
+            if i > 1:
+                tick.step()
+        while tick.rows:
+            tick.step()
+    return [results[i] for i in range(5)]
+
+
+def test_replayed_steps_give_what_computed_ones_give(model: LanguageModel) -> None:
+    recorder = Recorder()
+    graphs = Graphs(recorder, tolerance=1e-8)
+    for ours, theirs in zip(run(model, graphs), run(model, None), strict=True):
+        assert kv_difference(ours.kv, theirs.kv) < 1e-8
+        assert relative(ours.thoughts, theirs.thoughts) < 1e-8
+        assert (ours.tokens, ours.finish) == (theirs.tokens, theirs.finish)
+    assert graphs.fault is None
+    assert {rows for rows, _ in recorder.recorded} >= {1, 4}
+
+
+def test_one_graph_serves_many_steps_and_a_grown_cache_gets_new_ones(model: LanguageModel) -> None:
+    recorder = Recorder()
+    graphs = Graphs(recorder, tolerance=1e-8)
+    tick = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=graphs)
+    with torch.inference_mode():
+        tick.join(Row((), 0, [[5] * 20], steps=40, on_done=len, on_error=pytest.fail))
+        for _ in range(30):
+            tick.step()
+        assert len(recorder.recorded) == 1
+        tick.join(Row((), 0, [[5] * 200], steps=1, on_done=len, on_error=pytest.fail))
+        tick.step()
+    assert len(recorder.recorded) == 2
+
+
+def test_slots_in_excess_stay_within_the_positions_that_a_model_has_learned() -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", vocab_size=384, n_embd=32, n_layer=1, n_head=2, n_positions=200)
+    model = LanguageModel(AutoModelForCausalLM.from_config(config).double(), load_parts("qwen3-tied", "float64")[1])
+    recorder = Recorder()
+    for graphs in (None, Graphs(recorder, tolerance=1e-8)):
+        tick, found = Ticker(model, max_rows=4, live_bytes=1 << 40, graphs=graphs), list[Result]()
+        with torch.inference_mode():
+            for length in (190, 5, 9):
+                tick.join(Row((), 0, [[7] * length], steps=4, on_done=found.append, on_error=pytest.fail))
+            while tick.rows:
+                tick.step()
+        assert [len(result.thoughts) for result in found] == [4, 4, 4]
+    assert recorder.recorded[0] == (4, 32)
+
+
+def test_weights_that_were_changed_get_new_graphs() -> None:
+    model = LanguageModel(*load_parts("qwen3-tied", "float64"))
+    recorder = Recorder()
+    tick = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=Graphs(recorder, tolerance=1e-8))
+    with torch.inference_mode():
+        tick.join(Row((), 0, [[5] * 20], steps=40, on_done=len, on_error=pytest.fail))
+        tick.step()
+        tick.step()
+        assert len(recorder.recorded) == 1
+        before = weakref.ref(model.alignment)
+        model.refresh()
+        tick.step()
+    assert len(recorder.recorded) == 2
+    gc.collect()
+    assert before() is None  # nor are the old ones kept
+
+
+def test_slots_in_excess_see_something(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    tick = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=Graphs(Recorder(), tolerance=1e-8))
+    seen, hidden = [], model.hidden
+
+    def looked_at(embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+        seen.append((mask == 0).any(-1))
+        return hidden(embeds, positions, mask, cache)
+
+    monkeypatch.setattr(model, "hidden", looked_at)
+    with torch.inference_mode():
+        for length in (150, 20, 9):  # the last cell is out of sight of the bucket
+            tick.join(Row((), 0, [[5] * length], steps=2, on_done=len, on_error=pytest.fail))
+        while tick.rows:
+            tick.step()
+    assert {len(rows) for rows in seen} >= {3, 4}
+    assert all(rows.all() for rows in seen)
+
+
+def test_a_replay_that_differs_is_not_used_and_said(model: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
+    wrong = lambda compute: lambda: Step(compute().inputs, compute().hidden * 1.01)  # noqa: E731
+    graphs = Graphs(wrong, tolerance=1e-8)
+    with caplog.at_level(logging.WARNING):
+        found = run(model, graphs)
+    assert graphs.fault == "a replayed step differs by 1.0e-02"
+    assert "CUDA graphs are off" in caplog.text
+    assert [r.tokens for r in found] == [r.tokens for r in run(model, None)]
+
+
+def test_what_a_replay_leaves_as_it_is_passes_for_nothing(model: LanguageModel) -> None:
+    def record_nothing(compute: Compute) -> Compute:  # as on another device than the one that is recorded
+        step = compute()
+        return lambda: step
+
+    graphs = Graphs(record_nothing, tolerance=1e-8)
+    assert [r.tokens for r in run(model, graphs)] == [r.tokens for r in run(model, None)]
+    assert graphs.fault == "a replayed step differs by nan"
+
+
+def test_a_pool_whose_graphs_are_all_gone_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch refuses to record into a pool whose graphs are all gone (vLLM's pull request 53682)."""
+    cuda, used = MagicMock(), list[tuple[object, object]]()
+    cuda.graph_pool_handle.side_effect = count().__next__
+    cuda.CUDAGraph = type("CUDAGraph", (), {"replay": lambda self: None})
+    cuda.graph = lambda graph, pool, stream, **_: used.append((pool, stream)) or nullcontext()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    record = CudaRecorder(torch.device("cuda:1"))
+    compute = lambda: Step(torch.zeros(1), torch.zeros(1))  # noqa: E731
+    living = [record(compute), record(compute)]
+    living.clear()
+    record(compute)
+    cuda.Stream.assert_called_once_with(torch.device("cuda:1"))
+    assert used == [(0, record.stream), (0, record.stream), (1, record.stream)]
+
+
+def test_a_step_that_cannot_be_recorded_is_computed(model: LanguageModel) -> None:
+    def refuse(compute: Compute) -> Compute:
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
+
+    graphs = Graphs(refuse, tolerance=1e-8)
+    assert [r.tokens for r in run(model, graphs)] == [r.tokens for r in run(model, None)]
+    assert graphs.fault == "operation not permitted when stream is capturing"
+
+
+def test_there_are_none_on_a_cpu(model: LanguageModel) -> None:
+    assert Graphs.of(model) is None
+    with LatentService.load("bundled") as service:
+        assert service.info()["cuda_graphs"] == "off"
+
+
+@given(st.integers(1, 100_000))
+def test_a_bucket_is_at_most_half_as_much_again(length: int) -> None:
+    assert length <= bucket(length) <= max(128, length * 1.5)
