@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from langchain_latentmas.benchmark.targets import Target
+
 
 def main(
     folder: Annotated[Path, typer.Argument(help="With the JSON of `latentmas bench` and of the overhead.")],
@@ -30,9 +32,7 @@ def main(
             f"{machine['cores']} cores; {packages}"
         )
         for target in document["targets"]:
-            wanted = f"{'≥' if target['least'] else '≤'} {target['bound']:g}"
-            met = "[green]met[/]" if target["met"] else "[red]missed[/]"
-            table.add_row(f"{model['name']}, {model['dtype']}", target["name"], f"{target['value']:.2f}", wanted, met)
+            table.add_row(f"{model['name']}, {model['dtype']}", target["name"], *Target.of(target).cells())
     overhead = folder / "overhead.json"
     if overhead.exists():
         for row in json.loads(overhead.read_text())["rows"]:

@@ -1,7 +1,7 @@
 """What should be reached, and whether it was."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 
 class Target(NamedTuple):
@@ -21,6 +21,16 @@ class Target(NamedTuple):
     def row(self) -> dict[str, Any]:
         """As plain JSON."""
         return {**self._asdict(), "met": self.met}
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        """What `row` made JSON of."""
+        return cls(*(row[name] for name in cls._fields))
+
+    def cells(self) -> tuple[str, str, str]:
+        """What was reached, what was wanted, and whether that is met, for a table of rich."""
+        met = "[green]met[/]" if self.met else "[red]missed[/]"
+        return f"{self.value:.2f}", f"{'≥' if self.least else '≤'} {self.bound:g}", met
 
 
 def targets(result: Mapping[str, Any]) -> Iterator[Target]:

@@ -188,10 +188,11 @@ def _graphs(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _targets(rows: Sequence[dict[str, Any]]) -> Table:
+    from ..benchmark.targets import Target
+
     table = _open_table("Targets", "", "reached", "wanted", "")
     for row in rows:
-        met = "[green]met[/]" if row["met"] else "[red]missed[/]"
-        table.add_row(row["name"], f"{row['value']:.2f}", f"{'≥' if row['least'] else '≤'} {row['bound']:g}", met)
+        table.add_row(row["name"], *Target.of(row).cells())
     return table
 
 
@@ -216,7 +217,6 @@ def _times(median: float, spread: Sequence[float]) -> str:
 
 def _table(what: str, cells: Sequence[dict[str, Any]]) -> Table:
     title, per_second = WHAT[what]
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), header_style="dim")
     names = [
         "rows",
         "positions",
@@ -229,8 +229,8 @@ def _table(what: str, cells: Sequence[dict[str, Any]]) -> Table:
     ]
     if what == "speak":
         names.append("generate\nms")
-    for name in names:
-        table.add_column(name, justify="right", vertical="bottom")
+    table = _open_table(title, *names)
+    table.columns[0].justify = "right"  # a number as well
     for cell in cells:
         low, high = cell["ms_spread"]
         values = [

@@ -31,7 +31,7 @@ class Feedback:
             graphs: Records and replays the steps; None computes every one.
         """
         self.model, self.cache, self.graphs = model, cache, graphs
-        self.unseen, self._alignment = torch.finfo(model.dtype).min, model.alignment
+        self._alignment = model.alignment
         self._allocate()
 
     def fit(self) -> None:
@@ -56,10 +56,10 @@ class Feedback:
         self.hidden[slot] = hidden
         self.speaking[slot] = speaking
         self.positions[slot] = position
-        self.mask[slot] = self.unseen
+        self.mask[slot] = self.model.unseen
         self.mask[slot, :position] = 0
         for start, end in holes:
-            self.mask[slot, start:end] = self.unseen
+            self.mask[slot, start:end] = self.model.unseen
 
     def move(self, source: int, target: int) -> None:
         """Puts the state of slot `source` in place of that of `target`."""
@@ -118,7 +118,7 @@ class Feedback:
         self.tokens = torch.zeros(slots, **whole)
         self.speaking = torch.zeros(slots, dtype=torch.bool, **place)
         self.positions = torch.zeros(slots, **whole)
-        self.mask = torch.full((slots, capacity), self.unseen, dtype=self.model.dtype, **place)
+        self.mask = torch.full((slots, capacity), self.model.unseen, dtype=self.model.dtype, **place)
         if self.graphs is not None:
             self.graphs.clear()
 

@@ -89,7 +89,7 @@ class LanguageModel:
             cache = self.new_cache()
             self._compare_with_plain_forward(cache)
             self._a_position = cache.read(0, 0, 1)
-            self.bytes_per_position = self._a_position.nbytes
+            self.bytes_per_position = cache.bytes_per_position
             self.kv_devices = [layer.keys.device for layer in cache.layers]
             # transformers computes the angles in float32 whatever the model's dtype.
             tolerance = max(self._tolerance, float(torch.finfo(torch.float32).eps) ** 0.5)
@@ -181,6 +181,15 @@ class LanguageModel:
         """Input embeddings [..., hidden] of token ids [...]."""
         return self.model.get_input_embeddings()(ids)
 
+    @property
+    def unseen(self) -> float:
+        """What is added to the attention score of a cell that a position does not see."""
+        return torch.finfo(self.dtype).min
+
+    def mask(self, seen: Tensor) -> Tensor:
+        """What is added to attention scores, of the shape of `seen`, which says where a cell is seen."""
+        return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(~seen, self.unseen)
+
     def hidden(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
         """One forward pass without logits.
 
@@ -188,7 +197,7 @@ class LanguageModel:
             embeds: Input embeddings [rows, new, hidden].
             positions: [rows, new].
             mask: [rows, 1, new, length], in the model's dtype: what is added to attention scores, 0 for cells that a
-                position sees and the dtype's lowest number for others.
+                position sees and `unseen` for others.
             cache: Its window says where the new keys go.
 
         Returns:
@@ -251,9 +260,8 @@ class LanguageModel:
         length = int(cells.max()) + 1
         cache.reserve(len(embeds), length)
         cache.window = Window(slice(0, len(embeds)), cells, length, cache.capacity)
-        unseen = torch.arange(length, device=self.device) > cells[:, None, :, None]
-        mask = embeds.new_zeros(unseen.shape).masked_fill_(unseen, torch.finfo(self.dtype).min)
-        return self.hidden(embeds, positions, mask, cache)
+        seen = torch.arange(length, device=self.device) <= cells[:, None, :, None]
+        return self.hidden(embeds, positions, self.mask(seen), cache)
 
     def _probe_ids(self) -> Tensor:
         return torch.arange(5, 5 + 12, device=self.device) % self.config.vocab_size

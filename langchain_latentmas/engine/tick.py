@@ -256,8 +256,7 @@ class Ticker:
         for i, row in enumerate(rows):
             for start, end in row.holes:
                 seen[i, :, :, start:end] = False
-        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device)
-        return mask.masked_fill_(~seen, self.feedback.unseen)
+        return self.model.mask(seen)
 
     def _sample(self, rows: list[Row]) -> None:
         if not rows:
