@@ -10,10 +10,9 @@ import json
 import logging
 import math
 import weakref
-from collections.abc import Container, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, Self, TypeVar, cast
@@ -24,7 +23,6 @@ from langchain_core.language_models import LanguageModelInput
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from ..engine.model import LanguageModel
 from ..engine.text import TextStream
 from ..engine.tick import Result, Row, Spoken
 from ..errors import (
@@ -40,9 +38,9 @@ from ..errors import (
 )
 from ..state import LatentRef
 from .alteration import unaltered
-from .base import LensRow, Merge
-from .local import LocalService, LocalSettings
+from .base import LensRow
 from .memory import Layout, Memory, Segment
+from .recipes import RecipeService, RecipeSettings
 from .vllm_in_process import OF_THE_ENGINE, EngineSettings, InProcess
 from .vllm_server import OF_THE_SERVER, Server, VLLMSettings
 from .vllm_transport import Transport
@@ -53,12 +51,12 @@ PREFIX = "vllm+"
 IN_PROCESS = "vllm:"
 TOLD = ("latent_token_id", "architecture", "dtype", "prefix_caching", "block_size", "vllm", "latentmas_vllm")
 NOTICED_WITHIN = 0.1  # seconds until a cancelled request is taken back
-S = TypeVar("S", bound=LocalSettings)
+S = TypeVar("S", bound=RecipeSettings)
 
 
 @dataclass
 class VLLMModel:
-    """What is known here of the model over there; stands where `LocalService` has a `LanguageModel`."""
+    """What is known here of the model over there."""
 
     name: str
     fingerprint: str
@@ -68,25 +66,17 @@ class VLLMModel:
     config: Any
     tokenizer: PreTrainedTokenizerBase
     eos: frozenset[int]
-    rotary: None = None  # nothing is moved
-    dtype: torch.dtype = torch.float32
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    kv_devices: tuple[torch.device, ...] = ()
-    bytes_per_position: int = 0
-
-    def refresh_if_changed(self) -> None:
-        """The server's weights do not change under it."""
+    dtype: torch.dtype = torch.float32  # of thoughts, which have no values here
 
 
-class VLLMService(LocalService):
+class VLLMService(RecipeService):
     """`LatentService` over a vLLM server that runs the plugin `latentmas-vllm`.
 
-    Recipes, signatures and markers are kept as by `LocalService`; only the work is done elsewhere. Several tips are
-    read as one chain, each later one seeing the earlier ones (`usage["merge"]` is then "chained"): moved positions have
-    no place in a prefix cache. Thoughts, keys and values stay on the server.
+    Several tips are read as one chain, each later one seeing the earlier ones (`usage["merge"]` is then "chained"):
+    moved positions have no place in a prefix cache. Thoughts, keys and values stay on the server.
     """
 
-    def __init__(self, transport: Transport, settings: LocalSettings) -> None:
+    def __init__(self, transport: Transport, settings: RecipeSettings) -> None:
         """Takes a vLLM; `load` is the way in.
 
         Args:
@@ -103,16 +93,11 @@ class VLLMService(LocalService):
         try:
             self.facts = transport.call(transport.facts())
             model = _model(transport.name, self.facts, settings)
-            engine = Engine(transport, model)
-            own = settings.model_copy(update={"kv_budget": 0, "live_budget": 0, "kv_cpu_budget": 0, "merge": "rebuild"})
-            shared = SimpleNamespace(_ticker=engine, _scheduler=engine)
-            super().__init__(cast(LanguageModel, model), own, host=cast(LocalService, shared))
+            super().__init__(model, settings, moved="chained")
         except BaseException:
             transport.close()
             raise
-        engine.segment = lambda key: self._recipe(key).segment
-        self._transport, self._engine = transport, engine
-        self._pool = engine  # type: ignore[assignment]
+        self._transport, self._engine = transport, Engine(transport, model)
         weakref.finalize(self, transport.close)
         if not self.facts["prefix_caching"]:
             logger.warning(
@@ -120,6 +105,7 @@ class VLLMService(LocalService):
                 "--no-enable-prefix-caching there",
                 transport.name,
             )
+        self._collect_regularly()
 
     @classmethod
     def load(cls, model: str = "vllm+http://127.0.0.1:8000", **settings: Any) -> Self:
@@ -135,19 +121,19 @@ class VLLMService(LocalService):
         if model.startswith(IN_PROCESS):
             for name in sorted(settings.keys() & OF_THE_ENGINE):
                 raise InvalidRequest(f"{name} is not for vLLM; engine=... takes what vllm.AsyncEngineArgs has instead.")
-            own = _checked(EngineSettings, settings, OF_THE_ENGINE)
+            own = _checked(EngineSettings, settings)
             return cls(InProcess(model.removeprefix(IN_PROCESS), own), own)
         over = settings.pop("transport", None)
         for name in settings:
             if name in OF_THE_SERVER:
                 raise InvalidRequest(f"{name} is not for a client to say; start the server with {OF_THE_SERVER[name]}.")
-        checked = _checked(VLLMSettings, settings, OF_THE_SERVER)
+        checked = _checked(VLLMSettings, settings)
         return cls(Server(model.removeprefix(PREFIX).rstrip("/"), checked, over), checked)
 
     def encode(
         self, messages: LanguageModelInput, tag: str, tools: Sequence[dict[str, Any]] | None = None
     ) -> tuple[int, ...]:
-        """See `LocalService.encode`.
+        """See `RecipeService.encode`.
 
         Raises:
             InvalidRequest: Also if the text of a message makes a latent token.
@@ -175,11 +161,11 @@ class VLLMService(LocalService):
         segment = recipe.segment
         if not len(segment.thoughts):
             return []
-        prompt = [*self._engine.ids(self._lineage.layout(recipe.parents)), *segment.prompt_ids]
+        prompt = [*self._ids(self._lineage.layout(recipe.parents)), *segment.prompt_ids]
         rows = self._transport.call(self._engine.read_out(prompt, len(segment.thoughts), top_k))
         return [LensRow(segment.agent, step, tokens) for step, tokens in enumerate(rows, 1)]
 
-    def tenants(self, names: Sequence[str]) -> dict[str, LocalService]:
+    def tenants(self, names: Sequence[str]) -> NoReturn:
         """Not here: load one client per tenant, each with a store and key of its own."""
         raise InvalidRequest("A client of vLLM serves one tenant; load one per tenant, with store=... and key=...")
 
@@ -217,58 +203,44 @@ class VLLMService(LocalService):
         self._transport.close()
         super().close()
 
-    def _merge_of(self, layout: Layout) -> Merge:
-        return "none" if super()._merge_of(layout) == "none" else "chained"
+    @property
+    def _closed(self) -> bool:
+        return self._transport.closed
+
+    def _start(self, row: Row, layout: Layout) -> None:
+        if altered := [piece.id for piece in layout if unaltered(piece.id)]:
+            row.on_error(InvalidRequest(f"vLLM cannot alter memories, and {altered[0]} is an altered one."))
+        else:
+            self._engine.start(row, self._ids(layout))
+
+    def _keep(self, key: str, result: Result) -> None:
+        """The server has it."""
+
+    def _ids(self, layout: Layout) -> list[int]:
+        return [i for piece in layout for i in self._engine.ids_of(self._recipe(piece.id).segment)]
 
 
 class Engine:
-    """Does rows' work on the server; stands where `LocalService` has a scheduler and a pool of KV.
+    """Does rows' work on the server.
 
     Attributes:
         rows: Requests at work.
         thoughts: Latent steps taken so far.
         tokens: Tokens spoken so far.
-        mode: What happens to memories that are moved, in the words of `KVPool`.
-        segment: Returns the segment of an id.
     """
 
     def __init__(self, transport: Transport, model: VLLMModel) -> None:
         """Takes a vLLM and what is known of its model."""
         self.transport, self.model = transport, model
         self.rows = self.thoughts = self.tokens = 0
-        self.mode = "rebuild"
-        self.segment: Any = None
 
-    @property
-    def closed(self) -> bool:
-        """Whether the service was closed."""
-        return self.transport.closed
+    def ids_of(self, segment: Segment) -> list[int]:
+        """A segment as token ids, with LATENT where a thought is."""
+        return [*segment.prompt_ids, *[self.model.latent] * len(segment.thoughts), *segment.spoken_ids]
 
-    def ids(self, layout: Layout) -> list[int]:
-        """A memory as token ids, with LATENT where a thought is."""
-        return [i for piece in layout for i in self._ids_of(self.segment(piece.id))]
-
-    def place(self, layout: Layout) -> "Future[list[int]]":
-        """A memory, ready to be put before a prompt."""
-        placed: Future[list[int]] = Future()
-        if altered := [piece.id for piece in layout if unaltered(piece.id)]:
-            placed.set_exception(InvalidRequest(f"vLLM cannot alter memories, and {altered[0]} is an altered one."))
-        else:
-            placed.set_result(self.ids(layout))
-        return placed
-
-    def submit(self, row: Row, past: "Future[list[int]]") -> None:
-        """Starts a row; errors go to it."""
-        if (error := past.exception()) is not None:
-            row.on_error(error)
-        else:
-            self.transport.start(self._drive(row, past.result()))
-
-    def keep(self, key: str, kv: object) -> None:
-        """The server has it."""
-
-    def forget(self, key: str) -> None:
-        """The server forgets by itself."""
+    def start(self, row: Row, past: list[int]) -> None:
+        """Starts a row on the token ids of what it reads; errors go to it."""
+        self.transport.start(self._drive(row, past))
 
     async def read_out(self, prompt: Sequence[int], steps: int, top_k: int) -> list[list[tuple[str, float]]]:
         """Per latent step, the likeliest tokens and their probabilities."""
@@ -383,9 +355,6 @@ class Engine:
             **plain,  # else vLLM takes the model's generation_config.json
         }
 
-    def _ids_of(self, segment: Segment) -> list[int]:
-        return [*segment.prompt_ids, *[self.model.latent] * len(segment.thoughts), *segment.spoken_ids]
-
 
 def known_as(facts: dict[str, Any]) -> str:
     """The fingerprint that references carry.
@@ -395,7 +364,7 @@ def known_as(facts: dict[str, Any]) -> str:
     return hashlib.sha256(f"vllm {facts['fingerprint']}".encode()).hexdigest()[:32]
 
 
-def _model(where: str, facts: dict[str, Any], settings: LocalSettings) -> VLLMModel:
+def _model(where: str, facts: dict[str, Any], settings: RecipeSettings) -> VLLMModel:
     if facts["fingerprint"] is None:
         raise ModelNotSupported(f"{where}: its weights are in no safetensors files, so nobody knows which they are.")
     source, revision = facts["root"], facts.get("revision")
@@ -429,11 +398,10 @@ def _model(where: str, facts: dict[str, Any], settings: LocalSettings) -> VLLMMo
     )
 
 
-def _checked(kind: type[S], settings: dict[str, Any], elsewhere: Container[str]) -> S:
-    if settings.get("merge", "auto") != "auto":
+def _checked(kind: type[S], settings: dict[str, Any]) -> S:
+    if settings.pop("merge", "auto") != "auto":
         raise InvalidRequest("vLLM reads several memories as one chain; leave merge=... out.")
     try:
         return kind(**settings)
     except ValidationError as error:
-        known = ", ".join(name for name in kind.model_fields if name not in elsewhere)
-        raise InvalidRequest(f"Setting {first_fault(error)}. Settings: {known}.") from error
+        raise InvalidRequest(f"Setting {first_fault(error)}. Settings: {', '.join(kind.model_fields)}.") from error

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from .. import bundled
 from ..errors import EngineFailed, InvalidRequest, MissingExtra, ModelNotFound, ModelNotSupported
-from .local import LocalSettings
+from .recipes import Bytes, RecipeSettings
 from .vllm_transport import Transport, refused
 
 HOW_TO_INSTALL = (
@@ -33,16 +33,21 @@ OF_THE_ENGINE = (
 OURS = ("model", "tokenizer", "revision", "tokenizer_revision", "served_model_name")
 
 
-class EngineSettings(LocalSettings):
-    """Settings of vLLM in this process; of those of `LocalSettings`, the ones for prompts, stores and `realign` count.
+class EngineSettings(RecipeSettings):
+    """Settings of vLLM in this process, besides those of `RecipeSettings`.
 
     Attributes:
+        realign: Whether the alignment uses `W`, or only rescales.
+        kv_budget: Bytes of KV, `kv_cache_memory_bytes` in vLLM's words; None leaves it to vLLM.
+        max_rows: Most requests in a batch, `max_num_seqs` in vLLM's words; None leaves it to vLLM.
         dtype: Of weights and KV, in vLLM's words.
         revision: Of the model on the hub.
         engine: Further fields of `vllm.AsyncEngineArgs`, such as `{"tensor_parallel_size": 2, "max_model_len": 32768}`.
-            `kv_budget` stands for `kv_cache_memory_bytes`, `max_rows` for `max_num_seqs`.
     """
 
+    realign: bool = True
+    kv_budget: Bytes | None = None
+    max_rows: int | None = Field(None, ge=1)
     dtype: str = "auto"
     revision: str | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
@@ -57,7 +62,7 @@ class EngineSettings(LocalSettings):
     def arguments(self) -> dict[str, Any]:
         """Fields of `vllm.AsyncEngineArgs`; what was not asked for is vLLM's to choose."""
         named = {"kv_budget": "kv_cache_memory_bytes", "max_rows": "max_num_seqs"}
-        asked = {vllm: getattr(self, ours) for ours, vllm in named.items() if ours in self.model_fields_set}
+        asked = {vllm: value for ours, vllm in named.items() if (value := getattr(self, ours)) is not None}
         return {"enable_prefix_caching": True, "dtype": self.dtype, **asked, **self.engine}
 
 

@@ -18,7 +18,7 @@ from ..errors import (
     ServiceUnreachable,
     WrongModel,
 )
-from .local import LocalSettings
+from .recipes import RecipeSettings
 from .vllm_transport import Transport, refused
 
 HOW_TO_START = (
@@ -43,8 +43,8 @@ OF_THE_SERVER = {
 }
 
 
-class VLLMSettings(LocalSettings):
-    """Settings of a client of vLLM; of those of `LocalSettings`, the ones for prompts and stores count here.
+class VLLMSettings(RecipeSettings):
+    """Settings of a client of vLLM, besides those of `RecipeSettings`.
 
     Attributes:
         tokenizer: Folder or hub id of the tokenizer; None takes the name under which the server has loaded its model.

@@ -1,0 +1,640 @@
+"""A model service whose memories are recipes kept here, wherever the model runs."""
+
+import asyncio
+import json
+import logging
+import queue
+import secrets
+import threading
+import weakref
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import jinja2
+import torch
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.stores import BaseStore, InMemoryByteStore
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter
+from transformers import PreTrainedTokenizerBase
+
+from ..engine.sampling import Sampling
+from ..engine.tick import Result, Row, Spoken
+from ..errors import (
+    ContextTooLong,
+    InvalidRequest,
+    ModelNotSupported,
+    ServiceClosed,
+    StoreCorrupted,
+    TamperedReference,
+    UnknownReference,
+    WrongModel,
+)
+from ..state import LatentRef
+from .alteration import original
+from .base import READING, Chunk, LatentService, Merge, StoredReference, Usage
+from .budget import Budget
+from .identity import KEY_BYTES, MAX_AGENT, MAX_PARENTS, Signer, checked_ref, key_ring, memory_id
+from .marker import Marker, take_markers
+from .memory import Layout, Lineage, Recipe, Segment
+from .messages import as_openai
+from .retention import Retention
+from .store import DROPPED, PINNED, FolderStore, RecipeStore
+
+logger = logging.getLogger(__name__)
+
+RECIPES_KEPT = 1 << 24  # bytes of decoded ones; all others are read from the store again
+COLLECT_SECONDS = 3600.0
+
+
+def _bytes(value: object) -> object:
+    """A number with a unit, such as "4GiB" or "500 MB", as a number."""
+    return TypeAdapter(ByteSize).validate_python(value) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
+
+
+class RecipeSettings(BaseModel):
+    """Settings of prompts and recipes.
+
+    Attributes:
+        think_tag: What the generation prompt of a thinking agent ends in, say "<think>"; "" for nothing; None takes
+            what the model's configuration says, which is nothing but for models that were trained for it.
+        speak_tag: The same for a speaking agent; nothing by default.
+        chat_template: A Jinja chat template, for tokenizers that bring none.
+        template_args: Passed to the chat template, say `{"enable_thinking": False}`.
+        max_positions: A lower limit of positions than the model's own.
+        store: Where recipes go: None keeps them in this process, a folder makes them durable, and any LangChain byte
+            store does what it does. Several processes may share a folder.
+        store_budget: Most bytes of recipes in a folder, such as "2GiB"; what would exceed it is refused before it is
+            worked on. None for as many as the disk has.
+        keep_for: How long after its last use a reference may be removed from a folder: seconds, or ISO 8601 such as
+            "P30D"; pinned ones, and what others that stay descend from, are spared. None removes none for its age.
+        key: Signing key; None takes the one in the store's folder (mode 600, made if missing), else a fresh one, whose
+            references end with the process.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    think_tag: str | None = None
+    speak_tag: str = ""
+    chat_template: str | None = None
+    template_args: dict[str, Any] = Field(default_factory=dict)
+    max_positions: int | None = None
+    store: str | Path | BaseStore | None = None
+    store_budget: Bytes | None = None
+    keep_for: timedelta | None = Field(None, ge=timedelta(0))
+    key: bytes | None = None
+
+
+class ServedModel(Protocol):
+    """What has to be known of a model, wherever it runs.
+
+    Attributes:
+        name: For messages.
+        fingerprint: Of its weights and its tokenizer.
+        realign: Whether the alignment uses `W`, or only rescales.
+        max_positions: Most positions of a memory and what is put to it.
+        config: Of the decoder, with `hidden_size` as thoughts have it here, and maybe a `think_tag`.
+        tokenizer: Its tokenizer.
+        dtype: Of thoughts.
+    """
+
+    name: str
+    fingerprint: str
+    realign: bool
+    max_positions: int
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+
+
+class RecipeService(LatentService):
+    """`LatentService` that checks and encodes requests and keeps recipes; where rows are worked on is another's.
+
+    Attributes:
+        model: What is known of the model.
+        settings: As given.
+        name: The model's.
+        chat_template: The one in use.
+        think_tag: The one in use.
+    """
+
+    model: ServedModel
+    settings: RecipeSettings
+
+    def __init__(
+        self, model: ServedModel, settings: RecipeSettings, *, moved: Merge, signer: Signer | None = None
+    ) -> None:
+        """Opens the store.
+
+        Args:
+            model: What is known of the model.
+            settings: Prompts, store, key.
+            moved: What becomes of segments that a merge moves.
+            signer: Signs references, manifests and markers; None takes that of `settings`.
+
+        Raises:
+            ModelNotSupported: If the tokenizer has no chat template.
+            InvalidRequest: If a budget or an age is given for a store that is no folder, or the key file is readable
+                for others.
+        """
+        self.model, self.settings, self._moved = model, settings, moved
+        self.name = model.name
+        self.chat_template = settings.chat_template or model.tokenizer.chat_template or ""
+        if not self.chat_template:
+            raise ModelNotSupported(f"{model.name}: its tokenizer has no chat template; pass chat_template=...")
+        tag = settings.think_tag
+        self.think_tag: str = (getattr(model.config, "think_tag", None) or "") if tag is None else tag
+        store = settings.store
+        if settings.key is not None:
+            signer = Signer(settings.key)
+        if isinstance(store, (str, Path)):
+            signer = signer or key_ring(Path(store) / "key")
+            store = FolderStore(Path(store) / "recipes")
+        elif store is not None and signer is None:
+            logger.warning("no key=... for the store: references will not outlive this process")
+        self._signer = signer or Signer(secrets.token_bytes(KEY_BYTES))
+        shelf, signs = store or InMemoryByteStore(), self._signer.timeless()
+        self._store = RecipeStore(shelf, signs, model.config.hidden_size, model.dtype, settings.store_budget)
+        self._retention = Retention(self._store, settings.keep_for)
+        self._recipes: Budget[Recipe] = Budget(RECIPES_KEPT, lambda recipe: recipe.segment.nbytes)
+        self._lineage = Lineage(self._recipe)
+        self._ended = threading.Event()
+        weakref.finalize(self, self._ended.set)  # also when the service is forgotten
+
+    @property
+    @abstractmethod
+    def _closed(self) -> bool:
+        """Whether no more rows are taken."""
+
+    @abstractmethod
+    def _start(self, row: Row, layout: Layout) -> None:
+        """Starts a row on a memory; what fails from then on goes to the row."""
+
+    @abstractmethod
+    def _keep(self, key: str, result: Result) -> None:
+        """Keeps the KV of a finished row for its readers."""
+
+    def think(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        steps: int = 20,
+        agent: str = "agent",
+        on_step: Callable[[int], None] | None = None,
+    ) -> LatentRef:
+        """See `LatentService.think`."""
+        request = _Request(self, messages, latents, agent, steps=steps)
+        if (known := request.known()) is not None:
+            return known
+        for event in request.events(notify=on_step is not None):
+            if isinstance(event, Result):
+                return request.keep(event)
+            if on_step is not None and isinstance(event, int):
+                on_step(event)
+        raise AssertionError("a request ends with a result or an error")
+
+    async def athink(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        steps: int = 20,
+        agent: str = "agent",
+        on_step: Callable[[int], None] | None = None,
+    ) -> LatentRef:
+        """See `LatentService.athink`."""
+
+        def begun() -> tuple[_Request, LatentRef | None]:  # reads recipes, and makes tokens of the messages
+            request = _Request(self, messages, latents, agent, steps=steps)
+            return request, request.known()
+
+        request, known = await asyncio.to_thread(begun)
+        if known is not None:
+            return known
+        async for event in request.aevents(notify=on_step is not None):
+            if isinstance(event, Result):
+                return await asyncio.to_thread(request.keep, event)
+            if on_step is not None and isinstance(event, int):
+                on_step(event)
+        raise AssertionError("a request ends with a result or an error")
+
+    def speak(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+        agent: str = "agent",
+        **sampling: Any,
+    ) -> Iterator[Chunk]:
+        """See `LatentService.speak`."""
+        request = _Request(self, messages, latents, agent, sampling=_sampling(sampling), tools=tools, prefix=prefix)
+        with request.room():
+            pass  # a store that is full is known at the call
+
+        def chunks() -> Iterator[Chunk]:
+            for event in request.events(notify=True):
+                if isinstance(event, Spoken):
+                    yield Chunk(event.text, (event.token,))
+                elif isinstance(event, Result):
+                    yield request.last_chunk(event)
+
+        return chunks()
+
+    def aspeak(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+        agent: str = "agent",
+        **sampling: Any,
+    ) -> AsyncIterator[Chunk]:
+        """See `LatentService.aspeak`."""
+        request = _Request(self, messages, latents, agent, sampling=_sampling(sampling), tools=tools, prefix=prefix)
+        with request.room():
+            pass  # a store that is full is known at the call
+
+        async def chunks() -> AsyncIterator[Chunk]:
+            async for event in request.aevents(notify=True):
+                if isinstance(event, Spoken):
+                    yield Chunk(event.text, (event.token,))
+                elif isinstance(event, Result):
+                    yield await asyncio.to_thread(request.last_chunk, event)
+
+        return chunks()
+
+    def marker(self, ref: LatentRef) -> str:
+        """See `LatentService.marker`."""
+        self.verify([ref])
+        return self.signed_marker(ref)
+
+    def take_markers(self, text: str, left: str = "") -> tuple[str, list[LatentRef]]:
+        """See `LatentService.take_markers`."""
+        text, markers = take_markers(text, left)
+        return text, [self._marked(marker) for marker in markers]
+
+    def references(self) -> list[StoredReference]:
+        """See `LatentService.references`."""
+        listed = []
+        for key, header in self._retention.headers().items():
+            if header.model != self.model.fingerprint or self._store.marked(key, DROPPED):
+                continue
+            with suppress(UnknownReference, StoreCorrupted):  # it, or what it descends from, is gone by now or damaged
+                ref = self.signed_ref(key, header.agent, header.parents, header.steps)
+                made, used = (datetime.fromtimestamp(at, UTC) for at in (header.made, self._retention.used(key)))
+                pinned = self._store.marked(key, PINNED)
+                listed.append(StoredReference(ref, made, used, self._store.size_of(key), pinned))
+        return sorted(listed, key=lambda stored: stored.made, reverse=True)
+
+    def pin(self, ref: LatentRef, pinned: bool = True) -> None:
+        """See `LatentService.pin`."""
+        self._retention.pin(_stored(self.verify([ref])[0]), pinned)
+
+    def drop(self, ref: LatentRef) -> None:
+        """See `LatentService.drop`."""
+        try:
+            key = _stored(self.verify([ref])[0])
+        except UnknownReference:
+            return
+        self._forget([key, *self._retention.drop(key)])
+
+    def collect(self) -> int:
+        """Removes references that have not been used for `keep_for`; runs by itself, at the start and every hour.
+
+        Returns:
+            How many were removed.
+        """
+        removed = self._retention.collect()
+        self._forget(removed)
+        return len(removed)
+
+    def close(self) -> None:
+        """See `LatentService.close`."""
+        self._ended.set()
+
+    def verify(self, latents: Sequence[LatentRef] | LatentRef | None) -> list[str]:
+        """Checks references and returns their ids.
+
+        Raises:
+            WrongModel: If one belongs to another model.
+            TamperedReference: If one is malformed or its signature does not match.
+            UnknownReference: If the recipe of one is not in the store.
+            DroppedReference: If one was dropped.
+        """
+        refs = _listed(latents)
+        if len(refs) > MAX_PARENTS:
+            raise InvalidRequest(f"One request reads at most {MAX_PARENTS} memories, not {len(refs)}.")
+        for ref in map(checked_ref, refs):
+            if ref["model"] != self.model.fingerprint:
+                raise WrongModel(
+                    f"The reference of agent {ref['agent']!r} belongs to model {ref['model']}, but this service runs "
+                    f"{self.model.name} ({self.model.fingerprint}); hand its text over instead, or load that model."
+                )
+            if not self._signer.matches(ref):
+                raise TamperedReference(
+                    f"The signature of the reference of agent {ref['agent']!r} does not match: it was changed, or "
+                    "another service made it with another key (key=..., or the key file of store=...)."
+                )
+            self._recipe(ref["id"])
+        self._store.check([original(ref["id"]) for ref in refs])
+        return [ref["id"] for ref in refs]
+
+    def encode(
+        self, messages: LanguageModelInput, tag: str, tools: Sequence[dict[str, Any]] | None = None
+    ) -> tuple[int, ...]:
+        """Token ids of messages in the chat template, with a generation prompt that ends in `tag`.
+
+        Raises:
+            InvalidRequest: If there are no messages, or the template or this model cannot take them.
+        """
+        listed = _as_messages(messages)
+        if tools and "tools" not in self.chat_template:
+            raise InvalidRequest(
+                f"The chat template of {self.model.name} presents no tools, so the model would never see them; "
+                "pass chat_template=... that does, or bind none."
+            )
+        tokenizer = self.model.tokenizer
+        try:
+            text = tokenizer.apply_chat_template(
+                listed,
+                chat_template=self.chat_template,
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self.settings.template_args,
+            )
+            ids = tokenizer(text + tag, add_special_tokens=False)["input_ids"]
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"The model's chat template refuses these messages: {error}") from error
+        if not ids:
+            raise InvalidRequest(
+                "The model's chat template makes no tokens of these messages; it must make at least one."
+            )
+        return tuple(ids)
+
+    def signed_ref(self, key: str, agent: str, parents: Sequence[str], steps: int) -> LatentRef:
+        """The reference of a memory whose recipe is there."""
+        ref = LatentRef(
+            id=key,
+            agent=agent,
+            model=self.model.fingerprint,
+            parents=list(parents),
+            positions=self._lineage.line(key)[-1].end,
+            steps=steps,
+            mac="",
+        )
+        ref["mac"] = self._signer.sign(ref)
+        return ref
+
+    def signed_marker(self, ref: LatentRef) -> str:
+        """The marker of a reference that this service has just made, or verified."""
+        return str(Marker.of(ref, self._signer))
+
+    def _marked(self, marker: Marker) -> LatentRef:
+        if marker.model != self.model.fingerprint[:8]:
+            raise WrongModel(
+                f"The marker of agent {marker.agent!r} belongs to model {marker.model}, but this service runs "
+                f"{self.model.name} ({self.model.fingerprint[:8]}); switch the edge between them to text."
+            )
+        if not marker.genuine(self._signer):
+            raise TamperedReference(
+                f"The signature of the marker of agent {marker.agent!r} does not match: it was edited, or another "
+                "service made it with another key (key=..., or the key file of store=...)."
+            )
+        how = marker.id.removeprefix(original(marker.id))
+        parents = [parent + how for parent in self._recipe(marker.id).parents]
+        self._store.check([original(marker.id)])
+        return self.signed_ref(marker.id, marker.agent, parents, marker.steps)
+
+    def _recipe(self, key: str) -> Recipe:
+        key = original(key)
+        if (recipe := self._recipes.get(key)) is None:
+            recipe = self._store.get(key)
+            if recipe.model != self.model.fingerprint:
+                raise UnknownReference(f"The memory {key} was made by another model ({recipe.model}).")
+            self._recipes.put(key, recipe)
+        return recipe
+
+    def _forget(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._recipes.pop(key)
+
+    def _merge_of(self, layout: Layout) -> Merge:
+        if all(piece.start == self._lineage.line(piece.id)[-1].start for piece in layout):
+            return "none"
+        return self._moved
+
+    def _collect_regularly(self) -> None:
+        """The last step of a constructor: what is collected is forgotten everywhere."""
+        if (keep_for := self.settings.keep_for) is not None:
+            often = min(COLLECT_SECONDS, keep_for.total_seconds() + 1)
+            collecting = (weakref.ref(self), self._ended, often)
+            threading.Thread(target=_collect, args=collecting, name="latentmas-collect", daemon=True).start()
+
+
+class _Request:
+    """One checked call of think or speak, not yet begun."""
+
+    def __init__(
+        self,
+        service: RecipeService,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef],
+        agent: str,
+        *,
+        steps: int = 0,
+        sampling: Sampling | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+    ) -> None:
+        if service._closed:
+            raise ServiceClosed("The service is closed; load another one.")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise InvalidRequest(f"steps must be a whole number from 0 on, not {steps!r}.")
+        if not _can_name(agent):
+            raise InvalidRequest(f"An agent needs a name of 1 to {MAX_AGENT} characters, not {agent!r}.")
+        self.service, self.agent, self.steps, self.sampling = service, agent, steps, sampling
+        listed = _listed(latents)
+        self.parents = self.named = service._lineage.tips(service.verify(listed))
+        self.reading = READING.get()
+        if self.reading is not None:
+            refs = {ref["id"]: ref for ref in reversed(listed)}
+            would, instead = self.reading.read(service, agent, [refs[key] for key in self.parents], steps)
+            self.named = [ref["id"] for ref in would]
+            self.parents = service._lineage.tips(service.verify(instead))
+        tag = service.think_tag if sampling is None else service.settings.speak_tag + prefix
+        self.prompt_ids = service.encode(messages, tag, tools)
+        self.layout = service._lineage.layout(self.parents)
+        self.start = self.layout[-1].end if self.layout else 0
+        self.model = service.model.fingerprint
+        self.alignment = "realign" if service.model.realign else "rescale"
+        to_come = steps + (sampling.max_tokens if sampling else 0)
+        needed, limit = self.start + len(self.prompt_ids) + to_come, service.model.max_positions
+        if needed > limit:
+            raise ContextTooLong(
+                f"Agent {agent!r} needs {needed} positions ({self.start} of memory, {len(self.prompt_ids)} of prompt, "
+                f"{to_come} to come), the model has {limit}. Read fewer memories, shorten the prompt, or "
+                "take fewer steps."
+            )
+
+    def known(self, spoken_ids: Sequence[int] = ()) -> LatentRef | None:
+        """The reference of this think or of these words, if it was made before."""
+        key = self._id(spoken_ids)
+        try:
+            self.service._recipe(key)
+            self.service._store.renew(key)
+        except (UnknownReference, StoreCorrupted):  # what is damaged is made again
+            return None
+        return self._ref(key)
+
+    def events(self, notify: bool) -> Iterator[int | Spoken | Result]:
+        """Does the work; yields steps and tokens if `notify`, then the result. Closing it frees the slot."""
+        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        with self.room():
+            row = self._begin(inbox.put, notify)
+            try:
+                while not isinstance(event := inbox.get(), (Result, BaseException)):
+                    yield event
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+            finally:
+                row.cancelled = True
+
+    async def aevents(self, notify: bool) -> AsyncIterator[int | Spoken | Result]:
+        """Like `events`, for `async for`."""
+        inbox: asyncio.Queue[Any] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(event: object) -> None:
+            with suppress(RuntimeError):  # the loop was closed while the row was at work; nobody waits any more
+                loop.call_soon_threadsafe(inbox.put_nowait, event)
+
+        with self.room():
+            row = self._begin(put, notify)
+            try:
+                while not isinstance(event := await inbox.get(), (Result, BaseException)):
+                    yield event
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+            finally:
+                row.cancelled = True
+
+    def keep(self, result: Result) -> LatentRef:
+        """Stores recipe and KV of a finished row; returns its reference."""
+        key = self._id(result.tokens)
+        segment = Segment(self.agent, self.prompt_ids, result.thoughts.cpu(), tuple(result.tokens))
+        recipe = Recipe(key, self.model, self.alignment, tuple(self.parents), segment)
+        service = self.service
+        if service._store.put(recipe) is recipe:  # else somebody was faster, and his stays
+            service._forget([key])
+            service._recipes.put(key, recipe)
+            service._keep(key, result)
+        return self._ref(key)
+
+    def room(self) -> AbstractContextManager[None]:
+        """Holds room in the store for what comes of it.
+
+        Raises:
+            StoreFull: If there is not that much.
+        """
+        spoken = self.sampling.max_tokens if self.sampling else 0
+        store = self.service._store
+        return store.room(store.most_bytes(self.agent, self.parents, len(self.prompt_ids), self.steps, spoken))
+
+    def last_chunk(self, result: Result) -> Chunk:
+        """What closes a stream of chunks."""
+        service = self.service
+        read = [service._recipe(piece.id).segment for piece in self.layout]
+        usage = Usage(
+            input_tokens=len(self.prompt_ids),
+            output_tokens=len(result.tokens),
+            latent_steps=sum(len(segment.thoughts) for segment in read),
+            positions_read=self.start,
+            merge=service._merge_of(self.layout),
+        )
+        return Chunk(result.text, ref=self.keep(result), usage=usage, finish_reason=result.finish)
+
+    def _begin(self, put: Callable[[object], None], notify: bool) -> Row:
+        row = Row(
+            past=(),
+            start=self.start,
+            inputs=[self.prompt_ids],
+            steps=self.steps,
+            sampling=self.sampling,
+            on_step=put if notify else None,
+            on_token=put if notify else None,
+            on_done=put,
+            on_error=put,
+        )
+        self.service._start(row, self.layout)
+        return row
+
+    def _id(self, spoken_ids: Sequence[int] = ()) -> str:
+        return memory_id(
+            model=self.model,
+            alignment=self.alignment,
+            parents=self.parents,
+            prompt_ids=self.prompt_ids,
+            steps=self.steps,
+            spoken_ids=spoken_ids,
+        )
+
+    def _ref(self, key: str) -> LatentRef:
+        ref = self.service.signed_ref(key, self.agent, self.named, self.steps)
+        if self.reading is not None:
+            self.reading.made(ref)
+        return ref
+
+
+def _listed(latents: Any) -> list[Any]:
+    several = isinstance(latents, Iterable) and not isinstance(latents, Mapping)
+    return list(latents) if several else [] if latents is None else [latents]
+
+
+def _sampling(values: dict[str, Any]) -> Sampling:
+    stop = values.pop("stop", None)
+    try:
+        return Sampling(**values, stop=(stop,) if isinstance(stop, str) else tuple(stop or ()))
+    except TypeError as error:
+        raise InvalidRequest(f"speak takes max_tokens, temperature, top_p, top_k, stop and seed: {error}") from error
+
+
+def _as_messages(messages: LanguageModelInput) -> list[dict[str, Any]]:
+    listed = as_openai(messages)
+    for message in listed:
+        for call in message.get("tool_calls") or ():  # templates want the arguments as an object
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return listed
+
+
+def _can_name(agent: object) -> bool:
+    # What has no UTF-8, a lone surrogate, could not be stored once the work is done.
+    return isinstance(agent, str) and 0 < len(agent) <= MAX_AGENT and agent.encode(errors="replace").decode() == agent
+
+
+def _stored(key: str) -> str:
+    if original(key) != key:
+        raise InvalidRequest(f"{key} is an altered memory, which is never stored; name the one it was made of.")
+    return key
+
+
+def _collect(service_ref: "weakref.ref[RecipeService]", closed: threading.Event, seconds: float) -> None:
+    while (service := service_ref()) is not None and not closed.is_set():
+        try:
+            service.collect()
+        except Exception:  # a disk that does not answer today
+            logger.exception("old references could not be removed; they are tried again later")
+        del service
+        closed.wait(seconds)
