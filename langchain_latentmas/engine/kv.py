@@ -31,6 +31,10 @@ class KV(NamedTuple):
         keys, values = [_packed(t, dim=1) for t in self.keys], [_packed(t, dim=2) for t in self.values]
         return PackedKV(*map(list, zip(*keys, strict=True)), *map(list, zip(*values, strict=True)))
 
+    def first(self, positions: int) -> "KV":
+        """Its first positions, as views."""
+        return KV([t[:, :positions] for t in self.keys], [t[:, :positions] for t in self.values])
+
     def split(self, lengths: Sequence[int]) -> list["KV"]:
         """Cuts along the positions; every part gets storage of its own, so that it can be freed alone."""
         keys = [[part.clone() for part in t.split(list(lengths), dim=1)] for t in self.keys]

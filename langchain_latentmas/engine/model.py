@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 MOVING_ROPES = ("dynamic", "longrope")  # their frequencies change as a sequence grows, and cached keys do not
 HASHED_AT_ONCE = 1 << 24  # elements
+
+
+Embeddable = Sequence[int] | Tensor
+"""Token ids, or thoughts [n, hidden] that are fed as they are."""
 
 
 class LanguageModel:
@@ -180,6 +184,12 @@ class LanguageModel:
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., hidden] of token ids [...]."""
         return self.model.get_input_embeddings()(ids)
+
+    def embedded(self, part: Embeddable) -> Tensor:
+        """Input embeddings [n, hidden] of token ids, or of thoughts."""
+        if isinstance(part, Tensor):
+            return part.to(self.device, self.dtype)
+        return self.embed(torch.tensor(list(part), dtype=torch.long, device=self.device))
 
     @property
     def unseen(self) -> float:

@@ -1,5 +1,6 @@
 """The tick: one forward pass that lets every live row take its next step, thinking or speaking."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,15 +11,15 @@ from torch import Tensor
 from .feedback import Feedback
 from .graphs import Graphs
 from .kv import KV, Placed
-from .model import LanguageModel
+from .model import Embeddable, LanguageModel
 from .sampling import Sampler, Sampling
 from .slots import Window
 from .text import TextStream
 
-PASS_COST = 128  # what a forward pass costs by itself, in positions that it could have prefilled
+logger = logging.getLogger(__name__)
 
-Embeddable = Sequence[int] | Tensor
-"""Token ids, or thoughts [n, hidden] that are fed as they are."""
+PASS_COST = 128  # what a forward pass costs by itself, in positions that it could have prefilled
+CPU_PASS = 1024  # positions a prefill pass takes on a CPU; beyond them its intermediate results fall out of the caches
 
 
 class Spoken(NamedTuple):
@@ -52,6 +53,7 @@ class Row:
         past: The memory it reads, piece by piece.
         start: Position of its first own token.
         inputs: What is prefilled, at least one position.
+        known: How many positions of `inputs`, all of them of its first part, `past` holds already; never all.
         steps: Latent steps to take.
         sampling: How to speak after the prefill; None for rows that do not.
         holes: Position ranges below `start` that it must not see.
@@ -68,6 +70,7 @@ class Row:
     inputs: Sequence[Embeddable]
     on_done: Callable[[Result], None]
     on_error: Callable[[BaseException], None]
+    known: int = 0
     steps: int = 0
     sampling: Sampling | None = None
     holes: Sequence[tuple[int, int]] = ()
@@ -77,7 +80,8 @@ class Row:
     cancelled: bool = False
 
     position: int = field(init=False)  # the next one to be written
-    embeds: Tensor = field(init=False)  # what is left to prefill, [n, hidden]
+    ids: list[int] = field(init=False)  # what is left to prefill, 0 for thoughts
+    embeds: Tensor | None = field(init=False, default=None)  # the same, [n, hidden]; None where there are no thoughts
     hidden: Tensor = field(init=False)  # last hidden state, [hidden]
     thoughts: list[Tensor] = field(init=False, default_factory=list)
     tokens: list[int] = field(init=False, default_factory=list)
@@ -89,6 +93,16 @@ class Row:
     def __post_init__(self) -> None:
         """Places the row at its start."""
         self.position = self.start
+
+    def enter(self, model: LanguageModel) -> None:
+        """Places the row behind what is known, and gets ready what is left to prefill."""
+        self.position = self.start + self.known
+        first, *others = self.inputs
+        left = [first[self.known :], *others]
+        self.ids = [token for part in left for token in ([0] * len(part) if isinstance(part, Tensor) else part)]
+        if any(isinstance(part, Tensor) for part in left):
+            self.embeds = torch.cat([model.embedded(part) for part in left])
+        self.past = ()
 
     @property
     def prefill_end(self) -> int:
@@ -133,7 +147,8 @@ class Ticker:
         """
         self.model, self.max_rows, self.live_bytes, self.chunk = model, max_rows, live_bytes, chunk
         self.graphs = graphs
-        self.ticks = self.thoughts = self.spoken = self.prefilled = 0
+        self.ticks = self.thoughts = self.spoken = self.prefilled = self.reused = 0
+        self._finished: list[tuple[Row, Result]] = []
         self.clear()
 
     @property
@@ -162,8 +177,8 @@ class Ticker:
         for kv, start, shift in row.past:
             turned = self.model.rotary.turn(kv, shift) if shift and self.model.rotary else kv
             self.cache.write(len(self.rows), start, turned)
-        row.past = ()
-        row.embeds = torch.cat([self._embed(part) for part in row.inputs])
+        row.enter(self.model)
+        self.reused += row.known
         self.rows.append(row)
 
     def step(self) -> None:
@@ -172,8 +187,17 @@ class Ticker:
             if self.rows[slot].cancelled:
                 self._leave(slot)
         self.ticks += 1
-        self._prefill()
-        self._decode()
+        try:
+            self._prefill()
+            self._decode()
+        finally:
+            # Last: whoever waits for a result wakes up at it, and takes the interpreter away from this thread.
+            finished, self._finished = self._finished, []
+            for row, result in finished:
+                try:
+                    row.on_done(result)
+                except Exception:
+                    logger.exception("who waited for a row could not take its result")
 
     def _renew(self) -> None:
         self.cache = self.model.new_cache()
@@ -187,30 +211,10 @@ class Ticker:
         rows = self.rows[self.decoding :]
         if not rows:
             return
-        left = [min(len(row.embeds), self.chunk) for row in rows]
-        # The width that wastes least: a wide pass pads the short rows, a narrow one leaves more passes to come.
-        width = max(set(left), key=lambda width: sum(min(n, width) for n in left) / (PASS_COST + len(left) * width))
-        new, device = [min(n, width) for n in left], self.model.device
-        embeds = rows[0].embeds.new_zeros(len(rows), width, rows[0].embeds.shape[-1])
-        for i, row in enumerate(rows):
-            embeds[i, : new[i]] = row.embeds[: new[i]]
-            row.embeds = row.embeds[new[i] :]
-        starts, counts = torch.tensor([[r.position for r in rows], new], device=device)[..., None]
-        offsets = torch.arange(width, device=device)[None]
-        positions = starts + offsets.minimum(counts - 1)
-        cells = torch.where(offsets < counts, positions, self.cache.capacity - 1)
-        length = min(max(row.position for row in rows) + width, self.cache.capacity)
-        slots = slice(self.decoding, len(self.rows))
-        self.cache.window = Window(slots, cells, length, self.cache.capacity)
-        mask = self._mask(rows, positions, length)
-        hidden = self.model.hidden(embeds, positions, mask, self.cache)
-        self.prefilled += sum(new)
-        for i, row in enumerate(rows):
-            row.position += new[i]
-            row.hidden = hidden[i, new[i] - 1]
-            if row.keep_hidden:
-                row.prefilled.append(hidden[i, : new[i]])
-        ready = [row for row in rows if not len(row.embeds)]
+        slot, most = self.decoding, CPU_PASS if self.model.device.type == "cpu" else sum(len(row.ids) for row in rows)
+        while slot < len(self.rows):
+            slot += self._prefill_pass(slot, most)
+        ready = [row for row in rows if not row.ids]
         for row in ready:
             if row.sampling is not None:
                 row.text = TextStream(self.model.tokenizer, row.sampling.stop)
@@ -224,6 +228,36 @@ class Ticker:
                 self.decoding += 1
             else:
                 self._finish(row)
+
+    def _prefill_pass(self, slot: int, most: int) -> int:
+        """Prefills the rows from `slot` on, up to `most` positions; returns how many rows took part."""
+        left = [min(len(row.ids), self.chunk) for row in self.rows[slot:]]
+        together = next((n for n in range(1, len(left)) if sum(left[: n + 1]) > most), len(left))
+        rows, left = self.rows[slot : slot + together], left[:together]
+        # The width that wastes least: a wide pass pads the short rows, a narrow one leaves more passes to come.
+        width = max(set(left), key=lambda width: sum(min(n, width) for n in left) / (PASS_COST + len(left) * width))
+        new, device = [min(n, width) for n in left], self.model.device
+        ids = [row.ids[:n] + [0] * (width - n) for row, n in zip(rows, new, strict=True)]
+        embeds = self.model.embed(torch.tensor(ids, device=device))
+        for i, row in enumerate(rows):
+            row.ids = row.ids[new[i] :]
+            if row.embeds is not None:
+                embeds[i, : new[i]] = row.embeds[: new[i]]
+                row.embeds = row.embeds[new[i] :]
+        starts, counts = torch.tensor([[r.position for r in rows], new], device=device)[..., None]
+        offsets = torch.arange(width, device=device)[None]
+        positions = starts + offsets.minimum(counts - 1)
+        cells = torch.where(offsets < counts, positions, self.cache.capacity - 1)
+        length = min(max(row.position for row in rows) + width, self.cache.capacity)
+        self.cache.window = Window(slice(slot, slot + together), cells, length, self.cache.capacity)
+        hidden = self.model.hidden(embeds, positions, self._mask(rows, positions, length), self.cache)
+        self.prefilled += sum(new)
+        for i, row in enumerate(rows):
+            row.position += new[i]
+            row.hidden = hidden[i, new[i] - 1]
+            if row.keep_hidden:
+                row.prefilled.append(hidden[i, : new[i]])
+        return together
 
     def _decode(self) -> None:
         rows = self.rows[: self.decoding]
@@ -285,7 +319,7 @@ class Ticker:
         text = row.text.end() if row.sampling is not None else ""
         hidden = torch.cat(row.prefilled) if row.keep_hidden else None
         self._leave(slot)  # last, so that whatever raises before finds the row still there to be told
-        row.on_done(Result(kv, thoughts, row.tokens, text, row.finish, hidden))
+        self._finished.append((row, Result(kv, thoughts, row.tokens, text, row.finish, hidden)))
 
     def _leave(self, slot: int) -> None:
         if slot < self.decoding:
@@ -306,8 +340,3 @@ class Ticker:
             self.cache.write(b, 0, kept)
         self.feedback.move(b, a)
         self.rows[a], self.rows[b] = row_b, row_a
-
-    def _embed(self, part: Embeddable) -> Tensor:
-        if isinstance(part, Tensor):
-            return part.to(self.model.device, self.model.dtype)
-        return self.model.embed(torch.tensor(list(part), dtype=torch.long, device=self.model.device))

@@ -5,21 +5,25 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
-from ..engine.kv import AnyKV, Placed
+from ..engine.kv import KV, AnyKV, Placed
 from ..engine.scheduler import Scheduler
 from ..engine.tick import Result, Row
-from ..errors import EngineFailed, ServiceClosed
+from ..errors import EngineFailed, ServiceClosed, StoreCorrupted, UnknownReference
 from .alteration import alter, unaltered
 from .budget import Budget
 from .memory import Layout, Lineage, MergeMode, Piece, Recipe
+from .prefixes import Prefixes
 from .spill import Spill
 
 logger = logging.getLogger(__name__)
+
+REUSED_FROM = 8  # tokens that two prompts begin with alike; fewer are sooner computed than copied
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -74,6 +78,7 @@ class KVPool:
         self.disk, self._devices = disk, list(devices)
         self._scheduler, self._lineage, self._recipe = scheduler, lineage, recipe
         self._coming: dict[str, Future[AnyKV]] = {}  # read from the disk, or rebuilt
+        self._prefixes = Prefixes()  # prompts whose KV is in `kept`
         self._lock = threading.RLock()
 
     def keep(self, key: str, kv: AnyKV) -> AnyKV:
@@ -86,6 +91,12 @@ class KVPool:
         with self._lock:
             self.spilled.pop(key)
             leaving = self.kept.put(key, kv)
+            if not self.packed:  # what is computed anew on rounded keys would depend on who came before
+                with suppress(UnknownReference, StoreCorrupted):  # dropped, or damaged, meanwhile
+                    recipe = self._recipe(key)
+                    self._prefixes.add(key, (recipe.model, *recipe.parents), recipe.segment.prompt_ids)
+            for old, _ in leaving:
+                self._prefixes.remove(old)
             cpu = [torch.device("cpu")] * len(kv.keys)
             if self.spilled.limit:
                 leaving = [left for key, kv in leaving for left in self.spilled.put(key, kv.to(cpu))]
@@ -99,6 +110,7 @@ class KVPool:
         """Removes the KV of a memory, wherever it is."""
         with self._lock:
             self.kept.pop(key)
+            self._prefixes.remove(key)
             self.spilled.pop(key)
             if self.disk is not None:
                 self.disk.drop(key)
@@ -243,20 +255,39 @@ class KVPool:
         whole = tuple(Piece(unaltered(piece.id), starts[piece.id], piece.positions) for piece in line)
         return _then(self.place(whole), lambda placed: placed[-1])
 
-    def submit(self, row: Row, past: "Future[list[Placed]]") -> None:
-        """Queues a row as soon as the memory it reads is there; errors go to the row."""
+    def submit(self, row: Row, past: "Future[list[Placed]]", after: Sequence[str] | None = None) -> None:
+        """Queues a row as soon as the memory it reads is there; errors go to the row.
+
+        Args:
+            row: The row.
+            past: From `place`.
+            after: The model and the memories that its prompt is read after: then what a kept prompt after the same
+                ones begins with alike is copied and not computed again. None computes all of it.
+        """
 
         def ready(past: "Future[list[Placed]]") -> None:
             if (error := past.exception()) is not None:
                 row.on_error(error)
             elif not row.cancelled:
                 row.past = past.result()
+                if after is not None:
+                    self._reuse(row, after)
                 try:
                     self._scheduler.submit(row)
                 except Exception as closed:
                     row.on_error(closed)
 
         past.add_done_callback(ready)
+
+    def _reuse(self, row: Row, after: Sequence[str]) -> None:
+        """Lets a row have the KV of what its prompt and a kept one begin with."""
+        prompt_ids = tuple(cast(Sequence[int], row.inputs[0]))
+        with self._lock:
+            key, alike = self._prefixes.longest(after, prompt_ids)
+            alike = min(alike, len(prompt_ids) - 1)  # the last one's hidden state is needed
+            kv = self.kept.get(key) if alike >= REUSED_FROM else None
+        if isinstance(kv, KV):
+            row.past, row.known = [*row.past, Placed(kv.first(alike), row.start)], alike
 
     def _computed_at(self, piece: Piece, seen: "Sequence[Future[Placed]]") -> "Future[Placed]":
         """A segment's KV computed anew where a merge puts it, blind to what it did not see when it was made."""

@@ -264,7 +264,7 @@ class LocalService(RecipeService):
             on_done=events.put,
             on_error=events.put,
         )
-        self._start(row, seen)
+        self._pool.submit(row, self._pool.place(seen))  # with all its hidden states, so that nothing is reused
         result = events.get()
         if isinstance(result, BaseException):
             raise result
@@ -326,6 +326,7 @@ class LocalService(RecipeService):
             "thoughts": ticker.thoughts,
             "tokens": ticker.spoken,
             "prefilled": ticker.prefilled,
+            "reused": ticker.reused,
             **({} if self._store.budget is None else {"store_budget": self._store.budget}),
         }
 
@@ -343,8 +344,8 @@ class LocalService(RecipeService):
     def _closed(self) -> bool:
         return self._scheduler.closed
 
-    def _start(self, row: Row, layout: Layout) -> None:
-        self._pool.submit(row, self._pool.place(layout))
+    def _start(self, row: Row, layout: Layout, after: Sequence[str]) -> None:
+        self._pool.submit(row, self._pool.place(layout), after)
 
     def _keep(self, key: str, result: Result) -> None:
         self._pool.keep(key, result.kv)

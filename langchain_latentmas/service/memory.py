@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ..engine.tick import Embeddable
+from ..engine.model import Embeddable
 from .alteration import unaltered
 
 MergeMode = Literal["rotate", "rebuild"]

@@ -11,8 +11,9 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import jinja2
 import torch
@@ -45,6 +46,8 @@ from .retention import Retention
 from .store import DROPPED, PINNED, FolderStore, RecipeStore
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RECIPES_KEPT = 1 << 24  # bytes of decoded ones; all others are read from the store again
 COLLECT_SECONDS = 3600.0
@@ -173,8 +176,14 @@ class RecipeService(LatentService):
         """Whether no more rows are taken."""
 
     @abstractmethod
-    def _start(self, row: Row, layout: Layout) -> None:
-        """Starts a row on a memory; what fails from then on goes to the row."""
+    def _start(self, row: Row, layout: Layout, after: Sequence[str]) -> None:
+        """Starts a row on a memory; what fails from then on goes to the row.
+
+        Args:
+            row: Its first input is a prompt.
+            layout: The memory.
+            after: What the KV of a prompt depends on besides its tokens: the model, and the memories that were read.
+        """
 
     @abstractmethod
     def _keep(self, key: str, result: Result) -> None:
@@ -220,7 +229,7 @@ class RecipeService(LatentService):
             return known
         async for event in request.aevents(notify=on_step is not None):
             if isinstance(event, Result):
-                return await asyncio.to_thread(request.keep, event)
+                return await self._aside(partial(request.keep, event))
             if on_step is not None and isinstance(event, int):
                 on_step(event)
         raise AssertionError("a request ends with a result or an error")
@@ -269,9 +278,13 @@ class RecipeService(LatentService):
                 if isinstance(event, Spoken):
                     yield Chunk(event.text, (event.token,))
                 elif isinstance(event, Result):
-                    yield await asyncio.to_thread(request.last_chunk, event)
+                    yield await self._aside(partial(request.last_chunk, event))
 
         return chunks()
+
+    async def _aside(self, store: Callable[[], T]) -> T:
+        """Calls what stores a recipe: in a thread of its own where that may wait for a disk or a network."""
+        return store() if self._store.in_memory else await asyncio.to_thread(store)
 
     def marker(self, ref: LatentRef) -> str:
         """See `LatentService.marker`."""
@@ -578,7 +591,7 @@ class _Request:
             on_done=put,
             on_error=put,
         )
-        self.service._start(row, self.layout)
+        self.service._start(row, self.layout, (self.model, *self.parents))
         return row
 
     def _id(self, spoken_ids: Sequence[int] = ()) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import torch
 from filelock import FileLock, Timeout
-from langchain_core.stores import BaseStore
+from langchain_core.stores import BaseStore, InMemoryByteStore
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
@@ -246,6 +246,7 @@ class RecipeStore:
         """
         self.store, self.signer, self.hidden_size, self.dtype, self.budget = store, signer, hidden_size, dtype, budget
         self.folder = store if isinstance(store, FolderStore) else None
+        self.in_memory = isinstance(store, InMemoryByteStore)  # nothing here waits
         if budget is not None and self.folder is None:
             raise InvalidRequest("store_budget needs a folder as store; other stores have limits of their own.")
         self._thread_lock = threading.RLock()

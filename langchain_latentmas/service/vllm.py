@@ -207,7 +207,7 @@ class VLLMService(RecipeService):
     def _closed(self) -> bool:
         return self._transport.closed
 
-    def _start(self, row: Row, layout: Layout) -> None:
+    def _start(self, row: Row, layout: Layout, after: Sequence[str]) -> None:
         if altered := [piece.id for piece in layout if unaltered(piece.id)]:
             row.on_error(InvalidRequest(f"vLLM cannot alter memories, and {altered[0]} is an altered one."))
         else:
