@@ -67,14 +67,17 @@ class Reply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the reply."""
         answer = asyncio.ensure_future(self._answer(send))
-        beat = asyncio.ensure_future(self._beat(send)) if self.stream else None
+        beats: list[asyncio.Task[None]] = []  # few requests take so long that there is one
+        due = asyncio.get_running_loop().call_later(
+            self.keep_alive, lambda: beats.append(asyncio.ensure_future(self._beat(send)))
+        )
         status = 499
         try:
             if await _came_to_its_end(answer, receive):
                 status = answer.result()
         finally:
-            if beat is not None:
-                await _cancelled(beat)
+            due.cancel()
+            await _cancelled(*beats)
             self.ended(status)
 
     async def _answer(self, send: Send) -> int:
@@ -84,7 +87,9 @@ class Reply(Response):
                 async for name, data in pieces:
                     last = data
                     if self.stream:
-                        await self._send(send, name, data.model_dump_json(exclude_none=True))
+                        # Whatever has a reference is the last one.
+                        more = getattr(data, "ref", None) is None
+                        await self._send(send, name, data.model_dump_json(exclude_none=True), more)
                 if self.stream:
                     await self._send_raw(send, b"", more=False)
                 else:
@@ -106,18 +111,17 @@ class Reply(Response):
                 if not self._begun:
                     await self._send_document(send, problem.status, PROBLEM, problem)
                 else:
-                    await self._send(send, "error", problem.model_dump_json(exclude_none=True))
-                    await self._send_raw(send, b"", more=False)
+                    await self._send(send, "error", problem.model_dump_json(exclude_none=True), more=False)
         return problem.status
 
     async def _beat(self, send: Send) -> None:
         with suppress(OSError):
-            while True:
-                await asyncio.sleep(self.keep_alive)
+            while self.stream:
                 await self._send_raw(send, b": working\n\n")
+                await asyncio.sleep(self.keep_alive)
 
-    async def _send(self, send: Send, name: str, data: str) -> None:
-        await self._send_raw(send, f"event: {name}\ndata: {data}\n\n".encode())
+    async def _send(self, send: Send, name: str, data: str, more: bool = True) -> None:
+        await self._send_raw(send, f"event: {name}\ndata: {data}\n\n".encode(), more)
 
     async def _send_raw(self, send: Send, body: bytes, more: bool = True) -> None:
         async with self._sending:

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import secrets
+import ssl
 import tempfile
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from ..errors import (
 from ..state import LatentRef
 from .base import READING, Chunk, LatentService, LensRow, StoredReference
 from .budget import Budget
+from .connections import KEPT_SECONDS, Connections
 from .events import Event, EventReader, problem_of
 from .identity import MAX_AGENT, WireRef, checked_ref
 from .marker import take_markers
@@ -134,15 +136,13 @@ class HTTPService(LatentService):
             "timeout": httpx.Timeout(
                 settings.read_timeout, connect=settings.connect_timeout, pool=settings.patience or None
             ),
-            "limits": httpx.Limits(max_connections=settings.max_connections, max_keepalive_connections=64),
             "follow_redirects": False,
             "trust_env": False,  # no proxy, and no password from ~/.netrc
         }
-        if settings.ca is not None:
-            import ssl
-
-            self._options["verify"] = ssl.create_default_context(cafile=str(settings.ca))
-        self._client = httpx.Client(**self._options)
+        own = None if settings.ca is None else ssl.create_default_context(cafile=str(settings.ca))
+        self._verify = own or httpx.create_ssl_context(trust_env=False)
+        limits = httpx.Limits(max_connections=settings.max_connections, keepalive_expiry=KEPT_SECONDS)
+        self._client = httpx.Client(**self._options, verify=self._verify, limits=limits)
         self._async_clients: dict[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, AsyncGenerator[None]]] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -189,16 +189,18 @@ class HTTPService(LatentService):
     ) -> LatentRef:
         """See `LatentService.think`."""
         body = self._think_request(messages, latents, steps, agent, on_step is not None)
-        told = _Told(on_step, steps)
-        for attempt in self._retrying():
-            with attempt, self._events("/v1/think", body) as events:
-                for event in events:
-                    if event.name == "step":
+        told = _Told(self, on_step, steps)
+
+        def once() -> LatentRef:
+            try:
+                with self._events("/v1/think", body) as events:
+                    for event in events:
                         told.take(event)
-                    else:
-                        return self._thought(event)
-                raise _broken()
-        raise AssertionError("tenacity returns or raises")
+            except ServiceUnreachable as error:
+                return told.thought(error)
+            return told.thought(_broken())
+
+        return self._retried(once)
 
     async def athink(
         self,
@@ -211,19 +213,18 @@ class HTTPService(LatentService):
     ) -> LatentRef:
         """See `LatentService.athink`."""
         body = self._think_request(messages, latents, steps, agent, on_step is not None)
-        told = _Told(on_step, steps)
+        told = _Told(self, on_step, steps)
 
         async def once() -> LatentRef:
             stream = self._aevents("/v1/think", body)
             try:
                 async for event in stream:
-                    if event.name == "step":
-                        told.take(event)
-                    else:
-                        return self._thought(event)
-                raise _broken()
+                    told.take(event)
+            except ServiceUnreachable as error:
+                return told.thought(error)
             finally:
                 await stream.aclose()
+            return told.thought(_broken())
 
         return await self._aretried(once)
 
@@ -450,11 +451,6 @@ class HTTPService(LatentService):
             "deadline": self.settings.deadline,
         }
 
-    def _thought(self, event: Event) -> LatentRef:
-        thought = _parsed(event.data, Thought)
-        self._remember(thought.ref.ref, thought.marker)
-        return thought.ref.ref
-
     def _remember(self, ref: LatentRef, marker: str) -> None:
         self._markers.put(ref["mac"], marker)
         self._marked.put(marker, ref)
@@ -530,7 +526,8 @@ class HTTPService(LatentService):
                 return self._async_clients[loop][0]
             for ended in [each for each in self._async_clients if each.is_closed()]:
                 del self._async_clients[ended]  # one that ended without `asyncio.run`
-            client = httpx.AsyncClient(**self._options)
+            connections = Connections(self.settings.max_connections, self._verify)
+            client = httpx.AsyncClient(**self._options, transport=connections)
             life = self._life(loop, client)
             self._async_clients[loop] = client, life
         await anext(life)
@@ -578,13 +575,28 @@ class _Wait(wait_base):
 
 
 class _Told:
-    """Latent steps that were reported; a repeated request does not report them again."""
+    """What a think said of itself; a repeated request does not report the same steps again."""
 
-    def __init__(self, on_step: Callable[[int], None] | None, most: int) -> None:
-        self.on_step, self.most, self.steps = on_step, most, 0
+    def __init__(self, service: HTTPService, on_step: Callable[[int], None] | None, most: int) -> None:
+        self.service, self.on_step, self.most, self.steps = service, on_step, most, 0
+        self.ref: LatentRef | None = None
 
     def take(self, event: Event) -> None:
-        step = _parsed(event.data, Step).step
+        if event.name == "step":
+            self._tell(_parsed(event.data, Step).step)
+            return
+        thought = _parsed(event.data, Thought)
+        self._tell(thought.taken)
+        self.ref = thought.ref.ref
+        self.service._remember(self.ref, thought.marker)
+
+    def thought(self, error: LatentMASError) -> LatentRef:
+        """The reference; the error if the connection ended before it came."""
+        if self.ref is None:
+            raise error
+        return self.ref
+
+    def _tell(self, step: int) -> None:
         if step > self.most:
             raise _foreign(f"step {step} of {self.most}")
         if self.on_step is not None and step > self.steps:

@@ -311,14 +311,17 @@ class Server:
                 raise InvalidRequest(f"Nothing more of the body came within {seconds} s.") from None
 
     async def _think(self, request: Request, body: ThinkRequest) -> AsyncGenerator[tuple[str, BaseModel], None]:
-        service = self._service(request)
+        service, loop = self._service(request), asyncio.get_running_loop()
         taken = told = 0
-        progress = body.stream and body.progress
+        due: asyncio.TimerHandle | None = None
+        news = asyncio.Event()
 
         def took(step: int) -> None:
-            nonlocal taken
+            nonlocal taken, due
             taken = step
             self._first(request)
+            if due is None or due.when() <= loop.time():
+                due = loop.call_later(PROGRESS, news.set)
 
         async def work() -> Thought:
             async with self._turn(request):
@@ -327,15 +330,16 @@ class Server:
                     body.refs,
                     steps=body.steps,
                     agent=body.agent,
-                    on_step=took if progress else None,
+                    on_step=took if body.stream and body.progress else None,
                 )
             request.state.reference = ref["id"]
-            return Thought(ref=WireRef(**ref), marker=service.signed_marker(ref))
+            return Thought(ref=WireRef(**ref), marker=service.signed_marker(ref), taken=taken)
 
         task = asyncio.ensure_future(work())
+        task.add_done_callback(lambda _: news.set())
         try:
-            while not task.done():
-                await asyncio.wait((task,), timeout=PROGRESS if progress else None)
+            while await news.wait() and not task.done():
+                news.clear()
                 if told < taken:
                     told = taken
                     yield "step", Step(step=told)
@@ -343,6 +347,8 @@ class Server:
             self._first(request)
             yield "done", thought
         finally:
+            if due is not None:
+                due.cancel()
             task.cancel()
             with suppress(asyncio.CancelledError, LatentMASError):
                 await task

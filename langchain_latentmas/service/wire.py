@@ -173,6 +173,8 @@ class Thought(_Wire):
     ref: WireRef
     marker: str
     """The reference as a short signed string."""
+    taken: int = 0
+    """With `progress`, the latent steps that were taken for it; none if it was known."""
 
 
 class Step(_Wire):

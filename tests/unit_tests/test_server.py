@@ -276,10 +276,32 @@ def test_the_connections_of_an_event_loop_end_with_it(server: Server, remote: La
     assert asyncio.run(remote.athink(messages("a"), steps=1)) == remote.think(messages("a"), steps=1)
 
 
-def test_more_steps_than_were_asked_for_are_not_believed() -> None:
+def test_a_connection_serves_one_request_after_the_other(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    ports, admit = [], server.guard._admit
+    monkeypatch.setattr(
+        server.guard, "_admit", lambda scope, headers: (ports.append(scope["client"]), admit(scope, headers))
+    )
+
+    async def asked(remote: LatentService) -> None:
+        for question in "ab":
+            await remote.athink(messages(question), steps=2, on_step=lambda step: None)
+            async for _ in remote.aspeak(messages(question), max_tokens=2):
+                pass
+        await asyncio.gather(*(remote.athink(messages(question), steps=1) for question in "cde"))
+
+    with client(server) as remote:
+        for question in "fg":
+            remote.think(messages(question), steps=1)
+            assert list(remote.speak(messages(question), max_tokens=2))
+        assert len(set(ports)) == 1  # with `load`
+        asyncio.run(asked(remote))
+    assert len(set(ports)) <= 1 + 3
+
+
+def test_more_steps_than_were_asked_for_are_not_believed(remote: Any) -> None:
     told: list[int] = []
     with pytest.raises(EngineFailed, match="step 4 of 3"):
-        _Told(told.append, 3).take(Event("step", '{"step": 4}'))
+        _Told(remote, told.append, 3).take(Event("step", '{"step": 4}'))
     assert told == []
 
 

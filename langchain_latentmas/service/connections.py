@@ -1,0 +1,84 @@
+"""Connections of a client to `latentmas serve`."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Callable
+
+import httpx
+
+KEPT_SECONDS = 3.0  # that an idle connection is used again within; the server closes it after 5
+
+
+class Connections(httpx.AsyncBaseTransport):
+    """The connections of one event loop, each in a pool of its own.
+
+    httpcore's pool looks at all its connections several times for every request: with hundreds of them, that takes more
+    of the processor than the requests themselves.
+    """
+
+    def __init__(self, most: int, verify: ssl.SSLContext) -> None:
+        """Opens none.
+
+        Args:
+            most: Most connections at a time.
+            verify: Checks the server's certificate.
+        """
+        self._verify = verify
+        self._free = asyncio.Semaphore(most)
+        self._idle: list[httpx.AsyncHTTPTransport] = []  # the last one used is the first to be used again
+        self._all: list[httpx.AsyncHTTPTransport] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Sends a request; its connection is free again when the reply is closed.
+
+        Raises:
+            httpx.PoolTimeout: If none becomes free in time.
+        """
+        try:
+            async with asyncio.timeout(request.extensions["timeout"]["pool"] if self._free.locked() else None):
+                await self._free.acquire()
+        except TimeoutError:
+            raise httpx.PoolTimeout("all connections are in use", request=request) from None
+        one = self._idle.pop() if self._idle else self._opened()
+
+        def give_back() -> None:
+            self._idle.append(one)
+            self._free.release()
+
+        try:
+            reply = await one.handle_async_request(request)
+        except BaseException:
+            give_back()
+            raise
+        assert isinstance(reply.stream, httpx.AsyncByteStream)
+        reply.stream = _Body(reply.stream, give_back)
+        return reply
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        for one in self._all:
+            await one.aclose()
+
+    def _opened(self) -> httpx.AsyncHTTPTransport:
+        limits = httpx.Limits(max_connections=1, keepalive_expiry=KEPT_SECONDS)
+        self._all.append(httpx.AsyncHTTPTransport(verify=self._verify, trust_env=False, limits=limits))
+        return self._all[-1]
+
+
+class _Body(httpx.AsyncByteStream):
+    """The body of a reply, that says when it is closed."""
+
+    def __init__(self, stream: httpx.AsyncByteStream, closed: Callable[[], None]) -> None:
+        self.stream, self.closed = stream, closed
+        self._open = True
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self.stream.__aiter__()
+
+    async def aclose(self) -> None:
+        try:
+            await self.stream.aclose()
+        finally:
+            if self._open:
+                self._open = False
+                self.closed()
