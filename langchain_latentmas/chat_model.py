@@ -14,11 +14,11 @@ from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
 from langchain_core.utils import from_env
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from langgraph.runtime import get_runtime
 from pydantic import ConfigDict, Field
 
 from .errors import InvalidReference, InvalidRequest
 from .modes import node_path, runs_as_text
+from .progress import reporter
 from .service import Chunk, LatentService
 from .service.base import READING
 from .service.shared import shared_service
@@ -197,8 +197,9 @@ class ChatLatentMAS(BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         call = _Call(self, messages, stop, kwargs)
         if call.thinker:
+            on_step = reporter(call.agent, call.thinker.steps)
             ref = call.service.think(
-                call.messages, call.latents, steps=call.thinker.steps, agent=call.agent, on_step=call.report
+                call.messages, call.latents, steps=call.thinker.steps, agent=call.agent, on_step=on_step
             )
             generations = iter([call.thought(ref)])
         else:
@@ -218,8 +219,9 @@ class ChatLatentMAS(BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         call = _Call(self, messages, stop, kwargs)
         if call.thinker:
+            on_step = reporter(call.agent, call.thinker.steps)
             ref = await call.service.athink(
-                call.messages, call.latents, steps=call.thinker.steps, agent=call.agent, on_step=call.report
+                call.messages, call.latents, steps=call.thinker.steps, agent=call.agent, on_step=on_step
             )
             generation = call.thought(ref)
             if run_manager:
@@ -265,15 +267,6 @@ class _Call:
         self.calls = ToolCallText(prefix) if tools else None
         own = {name: getattr(llm, name) for name in SAMPLING}
         self.sampling = {**own, **given, "stop": stop or llm.stop, "tools": tools, "prefix": prefix}
-
-    def report(self, step: int) -> None:
-        """Tells the graph's custom stream how far the thinking is."""
-        try:
-            writer = get_runtime().stream_writer
-        except (RuntimeError, KeyError):  # called outside of a graph
-            return
-        assert self.thinker is not None
-        writer({"agent": self.agent, "step": step, "steps": self.thinker.steps})
 
     def thought(self, ref: LatentRef) -> ChatGenerationChunk:
         """The message of a think: a marker."""

@@ -11,6 +11,7 @@ from langgraph.runtime import get_runtime
 from .chat_model import ChatLatentMAS
 from .errors import InvalidRequest
 from .modes import node_path, runs_as_text
+from .progress import reporter
 from .service import LatentService
 from .service.identity import checked_ref
 from .service.shared import shared_service
@@ -26,7 +27,6 @@ class _Plan(NamedTuple):
     messages: list[BaseMessage]
     latents: list[LatentRef]
     thinks: bool
-    on_step: Callable[[int], None]
 
 
 class LatentAgentNode(Runnable[Any, dict[str, Any]]):
@@ -113,8 +113,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         config = ensure_config(config)
         plan = self._plan(input, config)
         if plan.thinks:
+            on_step = reporter(str(self.name), self.steps)
             ref = plan.service.think(
-                plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=plan.on_step
+                plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=on_step
             )
             return {"latents": [ref]}
         llm = self._chat_model(plan)
@@ -125,8 +126,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         config = ensure_config(config)
         plan = self._plan(input, config)
         if plan.thinks:
+            on_step = reporter(str(self.name), self.steps)
             ref = await plan.service.athink(
-                plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=plan.on_step
+                plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=on_step
             )
             return {"latents": [ref]}
         llm = self._chat_model(plan)
@@ -142,10 +144,6 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             raise InvalidRequest(f"Agent {self.name!r}: service must be a LatentService, not {type(service).__name__}.")
         messages = self._prompt_messages(state, config)
 
-        def report(step: int) -> None:
-            if runtime is not None:
-                runtime.stream_writer({"agent": self.name, "step": step, "steps": self.steps})
-
         known = [] if runs_as_text(config) else list(_field(state, "latents") or [])
         try:
             latents, notes = self._read(known, _field(state, "messages") or [])
@@ -156,7 +154,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             raise
         unread = [m for m in messages if _memory_of(m) not in read]
         thinks = not self.speak and not self._leaves_text(config)
-        return _Plan(service, _with_notes(unread, notes), [checked_ref(ref) for ref in latents], thinks, report)
+        return _Plan(service, _with_notes(unread, notes), [checked_ref(ref) for ref in latents], thinks)
 
     def _prompt_messages(self, state: Any, config: RunnableConfig) -> list[BaseMessage]:
         made: Any

@@ -39,6 +39,7 @@ from .alteration import original
 from .base import READING, Chunk, LatentService, Merge, StoredReference, Usage
 from .budget import Budget
 from .identity import KEY_BYTES, MAX_AGENT, MAX_PARENTS, Signer, checked_ref, key_ring, memory_id
+from .mailbox import Mailbox
 from .marker import Marker, take_markers
 from .memory import Layout, Lineage, Recipe, Segment
 from .messages import as_openai
@@ -528,13 +529,8 @@ class _Request:
         """Like `events`, for `async for`."""
         inbox: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-
-        def put(event: object) -> None:
-            with suppress(RuntimeError):  # the loop was closed while the row was at work; nobody waits any more
-                loop.call_soon_threadsafe(inbox.put_nowait, event)
-
         with self.room():
-            row = self._begin(put, notify)
+            row = self._begin(partial(Mailbox.of(loop).put, loop, inbox), notify)
             try:
                 while not isinstance(event := await inbox.get(), (Result, BaseException)):
                     yield event

@@ -102,6 +102,26 @@ def test_progress_names_agent_step_and_steps(fresh_service: Fresh) -> None:
     json.dumps(events)
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("heard", [True, False])
+async def test_a_service_reports_steps_only_where_they_are_heard(
+    fresh_service: Fresh, monkeypatch: Any, mode: str, heard: bool
+) -> None:
+    service, asked = fresh_service(), []
+    for name in ("think", "athink"):
+        think = getattr(service, name)
+        spy = lambda *args, think=think, **kwargs: (asked.append(kwargs["on_step"]), think(*args, **kwargs))[1]  # noqa: E731
+        monkeypatch.setattr(service, name, spy)
+    graph = chain(None, LatentAgentNode("planner", "Plan.", service=service, steps=2))
+    streamed = {"stream_mode": ["values", "custom"] if heard else ["values", "updates"]}
+    if mode == "sync":
+        list(graph.stream(QUESTION, **streamed))
+    else:
+        async for _ in graph.astream(QUESTION, **streamed):
+            pass
+    assert [report is not None for report in asked] == [heard]
+
+
 def test_streamed_chunks_add_up_to_the_message_in_the_state(fresh_service: Fresh) -> None:
     service = fresh_service()
     graph = sequential(service, steps=2, max_tokens=12).compile()
