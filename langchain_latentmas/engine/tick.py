@@ -1,8 +1,11 @@
 """The tick: one forward pass that lets every live row take its next step, thinking or speaking."""
 
 import logging
+import sys
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -147,6 +150,7 @@ class Ticker:
         """
         self.model, self.max_rows, self.live_bytes, self.chunk = model, max_rows, live_bytes, chunk
         self.graphs = graphs
+        self.pass_positions = CPU_PASS if model.device.type == "cpu" else sys.maxsize
         self.ticks = self.thoughts = self.spoken = self.prefilled = self.reused = 0
         self._finished: list[tuple[Row, Result]] = []
         self.clear()
@@ -211,9 +215,9 @@ class Ticker:
         rows = self.rows[self.decoding :]
         if not rows:
             return
-        slot, most = self.decoding, CPU_PASS if self.model.device.type == "cpu" else sum(len(row.ids) for row in rows)
+        slot = self.decoding
         while slot < len(self.rows):
-            slot += self._prefill_pass(slot, most)
+            slot += self._prefill_pass(slot)
         ready = [row for row in rows if not row.ids]
         for row in ready:
             if row.sampling is not None:
@@ -229,10 +233,10 @@ class Ticker:
             else:
                 self._finish(row)
 
-    def _prefill_pass(self, slot: int, most: int) -> int:
-        """Prefills the rows from `slot` on, up to `most` positions; returns how many rows took part."""
+    def _prefill_pass(self, slot: int) -> int:
+        """Prefills rows from `slot` on, as many as one pass takes; returns how many."""
         left = [min(len(row.ids), self.chunk) for row in self.rows[slot:]]
-        together = next((n for n in range(1, len(left)) if sum(left[: n + 1]) > most), len(left))
+        together = max(1, bisect_right(list(accumulate(left)), self.pass_positions))
         rows, left = self.rows[slot : slot + together], left[:together]
         # The width that wastes least: a wide pass pads the short rows, a narrow one leaves more passes to come.
         width = max(set(left), key=lambda width: sum(min(n, width) for n in left) / (PASS_COST + len(left) * width))

@@ -119,16 +119,18 @@ ACTIONS = st.lists(
 
 
 @settings(max_examples=40)
-@example([(JOIN, 0), (JOIN, 1), (CANCEL, 0), (TICKS, 9)], 512, 2)
-@given(ACTIONS, st.sampled_from([1, 5, 32, 512]), st.integers(1, 12))
+@example([(JOIN, 0), (JOIN, 1), (CANCEL, 0), (TICKS, 9)], 512, 1024, 2)
+@given(ACTIONS, st.sampled_from([1, 5, 32, 512]), st.sampled_from([1, 20, 60, 1024]), st.integers(1, 12))
 def test_any_schedule_of_rows_that_come_and_are_cancelled_equals_single_runs(
     model: LanguageModel,
     cases: Cases,
     actions: list[tuple[str, int]],
     chunk: int,
+    pass_positions: int,
     max_rows: int,
 ) -> None:
     tick = ticker(model, chunk, max_rows)
+    tick.pass_positions = pass_positions
     joined: list[tuple[int, Row, list[Result]]] = []
     with torch.inference_mode():
         for what, n in actions:
