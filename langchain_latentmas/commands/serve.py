@@ -83,7 +83,7 @@ def rotate_key(
     ] = None,
     keep_days: Annotated[float, typer.Option(help="Days for which old references are still accepted.")] = 30,
 ) -> None:
-    """Puts a fresh signing key into a store; restart the server for it to count.
+    """Puts a fresh signing key into a store; a server that runs takes it within a second.
 
     References and markers that were signed with the old key are accepted for --keep-days more.
     """
@@ -95,7 +95,7 @@ def rotate_key(
         folder = store or ServeSettings.model_fields["store"].get_default(call_default_factory=True)
         rotate(folder / "key", keep_days * 86400)
         print(f"{folder / 'key'}: fresh key; what the old one signed is accepted for {keep_days:g} days more.")
-        print("Restart the server for it to count.")
+        print("A server that runs takes it within a second.")
 
 
 @contextmanager

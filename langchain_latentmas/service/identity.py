@@ -3,11 +3,13 @@
 import hashlib
 import hmac
 import json
+import logging
 import math
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -16,7 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import InvalidRequest, TamperedReference, first_fault
 from ..state import LatentRef
 
+logger = logging.getLogger(__name__)
+
 IDENTITY = "latentmas-1"
+LOOK_SECONDS = 1.0  # between two looks at a key file
 KEY_BYTES = 32
 MAX_AGENT = 200
 MAX_PARENTS = 1024
@@ -70,26 +75,27 @@ class RetiredKey(NamedTuple):
 class Signer:
     """Signs plain-JSON mappings with HMAC-SHA256."""
 
-    def __init__(self, key: bytes, retired: Sequence[RetiredKey] = ()) -> None:
+    def __init__(self, key: bytes, retired: Sequence[RetiredKey] = (), *, path: Path | None = None) -> None:
         """Takes the key.
 
         Args:
             key: Signs.
             retired: Keys that signed before; what they signed is accepted for a while.
+            path: The key file, whose keys count instead, now and after every rotation.
 
         Raises:
             InvalidRequest: If it is shorter than 16 bytes.
         """
         if len(key) < 16:
             raise InvalidRequest(f"A signing key must have at least 16 bytes, not {len(key)}.")
-        self._key, self._retired = key, tuple(retired)
+        self._ring = _Ring([RetiredKey(key, math.inf), *retired], path)
 
     def sign(self, fields: Mapping[str, Any]) -> str:
         """64 hex digits over all fields but `mac`."""
-        return _mac(self._key, fields)
+        return _mac(self._keys()[0].key, fields)
 
     def matches(self, fields: Mapping[str, Any], mac: str | None = None) -> bool:
-        """Whether a signature is that of the fields; takes the same time whatever the answer.
+        """Whether a signature is that of the fields; how long it takes says nothing of how much of it is right.
 
         Args:
             fields: What was signed.
@@ -98,20 +104,63 @@ class Signer:
         signed, digits = (fields.get("mac"), 64) if mac is None else (mac, len(mac))
         if not (isinstance(signed, str) and signed.isascii()):
             return False
-        now = time.time()
-        keys = [self._key, *(retired.key for retired in self._retired if now < retired.until)]
-        return True in [hmac.compare_digest(signed, _mac(key, fields)[:digits]) for key in keys]
+
+        def known() -> bool:
+            now = time.time()
+            keys = [key.key for key in self._keys() if now < key.until]
+            return True in [hmac.compare_digest(signed, _mac(key, fields)[:digits]) for key in keys]
+
+        # A process that has seen a fresh key first may have signed with it.
+        return known() or (self._ring.changed() and known())
 
     def timeless(self) -> "Signer":
         """One that accepts what retired keys signed for good: what lies in a store outlives the references to it."""
-        return Signer(self._key, [RetiredKey(retired.key, math.inf) for retired in self._retired])
+        return _View(self, lambda key: key._replace(until=math.inf))
 
     def derived(self, name: str) -> "Signer":
         """The signer of a tenant: neither accepts what the other signed."""
-        return Signer(
-            _derived(self._key, name),
-            [RetiredKey(_derived(retired.key, name), retired.until) for retired in self._retired],
-        )
+        return _View(self, lambda key: key._replace(key=_derived(key.key, name)))
+
+    def _keys(self) -> list[RetiredKey]:
+        """Every key with the time up to which it counts; the first one signs."""
+        return self._ring.keys()
+
+
+class _View(Signer):
+    """A signer whose keys are made from those of another one, also from those that come later."""
+
+    def __init__(self, other: Signer, made: Callable[[RetiredKey], RetiredKey]) -> None:
+        self._ring, self._other, self._made = other._ring, other, made
+
+    def _keys(self) -> list[RetiredKey]:
+        return [self._made(key) for key in self._other._keys()]
+
+
+class _Ring:
+    """Keys, and the file that they are from; when that is rotated, the fresh key comes in."""
+
+    def __init__(self, keys: Sequence[RetiredKey], path: Path | None = None) -> None:
+        self._path, self._seen, self._looked = path, _version(path), time.monotonic()
+        self._all = list(keys) if path is None else _keys(path)
+
+    def keys(self) -> list[RetiredKey]:
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            self.changed()
+        return self._all
+
+    def changed(self) -> bool:
+        """Looks at the file; whether other keys have come in. Keys that cannot be read leave the present ones."""
+        self._looked = time.monotonic()
+        if self._path is None or (version := _version(self._path)) == self._seen:
+            return False
+        self._seen = version  # so that a file at fault is named once
+        try:
+            self._all = _keys(self._path)
+        except (InvalidRequest, OSError) as error:
+            logger.error("the signing key has changed and cannot be read; the one before stays in use: %s", error)
+            return False
+        logger.info("a fresh signing key is in use", extra={"fields": {"key": str(self._path)}})
+        return True
 
 
 def checked_ref(ref: object) -> LatentRef:
@@ -152,15 +201,13 @@ def key_ring(path: Path) -> Signer:
     Raises:
         InvalidRequest: If the file holds something else, or others can read it.
     """
-    key_file(path)
-    current, *retired = _keys(path)
-    return Signer(current.key, retired)
+    return Signer(key_file(path), path=path)
 
 
 def rotate_key(path: Path, keep: float) -> None:
     """Puts a fresh key in front of those of a file.
 
-    Services that run go on with the key they have; they take the fresh one when they are started again.
+    Services that run take it within `LOOK_SECONDS`.
 
     Args:
         path: The key file.
@@ -175,9 +222,18 @@ def rotate_key(path: Path, keep: float) -> None:
         raise InvalidRequest(f"References cannot be kept readable for {keep} seconds; give 0 or more.")
     current, *retired = _keys(path)
     keys = [RetiredKey(current.key, time.time() + keep), *retired]
-    lines = [secrets.token_hex(KEY_BYTES), *(f"{old.key.hex()} {old.until:.0f}" for old in keys)]
+    lines = [secrets.token_hex(KEY_BYTES), *(f"{old.key.hex()} {old.until // 1:.0f}" for old in keys)]
     fresh = _written(path, "\n".join(lines))
     fresh.replace(path)
+
+
+def _version(path: Path | None) -> tuple[int, int] | None:
+    """Is another one when the file is."""
+    with suppress(OSError):
+        if path is not None:
+            there = path.stat()
+            return there.st_ino, there.st_mtime_ns
+    return None
 
 
 def _keys(path: Path) -> list[RetiredKey]:

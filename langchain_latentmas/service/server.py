@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import socket
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import (
     EngineFailed,
@@ -68,6 +70,7 @@ logger = logging.getLogger(__name__)
 PAGE = 1000  # references at a time
 PROGRESS = 0.25  # seconds between two events that say how far a think is
 GRACE = 5.0  # seconds after the drain in which replies of what was ended reach their clients
+SENT_BYTES = 1 << 18  # that the system keeps of a reply until its client takes them
 A = TypeVar("A")
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -124,7 +127,7 @@ class Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            http="h11",  # the one whose limit on headers can be set
+            http=_Protocol,
             h11_max_incomplete_event_size=settings.max_headers,
             ws="none",
             limit_concurrency=settings.max_connections,
@@ -163,7 +166,7 @@ class Server:
             ("GET", "/v1/info", self.info, {}),
             ("POST", "/v1/think", self.think, {"response_model": Thought, "responses": _STREAMED}),
             ("POST", "/v1/speak", self.speak, {"response_model": SpokenChunk, "responses": _STREAMED}),
-            ("POST", "/v1/lens", self.lens, {}),
+            ("POST", "/v1/lens", self.lens, {"response_model": LensReply}),
             ("POST", "/v1/markers", self.marker, {}),
             ("POST", "/v1/markers/take", self.take_markers, {}),
             ("GET", "/v1/references", self.references, {}),
@@ -223,20 +226,24 @@ class Server:
 
         With `stream`, events "step" (with `progress`) and "done".
         """
-        return self._reply(request, body, self._think(request, body))
+        return self._reply(request, self._think(request, body), body)
 
     async def speak(self, request: Request, body: SpeakRequest) -> Reply:
         """Prefills the messages on top of a memory and decodes text.
 
         With `stream`, events "chunk"; the last one has `ref`, `usage` and `finish_reason`.
         """
-        return self._reply(request, body, self._speak(request, body))
+        return self._reply(request, self._speak(request, body), body)
 
-    async def lens(self, request: Request, body: LensRequest) -> LensReply:
+    async def lens(self, request: Request, body: LensRequest) -> Reply:
         """Reads the thoughts of a reference's own segment out in the vocabulary."""
-        async with self._in_turn(request):
-            rows = await self._at_once(request, lambda service: service.lens(body.ref.ref, body.top_k))
-        return LensReply.of(rows)
+
+        async def rows() -> AsyncGenerator[tuple[str, BaseModel], None]:
+            async with self._turn(request):
+                rows = await self._at_once(request, lambda service: service.lens(body.ref.ref, body.top_k))
+            yield "done", LensReply.of(rows)
+
+        return self._reply(request, rows())
 
     async def marker(self, request: Request, body: RefRequest) -> MarkerReply:
         """Writes a reference as a short signed string."""
@@ -288,7 +295,8 @@ class Server:
     async def import_memory(self, request: Request) -> RefReply:
         """Takes in a memory that a service of the same model exported."""
         limit, taken = self.settings.max_memory, 0
-        async with self._in_turn(request):  # from the beginning: no more files than turns
+        # A turn from the beginning: no more files than turns.
+        async with within(self.settings.deadline), self._turn(request):
             with tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors") as file:
                 async for chunk in self._in_time(request.stream()):
                     taken += len(chunk)
@@ -394,15 +402,16 @@ class Server:
     def _reply(
         self,
         request: Request,
-        body: ThinkRequest | SpeakRequest,
         pieces: AsyncGenerator[tuple[str, BaseModel], None],
+        body: ThinkRequest | SpeakRequest | None = None,
     ) -> Reply:
-        request.state.agent = body.agent
-        most = self.settings.deadline
-        seconds = most if body.deadline is None else min(body.deadline, most)
+        seconds, stream = self.settings.deadline, False
+        if body is not None:
+            request.state.agent, stream = body.agent, body.stream
+            seconds = min(body.deadline or seconds, seconds)
         return Reply(
             pieces,
-            stream=body.stream,
+            stream=stream,
             deadline=seconds,
             keep_alive=self.settings.keep_alive,
             instance=request.state.id,
@@ -420,12 +429,6 @@ class Server:
             self.metrics.queued.observe(request.state.queued)
             yield
 
-    @asynccontextmanager
-    async def _in_turn(self, request: Request) -> AsyncIterator[None]:
-        """A turn, within the deadline."""
-        async with within(self.settings.deadline), self._turn(request):
-            yield
-
     async def _at_once(self, request: Request, call: Callable[[LocalService], A]) -> A:
         return await asyncio.to_thread(call, self._service(request))
 
@@ -438,6 +441,41 @@ class Server:
 _TENSOR_BODY = {
     "requestBody": {"required": True, "content": {TENSORS: {"schema": {"type": "string", "format": "binary"}}}}
 }
+
+
+class _Protocol(H11Protocol):  # and not httptools', whose headers have no bound
+    """Drops a connection whose client takes nothing of what is sent to it: closing one waits for that."""
+
+    _due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        # Writing pauses when the system has no room for more, and goes on when a third of its room is free. By itself it
+        # would keep megabytes, a third of which can take a slow client long.
+        transport.set_write_buffer_limits(high=0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENT_BYTES)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        assert isinstance(self.config.app, Guard)
+        self._due = self.loop.call_later(self.config.app.settings.body_seconds, self._drop)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._forget()
+
+    def _drop(self) -> None:
+        logger.warning("a client reads nothing; its connection is closed", extra={"fields": {"client": self.client}})
+        self.transport.abort()
+
+    def _forget(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
 
 
 class _Uvicorn(uvicorn.Server):
@@ -456,7 +494,7 @@ class _Uvicorn(uvicorn.Server):
         threads = ThreadPoolExecutor(self.server.settings.max_running + 4, "latentmas-serve")
         asyncio.get_running_loop().set_default_executor(threads)
         await super().startup(sockets)
-        for listening in (socket for each in self.servers for socket in each.sockets):
+        for listening in (each for server in self.servers for each in server.sockets):
             host, port = listening.getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
             self.server.address = f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"

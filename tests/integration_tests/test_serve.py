@@ -164,6 +164,25 @@ def test_a_key_is_rotated_from_the_command_line(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["rotate-key", "--store", str(tmp_path / "none")]).exit_code == 2
 
 
+def test_a_server_that_runs_takes_the_fresh_key(tmp_path: Path) -> None:
+    def rotated(days: str) -> None:
+        assert CliRunner().invoke(app, ["rotate-key", "--store", str(tmp_path), "--keep-days", days]).exit_code == 0
+
+    with Process("--store", str(tmp_path)) as process, client(process) as remote:
+        old = remote.think(QUESTION, steps=1)
+        rotated("2")
+        wait_for(lambda: remote.think(QUESTION, steps=1)["mac"] != old["mac"])
+        new = remote.think(QUESTION, steps=1)
+        assert new["id"] == old["id"]
+        child = remote.think("And then?", [old], steps=1)  # the old one is still read
+        rotated("0")
+        wait_for(lambda: remote.think(QUESTION, steps=1)["mac"] != new["mac"])
+        for refused in (new, child):
+            with pytest.raises(TamperedReference):
+                remote.think("And then?", [refused], steps=1)
+        assert remote.think("And then?", [old], steps=1)["id"] == child["id"]  # its two days are not over
+
+
 def test_a_client_says_what_it_cannot_do(remote: LatentService) -> None:
     with pytest.raises(InvalidRequest, match="in this process"):
         remote.altered(remote.think(QUESTION, steps=1), "zeroed")

@@ -252,12 +252,12 @@ def test_what_the_server_did_not_expect_says_nothing_of_its_inside(
     def broken(*_: object) -> None:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr(server.service, "lens", broken)
+    monkeypatch.setattr(server.service, "pin", broken)
     monkeypatch.setattr(server.service, "athink", broken)
     with pytest.raises(EngineFailed, match="its log"):
         remote.think(PROMPT)
     ref = {"ref": remote.references()[0].ref}
-    reply = httpx.post(f"{server.address}/v1/lens", json=ref)
+    reply = httpx.post(f"{server.address}/v1/references/pin", json=ref)
     assert reply.status_code == 500
     assert "secret" not in reply.text
 
@@ -375,8 +375,9 @@ def test_also_one_that_hangs_up_while_it_sends_a_memory(fresh_service: Any, capl
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_also_one_that_hangs_up_before_it_was_sent_a_memory(
-    fresh_service: Any, gate: Any, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("path", ["/v1/memory/export", "/v1/lens"])
+def test_also_one_that_hangs_up_while_it_waits_for_what_a_memory_holds(
+    fresh_service: Any, gate: Any, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = fresh_service()
     with serving(service, max_running=1) as server, client(server) as remote, ThreadPoolExecutor(1) as threads:
@@ -385,13 +386,13 @@ def test_also_one_that_hangs_up_before_it_was_sent_a_memory(
         first = threads.submit(remote.think, PROMPT, steps=2)
         wait_for(lambda: server.turns.running == 1)
         host, port = server.address.removeprefix("http://").split(":")
-        head = f"POST /v1/memory/export HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         with socket.create_connection((host, int(port)), 5) as raw:
             raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
             wait_for(lambda: server.turns.waiting == 1)
         try:
             wait_for(lambda: server.turns.waiting == 0, 30)
-            counted = server.metrics.requests.labels("/v1/memory/export", 499)._value
+            counted = server.metrics.requests.labels(path, 499)._value
             wait_for(lambda: counted.get() == 1)
         finally:
             held.open()
@@ -406,6 +407,39 @@ def test_a_memory_that_comes_too_slowly_is_given_up(fresh_service: Any, limit: d
         with socket.create_connection((host, int(port)), 5) as raw:
             raw.sendall(f"POST /v1/memory/import HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50\r\n\r\nx".encode())
             assert status in raw.recv(4096)
+
+
+def test_a_client_that_never_reads_is_cut_off(fresh_service: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(fresh_service(), body_seconds=0.5) as server, socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = server.address.removeprefix("http://").split(":")
+        raw.connect((host, int(port)))
+        asked = f"GET /openapi.json HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+        raw.settimeout(30)
+        raw.sendall(asked * 400)  # what comes of it is more than the system keeps for those who do not read
+        assert server._uvicorn is not None
+        connections = server._uvicorn.server_state.connections
+        wait_for(lambda: "reads nothing" in caplog.text)
+        wait_for(lambda: not connections)
+
+
+def test_one_that_reads_slowly_gets_everything(fresh_service: Any) -> None:
+    with serving(fresh_service(), body_seconds=1) as server, socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        host, port = server.address.removeprefix("http://").split(":")
+        raw.connect((host, int(port)))
+        raw.settimeout(30)
+        asked = f"GET /openapi.json HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+        raw.sendall(asked * 400)
+        begun, left, status = time.monotonic(), 400, b"HTTP/1.1 200 OK"
+        last = b""
+        while left:
+            more = raw.recv(1 << 20)
+            assert more, "the server has hung up"
+            left -= (last + more).count(status)
+            last = more[1 - len(status) :]
+            if time.monotonic() - begun < 2:
+                time.sleep(0.1)
 
 
 def test_a_long_prompt_stalls_nobody_else(fresh_service: Any, monkeypatch: pytest.MonkeyPatch) -> None:

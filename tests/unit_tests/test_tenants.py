@@ -6,6 +6,7 @@ import pytest
 from langchain_core.stores import InMemoryByteStore
 
 from langchain_latentmas.errors import InvalidRequest, TamperedReference, UnknownReference
+from langchain_latentmas.service import identity
 from langchain_latentmas.service.identity import Signer, key_file, key_ring, rotate_key
 from langchain_latentmas.service.local import LocalService
 from tests.support import messages, say
@@ -74,8 +75,7 @@ def test_after_a_rotation_old_references_are_read_for_a_stated_time(
     assert renewed["id"] == old["id"]
     assert renewed["mac"] != old["mac"]
     child = after.think(messages("and then?"), [old], steps=1)
-    with pytest.raises(TamperedReference):  # the old process does not know the new key
-        before.memory(renewed)
+    assert before.memory(renewed).positions == old["positions"]  # the old process has looked for the new key
 
     now = time.time()
     monkeypatch.setattr("langchain_latentmas.service.identity.time.time", lambda: now + 3700)
@@ -83,6 +83,35 @@ def test_after_a_rotation_old_references_are_read_for_a_stated_time(
         with pytest.raises(TamperedReference):
             after.take_markers(late) if isinstance(late, str) else after.memory(late)
     assert len(fresh_service(store=tmp_path).memory(child).segments) == 2  # what it was made on is still read
+
+
+def test_a_rotation_reaches_services_that_run(
+    fresh_service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = fresh_service(store=tmp_path)
+    tenant = service.tenants(["a"])["a"]
+    old = [each.think(PROMPT, steps=1) for each in (service, tenant)]
+    rotate_key(tmp_path / "key", keep=3600)
+    monkeypatch.setattr(identity, "LOOK_SECONDS", 0)
+    new = [each.think(PROMPT, steps=1) for each in (service, tenant)]
+    assert [ref["id"] for ref in new] == [ref["id"] for ref in old]
+    assert not {ref["mac"] for ref in new} & {ref["mac"] for ref in old}
+    for each, refs in zip((service, tenant), zip(old, new, strict=True), strict=True):
+        assert {each.memory(ref).positions for ref in refs} == {refs[0]["positions"]}
+    rotate_key(tmp_path / "key", keep=0)
+    for each, ref in zip((service, tenant), new, strict=True):
+        with pytest.raises(TamperedReference):
+            each.memory(ref)
+    good = service.think(PROMPT, steps=1)
+    rotated = tmp_path / "other"
+    rotated.write_text("no key")
+    rotated.replace(tmp_path / "key")
+    with caplog.at_level("ERROR"):
+        assert service.think(PROMPT, steps=1) == good
+        assert service.memory(good).positions == good["positions"]
+    assert [record.getMessage() for record in caplog.records if "signing key" in record.getMessage()] == [
+        caplog.records[0].getMessage()
+    ]
 
 
 def test_rotation_keeps_the_file_private_and_all_keys(tmp_path: Path) -> None:
