@@ -450,8 +450,8 @@ class _Protocol(H11Protocol):  # and not httptools', whose headers have no bound
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # Writing pauses when the system has no room for more, and goes on when a third of it is free. By itself it would
-        # keep megabytes, a third of which can take a slow client long.
+        # Writing pauses when the system has no room for more, and goes on when a third of it is free: of the megabytes
+        # that it would have by itself, that can take a slow client long.
         transport.set_write_buffer_limits(high=0)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENT_BYTES)
 
