@@ -298,6 +298,22 @@ def test_a_connection_serves_one_request_after_the_other(server: Server, monkeyp
     assert len(set(ports)) <= 1 + 3
 
 
+def test_a_client_has_no_more_connections_than_it_may(fresh_service: Any, gate: Any) -> None:
+    service = fresh_service()
+
+    async def asked(remote: LatentService, questions: str) -> list[Any]:
+        thoughts = (remote.athink(messages(question), steps=1) for question in questions)
+        return await asyncio.gather(*thoughts, return_exceptions=True)
+
+    with serving(service) as server, client(server, max_connections=1) as remote:
+        assert len({ref["id"] for ref in asyncio.run(asked(remote, "abc"))}) == 3  # one after the other
+        held = gate(service)
+        with client(server, max_connections=1, patience=0.5, deadline=5) as hasty:
+            results = asyncio.run(asked(hasty, "de"))
+        held.open()
+    assert sorted(type(each).__name__ for each in results) == ["DeadlineExceeded", "ServiceUnreachable"]
+
+
 def test_more_steps_than_were_asked_for_are_not_believed(remote: Any) -> None:
     told: list[int] = []
     with pytest.raises(EngineFailed, match="step 4 of 3"):
