@@ -175,7 +175,6 @@ async def _start(asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from latentmas_vllm.checks import refusals
     from latentmas_vllm.facts import facts
     from vllm import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would take locks of our threads along
     try:
@@ -188,8 +187,14 @@ async def _start(asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         known = facts(config)
     except ValueError as error:
         raise ModelNotSupported(f"{asked['served_model_name']}: {error}") from error
+    # In no variable: an error that vLLM keeps from its imports above holds this frame, and its engine ends badly at exit.
+    return _engine(config), {**known, "model": asked["served_model_name"], "root": asked["model"]}
+
+
+def _engine(config: Any) -> Any:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     try:
-        llm = AsyncLLM.from_vllm_config(config)
+        return AsyncLLM.from_vllm_config(config)
     except Exception as error:  # vLLM's own, of any kind, once a process of it has said why
         raise EngineFailed(f"vLLM's engine did not start, its log says why: {error}") from error
-    return llm, {**known, "model": asked["served_model_name"], "root": asked["model"]}

@@ -84,7 +84,7 @@ async def test_text_streams_and_a_reader_who_leaves_is_taken_back(service: Laten
     with pytest.raises(asyncio.CancelledError):
         await thinking
     deadline = time.monotonic() + 20
-    while service._transport._llm.get_num_unfinished_requests():  # type: ignore[attr-defined]
+    while service._transport._llm.output_processor.has_unfinished_requests():  # type: ignore[attr-defined]
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)
 
