@@ -187,7 +187,7 @@ async def _start(asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         known = facts(config)
     except ValueError as error:
         raise ModelNotSupported(f"{asked['served_model_name']}: {error}") from error
-    # In no variable: an error that vLLM keeps from its imports above holds this frame, and its engine ends badly at exit.
+    # In no variable: an error that vLLM keeps from its imports holds this frame, and an engine left over fails at exit.
     return _engine(config), {**known, "model": asked["served_model_name"], "root": asked["model"]}
 
 
