@@ -97,6 +97,7 @@ class Engine:
 
     def __init__(self, model: LanguageModel, work: Work, past: KV) -> None:
         self.rows = work.rows
+        self._ended: list[Result] = []
         self.ticker = Ticker(model, max_rows=work.rows, live_bytes=1 << 62, graphs=Graphs.of(model))
         to_come = work.positions - past.positions - 2
         how: dict[str, Any] = {"steps": to_come}
@@ -104,13 +105,15 @@ class Engine:
             how = {"sampling": Sampling(max_tokens=to_come)}
         for _ in range(work.rows):
             placed = [Placed(past, 0)]
-            self.ticker.join(Row(placed, past.positions, [[1]], on_done=_ended, on_error=_raise, **how))
+            self.ticker.join(Row(placed, past.positions, [[1]], on_done=self._ended.append, on_error=_raise, **how))
 
     def run(self, ticks: int) -> None:
         """See `Loop.run`."""
         goal = self._made + ticks * self.rows
         while self._made < goal:
             self.ticker.step()
+            if self._ended:
+                raise EngineFailed("A row ended before its time; model.eos must be empty.")
 
     @property
     def _made(self) -> int:
@@ -276,10 +279,6 @@ def _dynamic_cache(model: LanguageModel, rows: int, past: KV) -> DynamicCache:
     for layer, (keys, values) in enumerate(zip(past.keys, past.values, strict=True)):
         cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
     return cache
-
-
-def _ended(_: Result) -> None:
-    raise EngineFailed("A row ended before its time; model.eos must be empty.")
 
 
 def _raise(error: BaseException) -> None:

@@ -200,8 +200,9 @@ class Ticker:
             for row, result in finished:
                 try:
                     row.on_done(result)
-                except Exception:
+                except Exception as error:
                     logger.exception("who waited for a row could not take its result")
+                    row.on_error(error)  # or they would wait for ever
 
     def _renew(self) -> None:
         self.cache = self.model.new_cache()

@@ -23,6 +23,7 @@ _SHARED_COUNTERS = (
     ("thoughts", "thoughts", "Latent steps taken."),
     ("tokens", "tokens", "Tokens decoded."),
     ("prefilled", "prefilled_positions", "Positions prefilled."),
+    ("reused", "reused_positions", "Prompt positions copied from a kept prompt that begins alike."),
 )
 _ADDED_GAUGES = (
     ("kv_bytes", "kv_bytes", "KV kept on the device."),

@@ -156,6 +156,23 @@ def test_any_schedule_of_rows_that_come_and_are_cancelled_equals_single_runs(
             assert_same(result, cases[n][1])
 
 
+def test_who_cannot_take_a_result_is_told_and_keeps_nobody_from_theirs(model: LanguageModel) -> None:
+    def full(_: Result) -> None:
+        raise RuntimeError("no room")
+
+    tick = ticker(model)
+    loser, other = Request([ids(3, 1)], steps=2), Request([ids(3, 2)], steps=2)
+    rows = [loser.row(), other.row()]
+    rows[0].on_done = full
+    with torch.inference_mode():
+        for row in rows:
+            tick.join(row)
+    finish(tick)
+    assert [str(error) for error in loser.errors] == ["no room"]
+    assert len(other.results) == 1
+    assert not other.errors
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_a_prompt_in_chunks_equals_a_prompt_at_once(model: LanguageModel, cases: Cases, chunk: int) -> None:
     tick = ticker(model, chunk)
