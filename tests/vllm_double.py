@@ -49,7 +49,7 @@ class VLLMDouble:
             "prefix_caching": True,
             "block_size": 16,
             "vllm": "0.32.0",
-            "vllm_supported": ">=0.27.1,<0.33",
+            "vllm_supported": ">=0.31.0,<0.33",
             "latentmas_vllm": "0.1.0",
         }
 

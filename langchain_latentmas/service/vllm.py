@@ -324,6 +324,11 @@ class Engine:
 
     def _spoke(self, row: Row, text: TextStream, token: int) -> bool:
         assert row.sampling is not None
+        if token == self.model.latent:  # it would be a word that the text lacks, and nobody would know
+            raise EngineFailed(
+                f"vLLM answered with the latent token {token} where words were asked for; see `latentmas doctor` for "
+                "its version."
+            )
         row.tokens.append(token)
         self.tokens += 1
         certain = text.push(token)

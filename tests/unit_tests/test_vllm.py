@@ -273,6 +273,14 @@ def test_what_goes_wrong_over_there_has_a_name_here(
     assert vllm.think(QUESTION, steps=3)["steps"] == 3  # and the next one gets through
 
 
+def test_a_thought_where_words_were_asked_for_is_no_silent_gap(vllm: VLLMService, double: VLLMDouble) -> None:
+    double.answers.append(events({"choices": [{"token_ids": [7, 8, double.latent]}]}))
+    chunks = vllm.speak(QUESTION, max_tokens=5)
+    assert [next(chunks).token_ids, next(chunks).token_ids] == [(7,), (8,)]
+    with pytest.raises(EngineFailed, match="latent token 0"):
+        next(chunks)
+
+
 def test_a_server_that_is_busy_is_waited_for(vllm: VLLMService, double: VLLMDouble) -> None:
     double.answers += [problem(503, "overloaded"), problem(429, "too many")]
     assert vllm.think(QUESTION, steps=2)["steps"] == 2

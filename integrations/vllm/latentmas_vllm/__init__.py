@@ -14,8 +14,11 @@ FAMILIES = {
 """Architectures that can think, and the module of `vllm.model_executor.models` that holds each."""
 
 
-SUPPORTED = SpecifierSet(">=0.27.1,<0.33")
-"""Versions of vLLM: the plugin uses parts of it that may change with any minor one. The tests ran on both ends."""
+SUPPORTED = SpecifierSet(">=0.31.0,<0.33")
+"""Versions of vLLM: the plugin uses parts of it that may change with any minor one. The tests ran on both ends.
+
+Before 0.31, the V1 runner lets `allowed_token_ids` of one request act on another (vLLM's issue 43894).
+"""
 
 
 def unsupported(version: str) -> str | None:

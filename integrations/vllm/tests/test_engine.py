@@ -153,6 +153,30 @@ def test_the_same_when_memory_is_short_and_requests_are_preempted(qwen: Start) -
     assert preemptions[0] > 0
 
 
+def test_who_speaks_in_the_row_that_a_thinker_has_left_does_not_think(qwen: Start) -> None:
+    """vLLM moves the last row of its batch to where one has become free, and gives the last one away again."""
+    llm = qwen()
+    text = list(range(10, 60))
+    [alone] = run(llm, [text])
+    greedy = SamplingParams(temperature=0, max_tokens=24)
+    thinking = SamplingParams(temperature=0, max_tokens=60, allowed_token_ids=[LATENT], ignore_eos=True)
+    engine, done = llm.llm_engine, {}
+
+    def step() -> None:
+        done.update({out.request_id: spoken(out) for out in engine.step() if out.finished})
+
+    engine.add_request("short", {"prompt_token_ids": text[:20]}, SamplingParams(temperature=0, max_tokens=2))
+    engine.add_request("thinker", {"prompt_token_ids": text[:30]}, thinking)
+    for _ in range(5):
+        step()
+    assert list(done) == ["short"]
+    engine.add_request("late", {"prompt_token_ids": text}, greedy)
+    while engine.has_unfinished_requests():
+        step()
+    assert done["late"] == spoken(alone)
+    assert done["thinker"] == [LATENT] * 60
+
+
 @pytest.mark.parametrize("settings", [{"block_size": 128}, {"max_num_batched_tokens": 64, "max_num_seqs": 8}])
 def test_the_same_for_other_blocks_and_chunks(settings: dict[str, Any], qwen: Start) -> None:
     cases = json.loads((PARITY / "qwen3-tied" / "reference.json").read_text())["cases"]

@@ -6,12 +6,12 @@ import latentmas_vllm
 import pytest
 
 
-@pytest.mark.parametrize("version", ["0.27.1", "0.32.0", "0.32.1rc1.dev5+g1234", "0.32.0+cpu"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.32.0", "0.32.1rc1.dev5+g1234", "0.32.0+cpu"])
 def test_versions_that_are_taken(version: str) -> None:
     assert latentmas_vllm.unsupported(version) is None
 
 
-@pytest.mark.parametrize("version", ["0.27.0", "0.9.2", "0.33.0", "0.33.0rc1", "dev"])
+@pytest.mark.parametrize("version", ["0.30.9", "0.31.0rc1", "0.9.2", "0.33.0", "0.33.0rc1", "dev"])
 def test_versions_that_are_refused_with_the_range(version: str) -> None:
     assert str(latentmas_vllm.SUPPORTED) in (latentmas_vllm.unsupported(version) or "")
 
