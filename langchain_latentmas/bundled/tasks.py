@@ -1,9 +1,10 @@
 """Word problems, the roles that solve them, and the grader. Imports no torch."""
 
 import random
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from ..evaluation.graders import boxed
 
 ROLES: dict[str, str] = {
     "planner": "You are a planner. Plan the steps for the question.",
@@ -18,9 +19,11 @@ ROLES: dict[str, str] = {
 SEQUENTIAL = ("planner", "critic", "refiner")
 EXPERTS = ("arithmetic", "logic", "reading")
 
-HE, SHE = "Tom Bob Max Sam Leo Ben Dan Jack".split(), "Ann Eva Zoe Ivy Mia Lily Emma Ruth".split()
+HE = "Tom Bob Max Sam Leo Ben Dan Jack Carl Eric Fred Hugo Ivan Karl Luke Mark Nick Otto Pete Ray".split()
+SHE = "Ann Eva Zoe Ivy Mia Lily Emma Ruth Anna Beth Cora Dora Ella Gina Hana Iris Judy Lena Mary Rosa".split()
 # Test names occur in training as the friend in the story, never as its subject.
 TEST_HE, TEST_SHE = "Paul Alex Omar".split(), "Nora Kate Jane".split()
+FRIENDS = HE + SHE + 4 * (TEST_HE + TEST_SHE)
 ITEMS = "coins apples books pens cards shells stamps marbles cookies pencils".split()
 
 # {n} the subject, {f} a friend, {a} the number, {i} the items. A held-out phrasing is a verb in a frame that training
@@ -78,7 +81,9 @@ TRAINED = {
 TRAINED["+"] += ["{n} gets {a} {i} from {f}.", "{f} gives {n} {a} {i}.", "{f} gives {n} {a} more."] * 2
 TRAINED["-"] += ["{n} gives {a} {i} to {f}.", "{f} takes {a} {i} from {n}.", "{f} takes {a} of the {i}."] * 2
 PHRASINGS: dict[str, dict[str, list[str]]] = {"train": TRAINED, "test": HELD_OUT}
-OPENINGS = ["{n} has {a} {i}.", "{n} starts with {a} {i}."]
+OPENINGS = {"test": ["{n} has {a} {i}.", "{n} starts with {a} {i}."]}
+# A name that opens a story has other tokens than inside of it: those of test names are learned as a friend's.
+OPENINGS["train"] = [*OPENINGS["test"] * 2, "{f}'s friend {n} has {a} {i}."]
 ENDINGS = ["How many {i} does {n} have now?", "How many {i} does {n} have in the end?"]
 
 
@@ -191,9 +196,9 @@ def _story(
     others: Sequence[str] = (),
 ) -> Problem:
     name, pronoun, item = hero
-    friend = rng.choice([f for f in HE + SHE + TEST_HE + TEST_SHE if f != name and f not in others])
+    friend = rng.choice([f for f in FRIENDS if f != name and f not in others])
     v = start
-    opening = rng.choice(OPENINGS).format(n=name, a=v, i=item)
+    opening = rng.choice(OPENINGS[split]).format(n=name, f=friend, a=v, i=item)
     question, chain, sentences = [opening], f" {v}", ["Let us go step by step.", opening]
     for number in range(1, steps + 1):
         op, a, w = operation(rng, v, top, bottom)
@@ -225,8 +230,7 @@ def answer_text(answer: int) -> str:
 
 def grade(text: str, answer: int) -> bool:
     r"""Whether the last \boxed{...} in `text` holds `answer`."""
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    return bool(boxed) and boxed[-1].strip() == str(answer)
+    return boxed(text) == str(answer)
 
 
 def prompt(role: str | None, user: str | None = None, think: bool = False) -> str:
