@@ -95,7 +95,18 @@ def started(folder: str, max_running: int, max_waiting: int, kv_budget: str) -> 
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert process.stderr is not None
     threading.Thread(target=lambda: [print(line, end="", file=sys.stderr) for line in process.stderr or ()]).start()
-    return process, f"http://127.0.0.1:{port}"
+    address = f"http://127.0.0.1:{port}"
+    while not _ready(address):
+        if process.poll() is not None:
+            raise SystemExit(f"The server ended with status {process.returncode} before it was ready.")
+        time.sleep(0.1)
+    return process, address
+
+
+def _ready(address: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{address}/ready").is_success
+    return False
 
 
 def free_port() -> int:
