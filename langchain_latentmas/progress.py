@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from langgraph.runtime import get_runtime
+from langgraph.runtime import Runtime, get_runtime
 
 
 def reporter(agent: str, steps: int) -> Callable[[int], None] | None:
@@ -17,10 +17,11 @@ def reporter(agent: str, steps: int) -> Callable[[int], None] | None:
         does not stream "custom". Each call wakes an event loop, and over HTTP it is an event on the wire.
     """
     try:
-        writer = get_runtime().stream_writer
+        runtime: Runtime | None = get_runtime()
     except (RuntimeError, KeyError):  # called outside of a graph
         return None
-    if _does_nothing(writer):
+    # A runnable that is no node has a config without a runtime.
+    if runtime is None or _does_nothing(writer := runtime.stream_writer):
         return None
     return lambda step: writer({"agent": agent, "step": step, "steps": steps})
 

@@ -225,7 +225,7 @@ class RecipeService(LatentService):
             request = _Request(self, messages, latents, agent, steps=steps)
             return request, request.known()
 
-        request, known = await self._aside(begun)
+        request, known = await asyncio.to_thread(begun)  # a long prompt takes long to encode
         if known is not None:
             return known
         async for event in request.aevents(notify=on_step is not None):
@@ -283,9 +283,9 @@ class RecipeService(LatentService):
 
         return chunks()
 
-    async def _aside(self, call: Callable[[], T]) -> T:
-        """Calls what needs the store: in a thread of its own where that may wait for a disk or a network."""
-        return call() if self._store.in_memory else await asyncio.to_thread(call)
+    async def _aside(self, store: Callable[[], T]) -> T:
+        """Calls what stores a recipe: in a thread of its own where that may wait for a disk or a network."""
+        return store() if self._store.in_memory else await asyncio.to_thread(store)
 
     def marker(self, ref: LatentRef) -> str:
         """See `LatentService.marker`."""

@@ -105,7 +105,8 @@ def test_results_are_those_of_the_service_itself(remote: LatentService, service:
     assert again.ref["id"] == expected.ref["id"]
     assert remote.lens(there, 3) == service.lens(here, 3)
     memory = remote.memory(again.ref)
-    assert kv_difference(memory, service.memory(expected.ref)) == 0
+    # Not 0: what other prompts begin with alike may have been copied for one of the two.
+    assert kv_difference(memory, service.memory(expected.ref)) < 1e-12
     assert [each.agent for each in memory.segments] == ["planner", "agent"]
     assert memory.segments[0].thoughts.shape == (5, memory.segments[0].thoughts.shape[1])
     assert remote.name == service.name
