@@ -444,7 +444,7 @@ def fit(seed: int, steps: int, alignment: float, second_pass: bool, out: Path) -
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the weights and the tokenizer.")] = MODEL,
-    seed: Annotated[int | None, typer.Option(help="Of weights and data; 1, and 0 with --check.")] = None,
+    seed: Annotated[int | None, typer.Option(help=f"Of weights and data; {SEED}, and 0 with --check.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = STEPS,
     alignment: Annotated[float, typer.Option(help="Weight of the alignment loss.")] = 0.5,
     second_pass: Annotated[bool, typer.Option(help="Feed thinkers their own thoughts.")] = True,

@@ -4,6 +4,7 @@ import logging
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -202,7 +203,8 @@ class Ticker:
                     row.on_done(result)
                 except Exception as error:
                     logger.exception("who waited for a row could not take its result")
-                    row.on_error(error)  # or they would wait for ever
+                    with suppress(Exception):  # those of the other rows are still to be told
+                        row.on_error(error)
 
     def _renew(self) -> None:
         self.cache = self.model.new_cache()

@@ -92,25 +92,27 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[LocalService], None]:
 # The same interface.
 
 
-def test_results_are_those_of_the_service_itself(remote: LatentService, service: LatentService) -> None:
-    here, there = (each.think(PROMPT, steps=5, agent="planner") for each in (service, remote))
-    assert {**here, "mac": ""} == {**there, "mac": ""}
-    assert set(there) == set(FIELDS)
-    again = say(remote, "And then?", [there], temperature=1.0, seed=7)
-    expected = say(service, "And then?", [here], temperature=1.0, seed=7)
-    assert again.token_ids == expected.token_ids
-    assert again.text == expected.text
-    assert again.usage == expected.usage
-    assert again.finish == expected.finish
-    assert again.ref["id"] == expected.ref["id"]
-    assert remote.lens(there, 3) == service.lens(here, 3)
-    memory = remote.memory(again.ref)
-    # Not 0: what other prompts begin with alike may have been copied for one of the two.
-    assert kv_difference(memory, service.memory(expected.ref)) < 1e-12
-    assert [each.agent for each in memory.segments] == ["planner", "agent"]
-    assert memory.segments[0].thoughts.shape == (5, memory.segments[0].thoughts.shape[1])
-    assert remote.name == service.name
-    assert remote.chat_template == service.chat_template
+def test_results_are_those_of_the_service_itself(fresh_service: Any) -> None:
+    # Each on a service of its own: what others had asked might be copied for one of the two, and not for the other.
+    service = fresh_service()
+    with serving(fresh_service()) as server, client(server) as remote:
+        here, there = (each.think(PROMPT, steps=5, agent="planner") for each in (service, remote))
+        assert {**here, "mac": ""} == {**there, "mac": ""}
+        assert set(there) == set(FIELDS)
+        again = say(remote, "And then?", [there], temperature=1.0, seed=7)
+        expected = say(service, "And then?", [here], temperature=1.0, seed=7)
+        assert again.token_ids == expected.token_ids
+        assert again.text == expected.text
+        assert again.usage == expected.usage
+        assert again.finish == expected.finish
+        assert again.ref["id"] == expected.ref["id"]
+        assert remote.lens(there, 3) == service.lens(here, 3)
+        memory = remote.memory(again.ref)
+        assert kv_difference(memory, service.memory(expected.ref)) == 0
+        assert [each.agent for each in memory.segments] == ["planner", "agent"]
+        assert memory.segments[0].thoughts.shape == (5, memory.segments[0].thoughts.shape[1])
+        assert remote.name == service.name
+        assert remote.chat_template == service.chat_template
 
 
 async def test_the_asynchronous_half_gives_the_same(remote: LatentService) -> None:
