@@ -129,7 +129,7 @@ class Bench:
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": model.quantization,
-            "compiled": model.compiled is not None,
+            "compiled": model.compiled,
             "fingerprint": model.fingerprint,
             "kv_bytes_per_position": model.bytes_per_position,
             "weights_gb": {what: weight_bytes(model, what) / 1e9 for what in get_args(What)},

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .linear import linear
+
 RIDGE = 1e-5
 ROWS_AT_ONCE = 16384  # vocabulary rows per product, so that a 150k vocabulary needs no second copy of the matrices
 
@@ -41,6 +43,7 @@ class Alignment:
                     cross += o.T @ i.to(wide)
                 gram += RIDGE * torch.eye(hidden, dtype=wide, device=inputs.device)
                 self.weight = torch.linalg.solve(gram, cross)
+                self._transposed = self.weight.T.contiguous()
 
     @classmethod
     def of(cls, model: nn.Module, realign: bool) -> "Alignment":
@@ -52,5 +55,5 @@ class Alignment:
         """Maps hidden states [..., hidden] to thoughts of the same shape, dtype and device."""
         z = hidden.to(self.norm.dtype)
         if self.weight is not None:
-            z = z @ self.weight
+            z = linear(z, self._transposed)
         return (z * (self.norm / z.norm(dim=-1, keepdim=True).clamp_min(1e-6))).to(hidden.dtype)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -12,7 +12,7 @@ UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models ask for, and
 
 
 def attend(
-    module: nn.Module,
+    module: object,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -24,7 +24,7 @@ def attend(
     """Scaled dot-product attention as transformers calls it; the heads of a group become positions of one head.
 
     Args:
-        module: The attention layer.
+        module: The attention layer, not looked at.
         query: [rows, heads, new, head_dim].
         key: [rows, kv_heads, length, head_dim].
         value: The same shape, its own head_dim.

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelNotFound, ModelNotSupported
 from . import attention
 from .alignment import Alignment
 from .kv import KV
+from .linear import linear
+from .llama import LlamaDecoder, hooks_of
 from .quantization import plain_tensors, quantization_config
 from .rotary import Rotary
 from .slots import SlotCache, Window
@@ -24,9 +26,11 @@ logger = logging.getLogger(__name__)
 MOVING_ROPES = ("dynamic", "longrope")  # their frequencies change as a sequence grows, and cached keys do not
 HASHED_AT_ONCE = 1 << 24  # elements
 
-
 Embeddable = Sequence[int] | Tensor
 """Token ids, or thoughts [n, hidden] that are fed as they are."""
+
+Forward = Callable[[Tensor, Tensor, Tensor, SlotCache], Tensor]
+"""See `LanguageModel.hidden`."""
 
 
 class LanguageModel:
@@ -44,7 +48,11 @@ class LanguageModel:
         max_positions: Positions a memory can have.
         bytes_per_position: Bytes of KV per position.
         kv_devices: Device of each layer's KV.
+        compiled: Whether decode steps go through `torch.compile`.
+        decoder_fault: Why the decoder of transformers computes the layers and not `LlamaDecoder`; "" if that does.
     """
+
+    _own_fault = ""
 
     def __init__(
         self,
@@ -78,11 +86,9 @@ class LanguageModel:
         self.config = model.config.get_text_config(decoder=True)
         self.max_positions = _checked_positions(self.config, self.name, max_positions)
         self.decoder = model.get_decoder()
-        self.compiled: Callable[..., Any] | None = None
-        if compile:
-            self.compiled = torch.compile(self.decoder.forward)
-            if self.config._attn_implementation == "sdpa":  # compiled, it copies keys and values for each query head
-                model.set_attn_implementation(attention.NAME)
+        self.compiled = compile
+        if compile and self.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(attention.NAME)  # compiled, "sdpa" copies keys and values for each query head
         self.eos = _end_tokens(model, tokenizer)
         self.device, self.dtype = model.get_input_embeddings().weight.device, model.dtype
         if any(p.is_meta for p in model.parameters()):
@@ -90,8 +96,9 @@ class LanguageModel:
                 f"{self.name}: the weights do not fit the devices given, and offloaded ones are too slow."
             )
         with torch.inference_mode():
+            self._choose_forward()
             cache = self.new_cache()
-            self._compare_with_plain_forward(cache)
+            self._check_against_plain_forward(cache)
             self._a_position = cache.read(0, 0, 1)
             self.bytes_per_position = cache.bytes_per_position
             self.kv_devices = [layer.keys.device for layer in cache.layers]
@@ -100,7 +107,7 @@ class LanguageModel:
             self.rotary = Rotary.probe(model, self._probe_keys, min(64, self.max_positions - 3), tolerance)
         if self.rotary is None:
             logger.warning("%s: keys cannot be moved by a rotation; merged memories are rebuilt instead", self.name)
-        self.refresh()
+        self._take_stock()
 
     @classmethod
     def load(
@@ -213,29 +220,33 @@ class LanguageModel:
         Returns:
             Last hidden states after the final norm, [rows, new, hidden].
         """
-        decoder = self.compiled if self.compiled and embeds.shape[1] == 1 else self.decoder
-        return decoder(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        return (self._decode if embeds.shape[1] == 1 else self._forward)(embeds, positions, mask, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of hidden states [..., hidden]."""
         head = self.model.get_output_embeddings()
-        return head(hidden.to(head.weight.device))
+        hidden = hidden.to(head.weight.device)
+        return linear(hidden, head.weight, head.bias) if type(head) is nn.Linear else head(hidden)
 
     def refresh(self) -> None:
         """Computes alignment and fingerprint anew, for weights that were changed in place."""
+        self._choose_forward()
+        self._take_stock()
+
+    def _take_stock(self) -> None:
         # Where each weight is, since a walk through all modules takes longer than all else that a request costs here.
         self._held = [(m._parameters, name) for m in self.model.modules() for name in m._parameters]
         self._modules = [(m._modules, dict(m._modules)) for m in self.model.modules()]
+        self._hooks = [(hooks, len(hooks)) for m in self.decoder.modules() for hooks in hooks_of(m)]
         self._versions = self._weight_versions()
         self.alignment = Alignment.of(self.model, self.realign)
         self.fingerprint = self._fingerprint()
 
     def refresh_if_changed(self) -> None:
-        """Calls `refresh` if modules were put in, or out, or a weight was written (writes through `.data` hide)."""
-        if self._versions != self._weight_versions() or any(now != then for now, then in self._modules):
-            logger.warning("%s: the weights changed; alignment and fingerprint are computed anew", self.name)
+        """Calls `refresh` if modules or hooks were put in, or out, or a weight was written (writes to `.data` hide)."""
+        changed = any(now != then for now, then in self._modules) or any(len(now) != then for now, then in self._hooks)
+        if changed or self._versions != self._weight_versions():
+            logger.warning("%s: the weights or modules changed; alignment and fingerprint are computed anew", self.name)
             self.refresh()
 
     def _weight_versions(self) -> list[tuple[int, int]]:
@@ -266,7 +277,20 @@ class LanguageModel:
     def _tolerance(self) -> float:
         return float(torch.finfo(self.dtype).eps) ** 0.5
 
-    def _forward(self, embeds: Tensor, cells: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
+    def _choose_forward(self) -> None:
+        """Takes our own forward pass where it computes what this decoder does, and the decoder itself elsewhere."""
+        self.decoder_fault = LlamaDecoder.obstacle(self.decoder) or self._own_fault
+        self._forward: Forward = self._as_it_is
+        if not self.decoder_fault:
+            self._forward = LlamaDecoder(self.decoder, self.max_positions)
+        self._decode = torch.compile(self._forward) if self.compiled else self._forward
+
+    def _as_it_is(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+        return self.decoder(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+
+    def _on_slots(self, embeds: Tensor, cells: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
         length = int(cells.max()) + 1
         cache.reserve(len(embeds), length)
         cache.window = Window(slice(0, len(embeds)), cells, length, cache.capacity)
@@ -279,24 +303,23 @@ class LanguageModel:
     def _probe_keys(self, start: int) -> KV:
         cache = self.new_cache()
         cells = torch.arange(3, device=self.device)[None]
-        self._forward(self.embed(self._probe_ids()[None, :3]), cells, cells + start, cache)
+        self._on_slots(self.embed(self._probe_ids()[None, :3]), cells, cells + start, cache)
         return cache.read(0, 0, 3)
 
-    def _compare_with_plain_forward(self, cache: SlotCache) -> None:
-        """Runs two ragged rows and one more step through the slots, and each row alone through the model as it is.
+    def _check_against_plain_forward(self, cache: SlotCache) -> None:
+        """Compares with the model as it is; gives our own forward pass up where that differs.
 
         Raises:
-            ModelNotSupported: If they differ: what a model does with positions, masks, caches or logits outside of what
-                this package knows shows up here, whatever its name.
+            ModelNotSupported: If the decoder itself differs too: what a model does with positions, masks, caches or
+                logits outside of what this package knows shows up here, whatever its name.
         """
-        ids = self._probe_ids()
-        rows = torch.stack([ids[:6], ids[6:12]])
-        cells = torch.stack([torch.arange(6), torch.tensor([0, 1, 2, 7, 7, 7])]).to(self.device)  # a row of 6, one of 3
         try:
-            self._forward(self.embed(rows), cells, cells.clamp_max(6), cache)
-            after = torch.tensor([[6], [3]], device=self.device)
-            ours = self.logits(self._forward(self.embed(ids[[6, 9]])[:, None], after, after, cache))[:, 0]
-            plain = [self.model(input_ids=row[None], use_cache=False).logits[0, -1] for row in (ids[:7], ids[6:10])]
+            difference = self._difference_to_plain_forward(cache)
+            if not self.decoder_fault and not difference <= 10 * self._tolerance:
+                self._own_fault = f"logits are off by {difference:.1e} of the largest"
+                self._choose_forward()
+                logger.warning("%s: decoded by transformers, since here %s", self.name, self._own_fault)
+                difference = self._difference_to_plain_forward(cache)
         except (
             AttributeError,
             TypeError,
@@ -310,13 +333,27 @@ class LanguageModel:
             raise ModelNotSupported(
                 f"{self.name}: {type(self.model).__name__} does not run on the slot cache{how} ({_first_line(error)})."
             ) from error
-        for mine, theirs in zip(ours, plain, strict=True):
-            difference = (mine - theirs.to(mine.device)).abs().max() / theirs.abs().max()
-            if not difference <= 10 * self._tolerance:
-                raise ModelNotSupported(
-                    f"{self.name}: {type(self.model).__name__} computes something else in a ragged batch on the slot "
-                    f"cache than alone (logits off by {difference:.1e} of the largest), so it is refused."
-                )
+        if not difference <= 10 * self._tolerance:
+            raise ModelNotSupported(
+                f"{self.name}: {type(self.model).__name__} computes something else in a ragged batch on the slot "
+                f"cache than alone (logits off by {difference:.1e} of the largest), so it is refused."
+            )
+
+    def _difference_to_plain_forward(self, cache: SlotCache) -> float:
+        """Runs two ragged rows and one more step through the slots, and each row alone through the model as it is.
+
+        Returns:
+            Largest difference of logits, relative to the largest one.
+        """
+        ids = self._probe_ids()
+        rows = torch.stack([ids[:6], ids[6:12]])
+        cells = torch.stack([torch.arange(6), torch.tensor([0, 1, 2, 7, 7, 7])]).to(self.device)  # a row of 6, one of 3
+        self._on_slots(self.embed(rows), cells, cells.clamp_max(6), cache)
+        after = torch.tensor([[6], [3]], device=self.device)
+        ours = self.logits(self._on_slots(self.embed(ids[[6, 9]])[:, None], after, after, cache))[:, 0]
+        plain = [self.model(input_ids=row[None], use_cache=False).logits[0, -1] for row in (ids[:7], ids[6:10])]
+        pairs = [(mine, theirs.to(mine.device)) for mine, theirs in zip(ours, plain, strict=True)]
+        return max(float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs)
 
 
 def _checked_positions(config: Any, name: str, wanted: int | None) -> int:

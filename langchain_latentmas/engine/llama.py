@@ -1,0 +1,159 @@
+"""The layers of Llama and its kin, in a third of the calls that transformers makes of them."""
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import attend
+from .linear import linear
+from .slots import SlotCache
+
+KIN = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
+"""Decoders of transformers that compute what `LlamaDecoder` does; Qwen3 normalises queries and keys besides."""
+
+
+class LlamaDecoder:
+    """Computes what a decoder of transformers does, from the same weights and on the same slots.
+
+    What it leaves out is not arithmetic but calls: a norm is three kernels instead of six, queries and keys are rotated
+    together, angles are looked up, no module is called. For small models, and for few rows, that is most of the time.
+    """
+
+    def __init__(self, decoder: nn.Module, positions: int) -> None:
+        """Takes the weights of a decoder, and computes all angles.
+
+        Args:
+            decoder: One that `obstacle` finds nothing against.
+            positions: How many there can be.
+        """
+        source: Any = decoder
+        self.layers = [Layer(layer) for layer in source.layers]
+        self.norm = Norm(source.norm)
+        weight: Tensor = source.norm.weight
+        cos, sin = source.rotary_emb(weight, torch.arange(positions, device=weight.device)[None])
+        self.cos, self.sin = cos[0], sin[0, :, : sin.shape[-1] // 2].contiguous()  # both halves of a head are alike
+
+    @staticmethod
+    def obstacle(decoder: nn.Module) -> str:
+        """Why a decoder cannot be computed this way; "" if it can."""
+        kind, source = type(decoder), cast(Any, decoder)
+        if kind.__name__ not in KIN or not kind.__module__.startswith("transformers.models."):
+            return f"{kind.__name__} may have layers of another kind"
+        if source.config.hidden_act != "silu":
+            return f"its activation is {source.config.hidden_act}"
+        if any("forward" in module.__dict__ or any(hooks_of(module)) for module in decoder.modules()):
+            return "a module has a hook, or a forward of its own"
+        if any(type(module) is not nn.Linear for layer in source.layers for module in _linears(layer)):
+            return "a linear layer was replaced"
+        if len({weight.device for weight in decoder.parameters()}) > 1:
+            return "its layers lie on several devices"
+        return ""
+
+    def __call__(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+        """Last hidden states after the final norm; arguments and result as for `LanguageModel.hidden`."""
+        cos, sin = (F.embedding(positions, angles)[:, :, None] for angles in (self.cos, self.sin))
+        x = embeds
+        for layer, slots in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, cos, sin, mask, slots)
+        return self.norm(x)
+
+
+class Layer:
+    """One decoder layer, as the tensors of its modules."""
+
+    def __init__(self, layer: Any) -> None:
+        """Takes the weights of a layer of transformers."""
+        attention = layer.self_attn
+        self.head_dim: int = attention.head_dim
+        self.before_attention, self.before_mlp = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.q, self.k, self.v, self.o, self.gate, self.up, self.down = map(Affine, _linears(layer))
+        self.q_norm, self.k_norm = None, None
+        if hasattr(attention, "q_norm"):
+            self.q_norm, self.k_norm = Norm(attention.q_norm), Norm(attention.k_norm)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any) -> Tensor:
+        """What the layer makes of hidden states.
+
+        Args:
+            x: [rows, new, hidden].
+            cos: Of the angles [rows, new, 1, head_dim].
+            sin: Likewise, [rows, new, 1, head_dim / 2].
+            mask: See `LanguageModel.hidden`.
+            slots: Keys and values of this layer, a `SlotLayer`.
+        """
+        x = x + self._attention(self.before_attention(x), cos, sin, mask, slots)
+        h = self.before_mlp(x)
+        x += self.down(F.silu(self.gate(h), inplace=True).mul_(self.up(h)))
+        return x
+
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any) -> Tensor:
+        rows, new, _ = x.shape
+        shape = rows, new, -1, self.head_dim
+        q, k, v = self.q(x).view(shape), self.k(x).view(shape), self.v(x).view(shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        turned = _turned(torch.cat([q, k], dim=2), cos, sin)
+        q, k = (part.transpose(1, 2) for part in turned.split((q.shape[2], k.shape[2]), dim=2))
+        keys, values = slots.update(k, v.transpose(1, 2))
+        if new > 1 and x.device.type == "cpu":  # copies nothing for a group there, not even the mask
+            seen = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True).transpose(1, 2)
+        else:
+            seen, _ = attend(self, q, keys, values, mask)
+        return self.o(seen.reshape(rows, new, -1))
+
+
+class Affine:
+    """A linear layer."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        """Takes the weights of a module."""
+        self.weight, self.bias = module.weight, module.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., out] of [..., in]."""
+        return linear(x, self.weight, self.bias)
+
+
+class Norm:
+    """A root-mean-square norm over the last dimension."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Takes the weight of a module."""
+        source: Any = module
+        self.module, self.weight, self.eps = module, cast(Tensor, source.weight), cast(float, source.variance_epsilon)
+        n = len(self.weight)
+        self._least, self._root = self.weight.new_tensor(n * self.eps).sqrt(), math.sqrt(n)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., n] of the same shape."""
+        if x.dtype is torch.float64:  # the module rounds to float32 on the way, so no other way gives the same
+            return self.module(x)
+        if x.device.type != "cpu" or x.dtype is not torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # There it is one call that makes eight. This is the same in four: x / sqrt(|x|² + n·eps) · sqrt(n) · weight
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._least)
+        return (x * (self._root / length)).mul_(self.weight)
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """What is called before and after a module, and would not be where its weights are used without it."""
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+def _linears(layer: Any) -> tuple[nn.Linear, ...]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    )
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    turned = x * cos
+    turned[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    turned[..., half:].addcmul_(x[..., :half], sin)
+    return turned

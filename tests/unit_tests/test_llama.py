@@ -1,0 +1,155 @@
+"""Our own forward pass computes what the decoder of transformers does, and is given up where it would not."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from langchain_latentmas.engine import linear as linear_module
+from langchain_latentmas.engine import llama
+from langchain_latentmas.engine.linear import LARGE, linear
+from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.service.local import LocalService, LocalSettings
+
+from ..conftest import load_parts
+from ..support import messages, relative, say
+from .test_model import GPT2, random_model
+
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+KIN = [
+    ("llama", GROUPED),
+    ("llama", {"attention_bias": True, "rope_parameters": LLAMA3}),
+    ("mistral", {**GROUPED, "head_dim": 16, "sliding_window": None}),
+    ("qwen2", {**GROUPED, "rope_parameters": YARN}),
+    ("qwen3", {**GROUPED, "head_dim": 32, "tie_word_embeddings": True}),
+]
+
+
+def wrapped(kind: str, dtype: torch.dtype, **config: Any) -> LanguageModel:
+    return LanguageModel(random_model(kind, **config).to(dtype), load_parts("qwen3-tied", "float64")[1])
+
+
+def both(model: LanguageModel, rows: int, new: int) -> tuple[Tensor, Tensor]:
+    """Hidden states of ragged rows and one step more, from our own forward pass and from the decoder as it is."""
+    torch.manual_seed(1)
+    found = []
+    embeds = torch.randn(rows, new + 1, model.config.hidden_size).to(model.dtype)
+    lengths = torch.arange(rows)[:, None] % new + 1
+    cells = torch.where(torch.arange(new) < lengths, torch.arange(new), 2 * new)
+    for forward in (model._forward, model._as_it_is):
+        cache, model._forward, model._decode = model.new_cache(), forward, forward
+        with torch.inference_mode():
+            first = model._on_slots(embeds[:, :new], cells, cells.clamp_max(new), cache)
+            last = model._on_slots(embeds[:, new:], lengths, lengths, cache)
+        found.append(torch.cat([first[cells < new], last.flatten(0, 1)]))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize(("kind", "config"), KIN)
+def test_our_own_forward_pass_is_the_decoder(
+    kind: str, config: dict[str, Any], dtype: torch.dtype, most: float
+) -> None:
+    model = wrapped(kind, dtype, **config)
+    assert model.decoder_fault == ""
+    assert isinstance(model._forward, llama.LlamaDecoder)
+    ours, theirs = both(model, rows=5, new=7)
+    assert relative(ours.double(), theirs.double()) < most
+
+
+@pytest.mark.parametrize(("kind", "config"), [("gemma", {"head_dim": 32}), ("phi3", {}), ("gpt2", GPT2)])
+def test_other_decoders_are_used_as_they_are(kind: str, config: dict[str, Any]) -> None:
+    with LocalService(wrapped(kind, torch.float64, **config), LocalSettings()) as service:
+        assert "may have layers of another kind" in service.info()["decoder"]
+
+
+def test_another_activation_is_not_ours() -> None:
+    assert "its activation is gelu" in wrapped("llama", torch.float64, hidden_act="gelu").decoder_fault
+
+
+def test_a_result_that_differs_is_given_up_and_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = wrapped("qwen3", torch.float64, **dict(KIN)["qwen3"])
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "_turned", lambda x, cos, sin: x * cos)
+        model = wrapped("qwen3", torch.float64, **dict(KIN)["qwen3"])
+    assert "decoded by transformers" in caplog.text
+    with LocalService(model, LocalSettings()) as service, LocalService(plain, LocalSettings()) as other:
+        assert "logits are off by" in service.info()["decoder"]
+        assert other.info()["decoder"] == "own"
+        asked = messages("What is 1 + 1?")
+        assert say(service, asked, temperature=0).token_ids == say(other, asked, temperature=0).token_ids
+
+
+def test_a_hook_is_called_as_soon_as_it_is_there() -> None:
+    model, seen = wrapped("llama", torch.float64), []
+    with LocalService(model, LocalSettings()) as service:
+        service.think(messages("one"), steps=2)
+        mlp = model.decoder.get_submodule("layers.1.mlp")
+        hook = mlp.register_forward_hook(lambda *_: seen.append(1))
+        service.think(messages("two"), steps=2)
+        assert len(seen) == 3  # a prefill and two steps
+        assert "hook" in service.info()["decoder"]
+        hook.remove()
+        service.think(messages("three"), steps=2)
+        assert len(seen) == 3
+        assert service.info()["decoder"] == "own"
+
+
+def test_an_adapter_in_place_of_a_linear_layer_is_used() -> None:
+    model = wrapped("llama", torch.float64)
+    with LocalService(model, LocalSettings()) as service:
+        before = say(service, messages("one"), temperature=0).token_ids
+        mlp = model.decoder.get_submodule("layers.0.mlp")
+        mlp.down_proj = nn.Sequential(mlp.down_proj, nn.Tanh())
+        assert say(service, messages("one"), temperature=0).token_ids != before
+        assert "a linear layer was replaced" in service.info()["decoder"]
+
+
+def test_a_parameter_put_in_is_the_one_that_is_used() -> None:
+    model = wrapped("llama", torch.float64)
+    with LocalService(model, LocalSettings()) as service:
+        before = say(service, messages("one"), temperature=0).token_ids
+        norm = model.decoder.get_submodule("layers.0.input_layernorm")
+        norm.weight = nn.Parameter(-3 * norm.weight)
+        assert say(service, messages("one"), temperature=0).token_ids != before
+        ours, theirs = both(model, rows=3, new=4)
+        assert relative(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, LARGE // 64 // 32, 64), (40, LARGE // 64 // 32, 64), (2, 3, 96), (64,)])
+def test_a_matrix_product_is_the_same_wherever_it_is_computed(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape), torch.randn(32, shape[-1])
+    offset = torch.randn(32) if bias else None
+    exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
+    assert relative(linear(x, weight, offset).double(), exact) < 1e-5
+    assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+
+
+def test_large_products_of_single_precision_go_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    called = []
+    monkeypatch.setattr(linear_module.F, "linear", lambda *_: called.append(1))
+    large, small = torch.randn(LARGE // 64 // 32, 64), torch.randn(1, 64)
+    weight = torch.randn(32, 64)
+    linear(large, weight)
+    assert not called
+    linear(small, weight)
+    linear(large.double(), weight.double())
+    linear(large.bfloat16(), weight.bfloat16())
+    assert len(called) == 3
