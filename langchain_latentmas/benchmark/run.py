@@ -130,6 +130,7 @@ class Bench:
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": model.quantization,
             "compiled": model.compiled,
+            "packed": model.packed,
             "fingerprint": model.fingerprint,
             "kv_bytes_per_position": model.bytes_per_position,
             "weights_gb": {what: weight_bytes(model, what) / 1e9 for what in get_args(What)},

@@ -73,9 +73,7 @@ def parameters(shape: str) -> int:
         return int(AutoModelForCausalLM.from_config(_config(shape)).num_parameters())
 
 
-def build(
-    shape: str, device: str, dtype: torch.dtype, quantization: str | None = None, compile: bool = False
-) -> LanguageModel:
+def build(shape: str, device: str, dtype: torch.dtype, quantization: str | None = None, **how: bool) -> LanguageModel:
     """A model of a shape, its weights random, the tokenizer and its chat template the bundled model's.
 
     Args:
@@ -83,7 +81,7 @@ def build(
         device: Where it is made, at once in its dtype.
         dtype: Of the weights.
         quantization: See `LanguageModel.load`.
-        compile: See `LanguageModel`.
+        **how: `compile` and `pack`, see `LanguageModel`.
 
     Raises:
         InvalidRequest: If there is no such shape, or it does not fit the device.
@@ -104,7 +102,7 @@ def build(
         from torchao.quantization import quantize_
 
         quantize_(model.get_decoder(), quantized.quant_type)
-    loaded = LanguageModel(model, AutoTokenizer.from_pretrained(bundled.MODEL), name=f"random {shape}", compile=compile)
+    loaded = LanguageModel(model, AutoTokenizer.from_pretrained(bundled.MODEL), name=f"random {shape}", **how)
     loaded.quantization = quantization
     return loaded
 

@@ -34,6 +34,9 @@ def bench(
     ] = "auto",
     quantization: Annotated[str | None, typer.Option(help="int8 or fp8 weights (extra quant).")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Decode through torch.compile.")] = False,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Keep large matrices a second time, as a CPU reads them fastest.")
+    ] = False,
     rows: Annotated[str, typer.Option(help="How many rows side by side.")] = "1 2 4 8 16 32 64",
     positions: Annotated[str, typer.Option(help="How long their memories are.")] = "256 2048 8192",
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each loop.")] = 5,
@@ -64,7 +67,7 @@ def bench(
 
             check_path(svg)
         with loading(show=not as_json):
-            loaded = _load(model, shape, device, dtype, quantization, threads, compiled)
+            loaded = _load(model, shape, device, dtype, quantization, threads, compile=compiled, pack=pack)
             from ..benchmark.run import Bench, Graphs
 
             cuda = loaded.device.type == "cuda"
@@ -92,7 +95,7 @@ def _load(
     dtype: str,
     quantization: str | None,
     threads: int | None,
-    compiled: bool,
+    **how: Any,
 ) -> "LanguageModel":
     import torch
     from transformers.utils import logging as transformers_logging
@@ -115,9 +118,9 @@ def _load(
         named = getattr(torch, chosen, None)
         if not isinstance(named, torch.dtype) or not named.is_floating_point:
             raise InvalidRequest(f"{dtype!r} is no dtype of weights; take bfloat16, float16 or float32.")
-        return build(shape, device, named, quantization, compiled)
+        return build(shape, device, named, quantization, **how)
     source = str(bundled.MODEL) if model == "bundled" else model
-    loaded = LanguageModel.load(source, device=device, dtype=dtype, quantization=quantization, compile=compiled)
+    loaded = LanguageModel.load(source, device=device, dtype=dtype, quantization=quantization, **how)
     loaded.name = model
     return loaded
 
@@ -266,7 +269,7 @@ def _notes(result: dict[str, Any]) -> Iterator[RenderableType]:
 
 def _dtype(about: dict[str, Any]) -> str:
     how = [f"{about['quantization']} weights"] if about["quantization"] else []
-    return ", ".join([about["dtype"], *how, *(["compiled"] if about["compiled"] else [])])
+    return ", ".join([about["dtype"], *how, *(option for option in ("compiled", "packed") if about[option])])
 
 
 def _size(gb: float) -> str:

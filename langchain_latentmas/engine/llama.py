@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend
-from .linear import linear
+from .linear import Linear
 from .slots import SlotCache
 
 KIN = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
@@ -22,15 +22,16 @@ class LlamaDecoder:
     together, angles are looked up, no module is called. For small models, and for few rows, that is most of the time.
     """
 
-    def __init__(self, decoder: nn.Module, positions: int) -> None:
+    def __init__(self, decoder: nn.Module, positions: int, packed: bool = False) -> None:
         """Takes the weights of a decoder, and computes all angles.
 
         Args:
             decoder: One that `obstacle` finds nothing against.
             positions: How many there can be.
+            packed: See `Linear`.
         """
         source: Any = decoder
-        self.layers = [Layer(layer) for layer in source.layers]
+        self.layers = [Layer(layer, packed) for layer in source.layers]
         self.norm = Norm(source.norm)
         weight: Tensor = source.norm.weight
         cos, sin = source.rotary_emb(weight, torch.arange(positions, device=weight.device)[None])
@@ -64,12 +65,18 @@ class LlamaDecoder:
 class Layer:
     """One decoder layer, as the tensors of its modules."""
 
-    def __init__(self, layer: Any) -> None:
-        """Takes the weights of a layer of transformers."""
+    def __init__(self, layer: Any, packed: bool) -> None:
+        """Takes the weights of a layer of transformers.
+
+        Args:
+            layer: The layer.
+            packed: See `Linear`.
+        """
         attention = layer.self_attn
         self.head_dim: int = attention.head_dim
         self.before_attention, self.before_mlp = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
-        self.q, self.k, self.v, self.o, self.gate, self.up, self.down = map(Affine, _linears(layer))
+        linears = (Linear(module, packed) for module in _linears(layer))
+        self.q, self.k, self.v, self.o, self.gate, self.up, self.down = linears
         self.q_norm, self.k_norm = None, None
         if hasattr(attention, "q_norm"):
             self.q_norm, self.k_norm = Norm(attention.q_norm), Norm(attention.k_norm)
@@ -103,18 +110,6 @@ class Layer:
         else:
             seen, _ = attend(self, q, keys, values, mask)
         return self.o(seen.reshape(rows, new, -1))
-
-
-class Affine:
-    """A linear layer."""
-
-    def __init__(self, module: nn.Linear) -> None:
-        """Takes the weights of a module."""
-        self.weight, self.bias = module.weight, module.bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., out] of [..., in]."""
-        return linear(x, self.weight, self.bias)
 
 
 class Norm:

@@ -15,7 +15,7 @@ from ..errors import ModelNotFound, ModelNotSupported
 from . import attention
 from .alignment import Alignment
 from .kv import KV
-from .linear import linear
+from .linear import Linear, packable
 from .llama import LlamaDecoder, hooks_of
 from .quantization import plain_tensors, quantization_config
 from .rotary import Rotary
@@ -49,6 +49,7 @@ class LanguageModel:
         bytes_per_position: Bytes of KV per position.
         kv_devices: Device of each layer's KV.
         compiled: Whether decode steps go through `torch.compile`.
+        packed: Whether large matrices are kept a second time, for oneDNN.
         decoder_fault: Why the decoder of transformers computes the layers and not `LlamaDecoder`; "" if that does.
     """
 
@@ -63,6 +64,7 @@ class LanguageModel:
         realign: bool = True,
         max_positions: int | None = None,
         compile: bool = False,
+        pack: bool = False,
     ) -> None:
         """Wraps a loaded model, checks it, and computes alignment and fingerprint.
 
@@ -74,6 +76,7 @@ class LanguageModel:
             max_positions: A lower limit than the model's own; needed for models that are exact only up to a length.
             compile: Whether decode steps go through `torch.compile`: faster, after seconds to minutes of compiling. If
                 the model attends by "sdpa", it then attends by "latentmas" for good, see `attention.attend`.
+            pack: Whether to keep large matrices a second time, in the layout that oneDNN reads fastest on a CPU.
 
         Raises:
             ModelNotSupported: If a latent step would not be exact; says why.
@@ -86,7 +89,7 @@ class LanguageModel:
         self.config = model.config.get_text_config(decoder=True)
         self.max_positions = _checked_positions(self.config, self.name, max_positions)
         self.decoder = model.get_decoder()
-        self.compiled = compile
+        self.compiled, self.packed = compile, pack
         if compile and self.config._attn_implementation == "sdpa":
             model.set_attn_implementation(attention.NAME)  # compiled, "sdpa" copies keys and values for each query head
         self.eos = _end_tokens(model, tokenizer)
@@ -95,6 +98,8 @@ class LanguageModel:
             raise ModelNotSupported(
                 f"{self.name}: the weights do not fit the devices given, and offloaded ones are too slow."
             )
+        if pack and (fault := LlamaDecoder.obstacle(self.decoder) or self._unpackable()):
+            raise ModelNotSupported(f"{self.name}: pack=True has no use here, since {fault}; leave it out.")
         with torch.inference_mode():
             self._choose_forward()
             cache = self.new_cache()
@@ -119,6 +124,7 @@ class LanguageModel:
         realign: bool = True,
         max_positions: int | None = None,
         compile: bool = False,
+        pack: bool = False,
         quantization: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -133,6 +139,7 @@ class LanguageModel:
             realign: See `LanguageModel`.
             max_positions: See `LanguageModel`.
             compile: See `LanguageModel`.
+            pack: See `LanguageModel`.
             quantization: "int8" or "fp8": linear layers keep their weights in 8 bits, through torchao; embeddings stay.
                 Another fingerprint comes of it, so no memory is read by the model as it was, nor the other way round.
             revision: Branch, tag or commit on the hub.
@@ -173,7 +180,8 @@ class LanguageModel:
             raise ModelNotFound(
                 f"{name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}."
             )
-        loaded = cls(model, tokenizer, name=name, realign=realign, max_positions=max_positions, compile=compile)
+        how: dict[str, Any] = {"realign": realign, "max_positions": max_positions, "compile": compile, "pack": pack}
+        loaded = cls(model, tokenizer, name=name, **how)
         loaded.quantization = quantization
         return loaded
 
@@ -224,9 +232,7 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of hidden states [..., hidden]."""
-        head = self.model.get_output_embeddings()
-        hidden = hidden.to(head.weight.device)
-        return linear(hidden, head.weight, head.bias) if type(head) is nn.Linear else head(hidden)
+        return self._head(hidden.to(self._head.weight.device))
 
     def refresh(self) -> None:
         """Computes alignment and fingerprint anew, for weights that were changed in place."""
@@ -237,7 +243,7 @@ class LanguageModel:
         # Where each weight is, since a walk through all modules takes longer than all else that a request costs here.
         self._held = [(m._parameters, name) for m in self.model.modules() for name in m._parameters]
         self._modules = [(m._modules, dict(m._modules)) for m in self.model.modules()]
-        self._hooks = [(hooks, len(hooks)) for m in self.decoder.modules() for hooks in hooks_of(m)]
+        self._hooks = [(hooks, len(hooks)) for m in self.model.modules() for hooks in hooks_of(m)]
         self._versions = self._weight_versions()
         self.alignment = Alignment.of(self.model, self.realign)
         self.fingerprint = self._fingerprint()
@@ -282,8 +288,15 @@ class LanguageModel:
         self.decoder_fault = LlamaDecoder.obstacle(self.decoder) or self._own_fault
         self._forward: Forward = self._as_it_is
         if not self.decoder_fault:
-            self._forward = LlamaDecoder(self.decoder, self.max_positions)
+            self._forward = LlamaDecoder(self.decoder, self.max_positions, self.packed)
         self._decode = torch.compile(self._forward) if self.compiled else self._forward
+        head = self.model.get_output_embeddings()
+        self._head = Linear(head, self.packed) if type(head) is nn.Linear and not any(hooks_of(head)) else head
+
+    def _unpackable(self) -> str:
+        if all(packable(weight) for weight in self.decoder.parameters()):
+            return ""
+        return f"oneDNN takes no {self.dtype} weights on {self.device.type} here, or these are quantized"
 
     def _as_it_is(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
         return self.decoder(

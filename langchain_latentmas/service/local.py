@@ -44,6 +44,7 @@ class LocalSettings(RecipeSettings):
         realign: Whether the alignment uses `W`, or only rescales (design, rule 2; the paper treats it as a setting).
         compile: Whether decode steps go through `torch.compile`. On a CPU that takes a C++ compiler. The first steps
             take seconds for the bundled model, and minutes for one of 28 layers; torch keeps what it compiled.
+        pack: Whether to keep large matrices a second time, in the layout that a CPU reads fastest (docs/speed.md).
         cuda_graphs: Whether decode steps on one CUDA device are recorded and replayed.
         kv_dtype: "int8" keeps the KV of memories in 8 bits until somebody reads it, in every place where it is kept:
             about half of bfloat16's bytes or a quarter of float32's, rounded (docs/precision.md). "auto" keeps it as
@@ -63,6 +64,7 @@ class LocalSettings(RecipeSettings):
 
     realign: bool = True
     compile: bool = False
+    pack: bool = False
     cuda_graphs: bool = True
     kv_dtype: Literal["auto", "int8"] = "auto"
     kv_budget: Bytes | None = None
@@ -297,6 +299,7 @@ class LocalService(RecipeService):
             "quantization": model.quantization or "none",
             "weight_bytes": model.weight_bytes,
             "compiled": model.compiled,
+            "packed": model.packed,
             "decoder": f"transformers, since {model.decoder_fault}" if model.decoder_fault else "own",
             "cuda_graphs": ticker.cuda_graphs,
             "max_positions": model.max_positions,
@@ -376,7 +379,7 @@ class LocalService(RecipeService):
 
 
 def _of_the_model(settings: LocalSettings) -> dict[str, Any]:
-    return settings.model_dump(include={"realign", "max_positions", "compile"})
+    return settings.model_dump(include={"realign", "max_positions", "compile", "pack"})
 
 
 def _checked_settings(settings: dict[str, Any]) -> LocalSettings:

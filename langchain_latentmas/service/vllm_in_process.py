@@ -27,6 +27,7 @@ OF_THE_ENGINE = (
     "kv_disk_budget",
     "kv_folder",
     "compile",
+    "pack",
     "cuda_graphs",
     "prefill_chunk",
 )

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from langchain_latentmas.engine import linear as linear_module
 from langchain_latentmas.engine import llama
-from langchain_latentmas.engine.linear import LARGE, linear
+from langchain_latentmas.engine.linear import LARGE, Linear, linear, packable
 from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.errors import ModelNotSupported
 from langchain_latentmas.service.local import LocalService, LocalSettings
 
 from ..conftest import load_parts
@@ -153,3 +154,43 @@ def test_large_products_of_single_precision_go_to_onednn(monkeypatch: pytest.Mon
     linear(large.double(), weight.double())
     linear(large.bfloat16(), weight.bfloat16())
     assert len(called) == 3
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_a_packed_layer_computes_the_same(dtype: torch.dtype, most: float) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(1024, LARGE // 1024).to(dtype)
+    if not packable(module.weight):
+        pytest.skip("this processor takes no weights of that dtype in oneDNN")
+    packed, plain = Linear(module, packed=True), Linear(module)
+    assert packed._packed is not None
+    with torch.inference_mode():
+        for x in (torch.randn(1, 1024), torch.randn(3, 40, 1024)):
+            assert relative(packed(x.to(dtype)).double(), plain(x.to(dtype)).double()) < most
+
+
+def test_small_layers_are_not_packed() -> None:
+    assert Linear(nn.Linear(64, 64), packed=True)._packed is None
+
+
+def test_a_packed_model_says_the_same_and_notices_changed_weights() -> None:
+    wide = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 16}
+    parts = random_model("llama", **wide).float(), load_parts("qwen3-tied", "float64")[1]
+    if not packable(parts[0].get_decoder().norm.weight):
+        pytest.skip("this torch has no oneDNN")
+    plain, packed = LanguageModel(*parts), LanguageModel(*parts, pack=True)
+    with LocalService(plain, LocalSettings()) as one, LocalService(packed, LocalSettings()) as other:
+        assert other.info()["packed"]
+        before = say(other, messages("one"), temperature=0).token_ids
+        assert say(one, messages("one"), temperature=0).token_ids == before
+        with torch.no_grad():
+            parts[0].get_decoder().get_submodule("layers.0.mlp.down_proj").weight.mul_(-1)
+        after = say(other, messages("one"), temperature=0).token_ids
+        assert after != before
+        assert say(one, messages("one"), temperature=0).token_ids == after
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("llama", torch.float64), ("phi3", torch.float32)])
+def test_packing_what_cannot_be_packed_is_refused(kind: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ModelNotSupported, match=r"pack=True has no use here, since .*; leave it out"):
+        LanguageModel(random_model(kind).to(dtype), load_parts("qwen3-tied", "float64")[1], pack=True)
