@@ -53,12 +53,15 @@ class LlamaDecoder:
             return "its layers lie on several devices"
         return ""
 
-    def __call__(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+    def __call__(
+        self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache, only: Tensor | None = None
+    ) -> Tensor:
         """Last hidden states after the final norm; arguments and result as for `LanguageModel.hidden`."""
         cos, sin = (F.embedding(positions, angles)[:, :, None] for angles in (self.cos, self.sin))
         x = embeds
         for layer, slots in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, cos, sin, mask, slots)
+            # Keys and values are needed of all positions; what the last layer makes of the others nobody reads.
+            x = layer(x, cos, sin, mask, slots, only if layer is self.layers[-1] else None)
         return self.norm(x)
 
 
@@ -81,7 +84,7 @@ class Layer:
         if hasattr(attention, "q_norm"):
             self.q_norm, self.k_norm = Norm(attention.q_norm), Norm(attention.k_norm)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any, only: Tensor | None) -> Tensor:
         """What the layer makes of hidden states.
 
         Args:
@@ -90,13 +93,18 @@ class Layer:
             sin: Likewise, [rows, new, 1, head_dim / 2].
             mask: See `LanguageModel.hidden`.
             slots: Keys and values of this layer, a `SlotLayer`.
+            only: See `LanguageModel.hidden`.
+
+        Returns:
+            [rows, new, hidden], or with `only` [rows, 1, hidden].
         """
-        x = x + self._attention(self.before_attention(x), cos, sin, mask, slots)
+        seen = self._attention(self.before_attention(x), cos, sin, mask, slots, only)
+        x = (x if only is None else x[torch.arange(len(x)), only][:, None]) + seen
         h = self.before_mlp(x)
         x += self.down(F.silu(self.gate(h), inplace=True).mul_(self.up(h)))
         return x
 
-    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any) -> Tensor:
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any, only: Tensor | None) -> Tensor:
         rows, new, _ = x.shape
         shape = rows, new, -1, self.head_dim
         q, k, v = self.q(x).view(shape), self.k(x).view(shape), self.v(x).view(shape)
@@ -105,6 +113,9 @@ class Layer:
         turned = _turned(torch.cat([q, k], dim=2), cos, sin)
         q, k = (part.transpose(1, 2) for part in turned.split((q.shape[2], k.shape[2]), dim=2))
         keys, values = slots.update(k, v.transpose(1, 2))
+        if only is not None:
+            each, new = torch.arange(rows), 1
+            q, mask = q[each, :, only][:, :, None], mask[each, :, only][:, :, None]
         if new > 1 and x.device.type == "cpu":  # copies nothing for a group there, not even the mask
             seen = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True).transpose(1, 2)
         else:

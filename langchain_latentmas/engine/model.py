@@ -29,9 +29,6 @@ HASHED_AT_ONCE = 1 << 24  # elements
 Embeddable = Sequence[int] | Tensor
 """Token ids, or thoughts [n, hidden] that are fed as they are."""
 
-Forward = Callable[[Tensor, Tensor, Tensor, SlotCache], Tensor]
-"""See `LanguageModel.hidden`."""
-
 
 class LanguageModel:
     """A decoder, seen as what thinking needs: embeddings in, last hidden states out, logits only on demand.
@@ -215,7 +212,9 @@ class LanguageModel:
         """What is added to attention scores, of the shape of `seen`, which says where a cell is seen."""
         return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(~seen, self.unseen)
 
-    def hidden(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+    def hidden(
+        self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache, only: Tensor | None = None
+    ) -> Tensor:
         """One forward pass without logits.
 
         Args:
@@ -224,11 +223,14 @@ class LanguageModel:
             mask: [rows, 1, new, length], in the model's dtype: what is added to attention scores, 0 for cells that a
                 position sees and `unseen` for others.
             cache: Its window says where the new keys go.
+            only: [rows]: the one new position of each row whose hidden state is wanted; None for all of them.
 
         Returns:
-            Last hidden states after the final norm, [rows, new, hidden].
+            Last hidden states after the final norm, [rows, new, hidden], or with `only` [rows, 1, hidden].
         """
-        return (self._decode if embeds.shape[1] == 1 else self._forward)(embeds, positions, mask, cache)
+        if embeds.shape[1] == 1:
+            return self._decode(embeds, positions, mask, cache)
+        return self._forward(embeds, positions, mask, cache, only)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of hidden states [..., hidden]."""
@@ -286,7 +288,7 @@ class LanguageModel:
     def _choose_forward(self) -> None:
         """Takes our own forward pass where it computes what this decoder does, and the decoder itself elsewhere."""
         self.decoder_fault = LlamaDecoder.obstacle(self.decoder) or self._own_fault
-        self._forward: Forward = self._as_it_is
+        self._forward: Callable[..., Tensor] = self._as_it_is
         if not self.decoder_fault:
             self._forward = LlamaDecoder(self.decoder, self.max_positions, self.packed)
         self._decode = torch.compile(self._forward) if self.compiled else self._forward
@@ -298,10 +300,13 @@ class LanguageModel:
             return ""
         return f"oneDNN takes no {self.dtype} weights on {self.device.type} here, or these are quantized"
 
-    def _as_it_is(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
-        return self.decoder(
+    def _as_it_is(
+        self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache, only: Tensor | None = None
+    ) -> Tensor:
+        hidden = self.decoder(
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state
+        return hidden if only is None else hidden[torch.arange(len(hidden)), only][:, None]
 
     def _on_slots(self, embeds: Tensor, cells: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
         length = int(cells.max()) + 1

@@ -257,11 +257,12 @@ class Ticker:
         cells = torch.where(offsets < counts, positions, self.cache.capacity - 1)
         length = min(max(row.position for row in rows) + width, self.cache.capacity)
         self.cache.window = Window(slice(slot, slot + together), cells, length, self.cache.capacity)
-        hidden = self.model.hidden(embeds, positions, self._mask(rows, positions, length), self.cache)
+        only = None if any(row.keep_hidden for row in rows) else counts[:, 0] - 1
+        hidden = self.model.hidden(embeds, positions, self._mask(rows, positions, length), self.cache, only)
         self.prefilled += sum(new)
         for i, row in enumerate(rows):
             row.position += new[i]
-            row.hidden = hidden[i, new[i] - 1]
+            row.hidden = hidden[i, 0 if only is not None else new[i] - 1]
             if row.keep_hidden:
                 row.prefilled.append(hidden[i, : new[i]])
         return together

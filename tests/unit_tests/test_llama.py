@@ -11,11 +11,12 @@ from langchain_latentmas.engine import linear as linear_module
 from langchain_latentmas.engine import llama
 from langchain_latentmas.engine.linear import LARGE, Linear, linear, packable
 from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.engine.slots import Window
 from langchain_latentmas.errors import ModelNotSupported
 from langchain_latentmas.service.local import LocalService, LocalSettings
 
 from ..conftest import load_parts
-from ..support import messages, relative, say
+from ..support import kv_difference, messages, relative, say
 from .test_model import GPT2, random_model
 
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -67,6 +68,26 @@ def test_our_own_forward_pass_is_the_decoder(
     assert isinstance(model._forward, llama.LlamaDecoder)
     ours, theirs = both(model, rows=5, new=7)
     assert relative(ours.double(), theirs.double()) < most
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3"])
+def test_one_position_of_each_row_can_be_asked_for(kind: str) -> None:
+    model = wrapped(kind, torch.float64, **dict(KIN).get(kind, {}))
+    embeds, positions = torch.randn(3, 6, 64).double(), torch.arange(6).expand(3, -1)
+    only = torch.tensor([5, 0, 3])
+    found, caches = [], []
+    for asked in (None, only):
+        cache = model.new_cache()
+        cache.reserve(3, 6)
+        cache.window = Window(slice(0, 3), positions, 6, cache.capacity)
+        mask = model.mask(torch.arange(6) <= positions[:, None, :, None])
+        with torch.inference_mode():
+            found.append(model.hidden(embeds, positions, mask, cache, asked))
+        caches.append(cache)
+    assert found[1].shape == (3, 1, 64)
+    assert relative(found[1][:, 0], found[0][torch.arange(3), only]) < 1e-12
+    for row in range(3):
+        assert kv_difference(caches[0].read(row, 0, 6), caches[1].read(row, 0, 6)) < 1e-12
 
 
 @pytest.mark.parametrize(("kind", "config"), [("gemma", {"head_dim": 32}), ("phi3", {}), ("gpt2", GPT2)])
