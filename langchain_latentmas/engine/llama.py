@@ -99,7 +99,7 @@ class Layer:
             [rows, new, hidden], or with `only` [rows, 1, hidden].
         """
         seen = self._attention(self.before_attention(x), cos, sin, mask, slots, only)
-        x = (x if only is None else x[torch.arange(len(x)), only][:, None]) + seen
+        x = (x if only is None else x[torch.arange(len(x), device=x.device), only][:, None]) + seen
         h = self.before_mlp(x)
         x += self.down(F.silu(self.gate(h), inplace=True).mul_(self.up(h)))
         return x
@@ -114,7 +114,7 @@ class Layer:
         q, k = (part.transpose(1, 2) for part in turned.split((q.shape[2], k.shape[2]), dim=2))
         keys, values = slots.update(k, v.transpose(1, 2))
         if only is not None:
-            each, new = torch.arange(rows), 1
+            each, new = torch.arange(rows, device=x.device), 1
             q, mask = q[each, :, only][:, :, None], mask[each, :, only][:, :, None]
         if new > 1 and x.device.type == "cpu":  # copies nothing for a group there, not even the mask
             seen = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True).transpose(1, 2)

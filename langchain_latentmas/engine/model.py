@@ -306,7 +306,9 @@ class LanguageModel:
         hidden = self.decoder(
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        return hidden if only is None else hidden[torch.arange(len(hidden)), only][:, None]
+        if only is None:
+            return hidden
+        return hidden[torch.arange(len(hidden), device=hidden.device), only.to(hidden.device)][:, None]
 
     def _on_slots(self, embeds: Tensor, cells: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
         length = int(cells.max()) + 1
