@@ -6,9 +6,15 @@ from typing import Any, NamedTuple
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
-from langchain_core.language_models.chat_models import agenerate_from_stream, generate_from_stream
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage, UsageMetadata
-from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    ToolMessage,
+    UsageMetadata,
+    message_chunk_to_message,
+)
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
@@ -177,7 +183,7 @@ class ChatLatentMAS(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _named(generate_from_stream(self._stream(messages, stop, **kwargs)), kwargs.get("agent"))
+        return _result(_Call(self, messages, stop, kwargs).whole())
 
     async def _agenerate(
         self,
@@ -186,7 +192,7 @@ class ChatLatentMAS(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _named(await agenerate_from_stream(self._astream(messages, stop, **kwargs)), kwargs.get("agent"))
+        return _result(await _Call(self, messages, stop, kwargs).awhole())
 
     def _stream(
         self,
@@ -195,17 +201,7 @@ class ChatLatentMAS(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call = _Call(self, messages, stop, kwargs)
-        if call.thinker:
-            on_step = reporter(call.agent, call.thinker.steps)
-            ref = call.service.think(
-                call.messages, call.latents, steps=call.thinker.steps, agent=call.agent, on_step=on_step
-            )
-            generations = iter([call.thought(ref)])
-        else:
-            spoken = call.service.speak(call.messages, call.latents, agent=call.agent, **call.sampling)
-            generations = map(call.generation, spoken)
-        for generation in generations:
+        for generation in _Call(self, messages, stop, kwargs).parts():
             if run_manager:
                 run_manager.on_llm_new_token(generation.text, chunk=generation)
             yield generation
@@ -217,19 +213,7 @@ class ChatLatentMAS(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call = _Call(self, messages, stop, kwargs)
-        if call.thinker:
-            on_step = reporter(call.agent, call.thinker.steps)
-            ref = await call.service.athink(
-                call.messages, call.latents, steps=call.thinker.steps, agent=call.agent, on_step=on_step
-            )
-            generation = call.thought(ref)
-            if run_manager:
-                await run_manager.on_llm_new_token(generation.text, chunk=generation)
-            yield generation
-            return
-        async for chunk in call.service.aspeak(call.messages, call.latents, agent=call.agent, **call.sampling):
-            generation = call.generation(chunk)
+        async for generation in _Call(self, messages, stop, kwargs).aparts():
             if run_manager:
                 await run_manager.on_llm_new_token(generation.text, chunk=generation)
             yield generation
@@ -248,10 +232,11 @@ class _Call:
         given.pop("ls_structured_output_format", None)  # for tracing only
         latents: Sequence[LatentRef] = given.pop("latents", ())
         steps: int | None = given.pop("steps", None)
-        thinker = THINKER.get()
-        self.agent = self.named or (thinker and thinker.name) or (node_path(ensure_config()) or ("agent",))[-1]
+        thinker, config = THINKER.get(), ensure_config()
+        path = node_path(config)
+        self.agent = self.named or (thinker and thinker.name) or (path or ("agent",))[-1]
         self.thinker = None if thinker is None or thinker.speaks_here() else thinker
-        if steps is not None and not runs_as_text(ensure_config(), self.agent, *node_path(ensure_config())[-1:]):
+        if steps is not None and not runs_as_text(config, self.agent, *path[-1:]):
             self.thinker = Thinker(self.agent, steps, f"steps={steps}", frozenset(), 0)
         if self.thinker and tools:
             raise InvalidRequest(
@@ -268,14 +253,48 @@ class _Call:
         own = {name: getattr(llm, name) for name in SAMPLING}
         self.sampling = {**own, **given, "stop": stop or llm.stop, "tools": tools, "prefix": prefix}
 
-    def thought(self, ref: LatentRef) -> ChatGenerationChunk:
+    def whole(self) -> ChatGenerationChunk:
+        """Thinks or speaks, and returns all of it."""
+        if self.thinker is not None:
+            return self._thought(self.service.think(self.messages, self.latents, **self._thinking))
+        return self._generation(self.service.say(self.messages, self.latents, agent=self.agent, **self.sampling))
+
+    async def awhole(self) -> ChatGenerationChunk:
+        """Like `whole`."""
+        if self.thinker is not None:
+            return self._thought(await self.service.athink(self.messages, self.latents, **self._thinking))
+        said = await self.service.asay(self.messages, self.latents, agent=self.agent, **self.sampling)
+        return self._generation(said)
+
+    def parts(self) -> Iterator[ChatGenerationChunk]:
+        """Thinks, or speaks token by token."""
+        if self.thinker is not None:
+            return iter([self.whole()])
+        spoken = self.service.speak(self.messages, self.latents, agent=self.agent, **self.sampling)
+        return map(self._generation, spoken)
+
+    async def aparts(self) -> AsyncIterator[ChatGenerationChunk]:
+        """Like `parts`."""
+        if self.thinker is not None:
+            yield await self.awhole()
+            return
+        async for chunk in self.service.aspeak(self.messages, self.latents, agent=self.agent, **self.sampling):
+            yield self._generation(chunk)
+
+    @property
+    def _thinking(self) -> dict[str, Any]:
+        assert self.thinker is not None
+        steps = self.thinker.steps
+        return {"steps": steps, "agent": self.agent, "on_step": reporter(self.agent, steps)}
+
+    def _thought(self, ref: LatentRef) -> ChatGenerationChunk:
         """The message of a think: a marker."""
         message = AIMessageChunk(content=self.service.marker(ref), name=self.named, chunk_position="last")
         message.usage_metadata = _usage(0, 0, ref["steps"])
         message.response_metadata = self._metadata("stop", ref)
         return ChatGenerationChunk(message=message)
 
-    def generation(self, chunk: Chunk) -> ChatGenerationChunk:
+    def _generation(self, chunk: Chunk) -> ChatGenerationChunk:
         """The message chunk of a piece of spoken text."""
         text = self.calls.push(chunk.text) if self.calls else chunk.text
         message = AIMessageChunk(content=text, name=self.named)
@@ -302,10 +321,8 @@ class _Call:
         }
 
 
-def _named(result: ChatResult, agent: str | None) -> ChatResult:
-    for generation in result.generations:
-        generation.message.name = agent  # adding chunks up loses it
-    return result
+def _result(whole: ChatGenerationChunk) -> ChatResult:
+    return ChatResult(generations=[ChatGeneration(message=message_chunk_to_message(whole.message))])
 
 
 def _usage(read: int, spoken: int, latent_steps: int) -> UsageMetadata:
