@@ -1,8 +1,9 @@
 """ChatLatentMAS, the LangChain chat model over a latent service; all speaking goes through it."""
 
+import inspect
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
@@ -30,6 +31,8 @@ from .service.base import READING
 from .service.shared import shared_service
 from .state import LatentRef
 from .tool_calls import ToolCallText, forcing_prefix
+
+M = TypeVar("M", bound=AIMessage)
 
 # Content blocks that repeat a message's tool calls, or hold what a model of another vendor thought before it spoke.
 UNREAD_BLOCKS = ("tool_call", "tool_use", "invalid_tool_call", "reasoning", "thinking", "redacted_thinking")
@@ -219,6 +222,10 @@ class ChatLatentMAS(BaseChatModel):
             yield generation
 
 
+for _generate in (ChatLatentMAS._generate, ChatLatentMAS._agenerate):  # LangChain asks for it in every call
+    _generate.__signature__ = inspect.signature(_generate)  # type: ignore[union-attr]
+
+
 class _Call:
     """One call of the model: what it reads, whether it thinks, and how what comes becomes messages."""
 
@@ -253,30 +260,32 @@ class _Call:
         own = {name: getattr(llm, name) for name in SAMPLING}
         self.sampling = {**own, **given, "stop": stop or llm.stop, "tools": tools, "prefix": prefix}
 
-    def whole(self) -> ChatGenerationChunk:
+    def whole(self) -> AIMessage:
         """Thinks or speaks, and returns all of it."""
         if self.thinker is not None:
-            return self._thought(self.service.think(self.messages, self.latents, **self._thinking))
-        return self._generation(self.service.say(self.messages, self.latents, agent=self.agent, **self.sampling))
+            return self._thought(self.service.think(self.messages, self.latents, **self._thinking), AIMessage)
+        return self._said(self.service.say(self.messages, self.latents, agent=self.agent, **self.sampling))
 
-    async def awhole(self) -> ChatGenerationChunk:
+    async def awhole(self) -> AIMessage:
         """Like `whole`."""
         if self.thinker is not None:
-            return self._thought(await self.service.athink(self.messages, self.latents, **self._thinking))
-        said = await self.service.asay(self.messages, self.latents, agent=self.agent, **self.sampling)
-        return self._generation(said)
+            ref = await self.service.athink(self.messages, self.latents, **self._thinking)
+            return self._thought(ref, AIMessage)
+        return self._said(await self.service.asay(self.messages, self.latents, agent=self.agent, **self.sampling))
 
     def parts(self) -> Iterator[ChatGenerationChunk]:
         """Thinks, or speaks token by token."""
         if self.thinker is not None:
-            return iter([self.whole()])
+            ref = self.service.think(self.messages, self.latents, **self._thinking)
+            return iter([_last(self._thought(ref, AIMessageChunk))])
         spoken = self.service.speak(self.messages, self.latents, agent=self.agent, **self.sampling)
         return map(self._generation, spoken)
 
     async def aparts(self) -> AsyncIterator[ChatGenerationChunk]:
         """Like `parts`."""
         if self.thinker is not None:
-            yield await self.awhole()
+            ref = await self.service.athink(self.messages, self.latents, **self._thinking)
+            yield _last(self._thought(ref, AIMessageChunk))
             return
         async for chunk in self.service.aspeak(self.messages, self.latents, agent=self.agent, **self.sampling):
             yield self._generation(chunk)
@@ -287,12 +296,20 @@ class _Call:
         steps = self.thinker.steps
         return {"steps": steps, "agent": self.agent, "on_step": reporter(self.agent, steps)}
 
-    def _thought(self, ref: LatentRef) -> ChatGenerationChunk:
+    def _thought(self, ref: LatentRef, kind: type[M]) -> M:
         """The message of a think: a marker."""
-        message = AIMessageChunk(content=self.service.marker(ref), name=self.named, chunk_position="last")
+        message = kind(content=self.service.marker(ref), name=self.named)
         message.usage_metadata = _usage(0, 0, ref["steps"])
         message.response_metadata = self._metadata("stop", ref)
-        return ChatGenerationChunk(message=message)
+        return message
+
+    def _said(self, chunk: Chunk) -> AIMessage:
+        """The message of all that was spoken."""
+        if self.calls:  # only chunks make tool calls of text
+            return cast(AIMessage, message_chunk_to_message(self._generation(chunk).message))
+        message = AIMessage(content=chunk.text, name=self.named)
+        self._close(message, chunk)
+        return message
 
     def _generation(self, chunk: Chunk) -> ChatGenerationChunk:
         """The message chunk of a piece of spoken text."""
@@ -302,14 +319,17 @@ class _Call:
             if self.calls:
                 rest, calls = self.calls.end()
                 message = AIMessageChunk(content=text + rest, name=self.named, tool_call_chunks=calls)
-            usage = chunk.usage
-            message.usage_metadata = _usage(usage["input_tokens"], usage["output_tokens"], usage["latent_steps"])
-            message.response_metadata = {
-                **self._metadata(chunk.finish_reason or "", chunk.ref),
-                "merge": usage["merge"],
-            }
-            message.chunk_position = "last"
+            self._close(message, chunk)
+            return _last(message)
         return ChatGenerationChunk(message=message)
+
+    def _close(self, message: AIMessage, last: Chunk) -> None:
+        """Says in a message what the last chunk says."""
+        assert last.usage is not None
+        assert last.ref is not None
+        usage = last.usage
+        message.usage_metadata = _usage(usage["input_tokens"], usage["output_tokens"], usage["latent_steps"])
+        message.response_metadata = {**self._metadata(last.finish_reason or "", last.ref), "merge": usage["merge"]}
 
     def _metadata(self, finish: str, ref: LatentRef) -> dict[str, Any]:
         return {
@@ -321,8 +341,13 @@ class _Call:
         }
 
 
-def _result(whole: ChatGenerationChunk) -> ChatResult:
-    return ChatResult(generations=[ChatGeneration(message=message_chunk_to_message(whole.message))])
+def _result(message: AIMessage) -> ChatResult:
+    return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def _last(message: AIMessageChunk) -> ChatGenerationChunk:
+    message.chunk_position = "last"
+    return ChatGenerationChunk(message=message)
 
 
 def _usage(read: int, spoken: int, latent_steps: int) -> UsageMetadata:

@@ -13,7 +13,7 @@ from .alteration import original
 from .envelope import OVERHEAD
 from .identity import Signer
 from .memory import Recipe, Segment
-from .store import RECIPE, Header, RecipeStore
+from .store import DROPPED, RECIPE, Header, RecipeStore
 
 
 class _Kept(NamedTuple):
@@ -57,7 +57,7 @@ class KeptRecipes(RecipeStore):
             how = recipe.model, recipe.alignment, recipe.parents
             kept = _Kept(own.agent, *how, prompt_ids, own.thoughts, spoken_ids, time.time())
             self.store.mset([(recipe.id + RECIPE, kept)])  # type: ignore[list-item]
-            self.renew(recipe.id)
+            self.store.mdelete([recipe.id + DROPPED])
         return recipe
 
     def get(self, key: str) -> Recipe:

@@ -8,8 +8,8 @@ import secrets
 import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
@@ -234,11 +234,13 @@ class RecipeService(LatentService):
         request, known = await self._aside(begun, quick=_quick(messages, latents))
         if known is not None:
             return known
-        async for event in request.aevents(notify=on_step is not None):
-            if isinstance(event, Result):
-                return await self._aside(partial(request.keep, event))
-            if on_step is not None and isinstance(event, int):
-                on_step(event)
+        # Closed here: one that is left to the event loop costs it a task and a wake-up.
+        async with aclosing(request.aevents(notify=on_step is not None)) as events:
+            async for event in events:
+                if isinstance(event, Result):
+                    return await self._aside(partial(request.keep, event))
+                if on_step is not None and isinstance(event, int):
+                    on_step(event)
         raise AssertionError("a request ends with a result or an error")
 
     def speak(
@@ -320,9 +322,10 @@ class RecipeService(LatentService):
         how: dict[str, Any] = {"sampling": _sampling(sampling), "tools": tools, "prefix": prefix}
         begun = partial(_Request, self, messages, latents, agent, **how)
         request = await self._aside(begun, quick=_quick(messages, latents))
-        async for event in request.aevents(notify=False):
-            if isinstance(event, Result):
-                return await self._aside(partial(request.whole, event))
+        async with aclosing(request.aevents(notify=False)) as events:
+            async for event in events:
+                if isinstance(event, Result):
+                    return await self._aside(partial(request.whole, event))
         raise AssertionError("a request ends with a result or an error")
 
     async def _aside(self, call: Callable[[], T], quick: bool = True) -> T:
@@ -580,7 +583,7 @@ class _Request:
             finally:
                 row.cancelled = True
 
-    async def aevents(self, notify: bool) -> AsyncIterator[int | Spoken | Result]:
+    async def aevents(self, notify: bool) -> AsyncGenerator[int | Spoken | Result, None]:
         """Like `events`, for `async for`."""
         inbox: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()

@@ -1,6 +1,7 @@
 """All of an answer at once: the same as its chunks, with one wake-up; and what an event loop does by itself."""
 
 import asyncio
+import inspect
 from contextlib import suppress
 from typing import Any
 
@@ -50,6 +51,18 @@ async def test_the_whole_wakes_the_event_loop_once(service: LocalService, monkey
     assert len(told) == 2
     assert len([chunk async for chunk in llm.astream(PROMPT)]) > 7
     assert len(told) == 2 + 7 + 1
+
+
+async def test_a_request_wakes_the_event_loop_once(service: LocalService, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, woken = asyncio.get_running_loop(), []
+    wake = loop.call_soon_threadsafe
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: (woken.append(call), wake(*call))[1])
+    before = asyncio.all_tasks()
+    await service.athink([HumanMessage("Nobody asked this yet.")], steps=3)
+    assert len(woken) == 1
+    await service.asay(PROMPT, max_tokens=3)
+    assert len(woken) == 2
+    assert asyncio.all_tasks() == before  # nothing is left to be closed
 
 
 async def test_to_cancel_the_whole_frees_its_slot(fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +149,13 @@ def test_a_tokenizer_with_an_encoding_of_its_own_is_asked(
     monkeypatch.setattr(service.model, "tokenizer", own)
     with LocalService(service.model, service.settings) as other:
         assert other.encode(PROMPT, "") == (7, 8, 9)
+
+
+def test_langchain_finds_the_signature_that_is_there() -> None:
+    for call in (ChatLatentMAS._generate, ChatLatentMAS._agenerate):
+        given = vars(call).pop("__signature__")
+        assert inspect.signature(call) == given
+        vars(call)["__signature__"] = given
 
 
 def test_messages_are_those_of_before(service: LocalService) -> None:
