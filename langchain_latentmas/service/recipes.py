@@ -692,10 +692,12 @@ def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _quick(messages: LanguageModelInput, latents: Sequence[LatentRef]) -> bool:
     """Whether a request is so small that to check and encode it takes less than a thread to do it in."""
-    if READING.get() is not None or not isinstance(messages, list) or len(latents) > QUICK_REFERENCES:
+    if READING.get() is not None or not (isinstance(messages, list) and isinstance(latents, (list, tuple))):
         return False
     texts = [message.content if isinstance(message, BaseMessage) else None for message in messages]
-    return all(isinstance(text, str) for text in texts) and sum(map(len, texts)) <= QUICK_TEXT  # type: ignore[arg-type]
+    if len(latents) > QUICK_REFERENCES or not all(isinstance(text, str) for text in texts):
+        return False
+    return sum(map(len, texts)) <= QUICK_TEXT  # type: ignore[arg-type]
 
 
 def _listed(latents: Any) -> list[Any]:

@@ -103,6 +103,14 @@ async def test_only_a_short_prompt_is_encoded_on_the_event_loop(
     assert len(called) <= 1  # what is kept in this process is kept without waiting
 
 
+async def test_references_may_come_in_any_form(service: LocalService) -> None:
+    ref = service.think("Plan.", steps=1)
+    assert (await service.athink(PROMPT, None, steps=1))["parents"] == []  # type: ignore[arg-type]
+    forms: list[Any] = [[ref], (ref,), iter([ref]), ref]
+    for given_as in forms:
+        assert (await service.athink(PROMPT, given_as, steps=1))["parents"] == [ref["id"]]
+
+
 async def test_a_service_with_a_folder_works_aside(
     fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
