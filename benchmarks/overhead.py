@@ -108,7 +108,7 @@ def main(
         latents = [service.think(f"What is {i} plus 1?", steps=0, agent=f"other{i}") for i in range(references + 1)]
         begun = time.perf_counter()
         for _ in range(repeats):
-            merge_latents(latents, latents[-1:])
+            merge_latents(latents[:-1], latents[-1:])
         merging = (time.perf_counter() - begun) / repeats
     table = Table("node", "µs before", "µs after", "µs together", box=None, padding=(0, 2), header_style="dim")
     rows = []

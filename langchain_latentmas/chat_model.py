@@ -1,14 +1,21 @@
 """ChatLatentMAS, the LangChain chat model over a latent service; all speaking goes through it."""
 
+import inspect
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
-from langchain_core.language_models.chat_models import agenerate_from_stream, generate_from_stream
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage, UsageMetadata
-from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    ToolMessage,
+    UsageMetadata,
+    message_chunk_to_message,
+)
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
@@ -24,6 +31,8 @@ from .service.base import READING
 from .service.shared import shared_service
 from .state import LatentRef
 from .tool_calls import ToolCallText, forcing_prefix
+
+M = TypeVar("M", bound=AIMessage)
 
 # Content blocks that repeat a message's tool calls, or hold what a model of another vendor thought before it spoke.
 UNREAD_BLOCKS = ("tool_call", "tool_use", "invalid_tool_call", "reasoning", "thinking", "redacted_thinking")
@@ -177,7 +186,7 @@ class ChatLatentMAS(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _named(generate_from_stream(self._stream(messages, stop, **kwargs)), kwargs.get("agent"))
+        return _result(_Call(self, messages, stop, kwargs).whole())
 
     async def _agenerate(
         self,
@@ -186,7 +195,7 @@ class ChatLatentMAS(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _named(await agenerate_from_stream(self._astream(messages, stop, **kwargs)), kwargs.get("agent"))
+        return _result(await _Call(self, messages, stop, kwargs).awhole())
 
     def _stream(
         self,
@@ -195,17 +204,7 @@ class ChatLatentMAS(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call = _Call(self, messages, stop, kwargs)
-        if call.thinker:
-            on_step = reporter(call.agent, call.thinker.steps)
-            ref = call.service.think(
-                call.messages, call.latents, steps=call.thinker.steps, agent=call.agent, on_step=on_step
-            )
-            generations = iter([call.thought(ref)])
-        else:
-            spoken = call.service.speak(call.messages, call.latents, agent=call.agent, **call.sampling)
-            generations = map(call.generation, spoken)
-        for generation in generations:
+        for generation in _Call(self, messages, stop, kwargs).parts():
             if run_manager:
                 run_manager.on_llm_new_token(generation.text, chunk=generation)
             yield generation
@@ -217,22 +216,14 @@ class ChatLatentMAS(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call = _Call(self, messages, stop, kwargs)
-        if call.thinker:
-            on_step = reporter(call.agent, call.thinker.steps)
-            ref = await call.service.athink(
-                call.messages, call.latents, steps=call.thinker.steps, agent=call.agent, on_step=on_step
-            )
-            generation = call.thought(ref)
+        async for generation in _Call(self, messages, stop, kwargs).aparts():
             if run_manager:
                 await run_manager.on_llm_new_token(generation.text, chunk=generation)
             yield generation
-            return
-        async for chunk in call.service.aspeak(call.messages, call.latents, agent=call.agent, **call.sampling):
-            generation = call.generation(chunk)
-            if run_manager:
-                await run_manager.on_llm_new_token(generation.text, chunk=generation)
-            yield generation
+
+
+for _generate in (ChatLatentMAS._generate, ChatLatentMAS._agenerate):  # LangChain asks for it in every call
+    _generate.__signature__ = inspect.signature(_generate)  # type: ignore[union-attr]
 
 
 class _Call:
@@ -248,10 +239,11 @@ class _Call:
         given.pop("ls_structured_output_format", None)  # for tracing only
         latents: Sequence[LatentRef] = given.pop("latents", ())
         steps: int | None = given.pop("steps", None)
-        thinker = THINKER.get()
-        self.agent = self.named or (thinker and thinker.name) or (node_path(ensure_config()) or ("agent",))[-1]
+        thinker, config = THINKER.get(), ensure_config()
+        path = node_path(config)
+        self.agent = self.named or (thinker and thinker.name) or (path or ("agent",))[-1]
         self.thinker = None if thinker is None or thinker.speaks_here() else thinker
-        if steps is not None and not runs_as_text(ensure_config(), self.agent, *node_path(ensure_config())[-1:]):
+        if steps is not None and not runs_as_text(config, self.agent, *path[-1:]):
             self.thinker = Thinker(self.agent, steps, f"steps={steps}", frozenset(), 0)
         if self.thinker and tools:
             raise InvalidRequest(
@@ -268,14 +260,58 @@ class _Call:
         own = {name: getattr(llm, name) for name in SAMPLING}
         self.sampling = {**own, **given, "stop": stop or llm.stop, "tools": tools, "prefix": prefix}
 
-    def thought(self, ref: LatentRef) -> ChatGenerationChunk:
+    def whole(self) -> AIMessage:
+        """Thinks or speaks, and returns all of it."""
+        if self.thinker is not None:
+            return self._thought(self.service.think(self.messages, self.latents, **self._thinking), AIMessage)
+        return self._said(self.service.say(self.messages, self.latents, agent=self.agent, **self.sampling))
+
+    async def awhole(self) -> AIMessage:
+        """Like `whole`."""
+        if self.thinker is not None:
+            ref = await self.service.athink(self.messages, self.latents, **self._thinking)
+            return self._thought(ref, AIMessage)
+        return self._said(await self.service.asay(self.messages, self.latents, agent=self.agent, **self.sampling))
+
+    def parts(self) -> Iterator[ChatGenerationChunk]:
+        """Thinks, or speaks token by token."""
+        if self.thinker is not None:
+            ref = self.service.think(self.messages, self.latents, **self._thinking)
+            return iter([_last(self._thought(ref, AIMessageChunk))])
+        spoken = self.service.speak(self.messages, self.latents, agent=self.agent, **self.sampling)
+        return map(self._generation, spoken)
+
+    async def aparts(self) -> AsyncIterator[ChatGenerationChunk]:
+        """Like `parts`."""
+        if self.thinker is not None:
+            ref = await self.service.athink(self.messages, self.latents, **self._thinking)
+            yield _last(self._thought(ref, AIMessageChunk))
+            return
+        async for chunk in self.service.aspeak(self.messages, self.latents, agent=self.agent, **self.sampling):
+            yield self._generation(chunk)
+
+    @property
+    def _thinking(self) -> dict[str, Any]:
+        assert self.thinker is not None
+        steps = self.thinker.steps
+        return {"steps": steps, "agent": self.agent, "on_step": reporter(self.agent, steps)}
+
+    def _thought(self, ref: LatentRef, kind: type[M]) -> M:
         """The message of a think: a marker."""
-        message = AIMessageChunk(content=self.service.marker(ref), name=self.named, chunk_position="last")
+        message = kind(content=self.service.marker(ref), name=self.named)
         message.usage_metadata = _usage(0, 0, ref["steps"])
         message.response_metadata = self._metadata("stop", ref)
-        return ChatGenerationChunk(message=message)
+        return message
 
-    def generation(self, chunk: Chunk) -> ChatGenerationChunk:
+    def _said(self, chunk: Chunk) -> AIMessage:
+        """The message of all that was spoken."""
+        if self.calls:  # only chunks make tool calls of text
+            return cast(AIMessage, message_chunk_to_message(self._generation(chunk).message))
+        message = AIMessage(content=chunk.text, name=self.named)
+        self._close(message, chunk)
+        return message
+
+    def _generation(self, chunk: Chunk) -> ChatGenerationChunk:
         """The message chunk of a piece of spoken text."""
         text = self.calls.push(chunk.text) if self.calls else chunk.text
         message = AIMessageChunk(content=text, name=self.named)
@@ -283,14 +319,17 @@ class _Call:
             if self.calls:
                 rest, calls = self.calls.end()
                 message = AIMessageChunk(content=text + rest, name=self.named, tool_call_chunks=calls)
-            usage = chunk.usage
-            message.usage_metadata = _usage(usage["input_tokens"], usage["output_tokens"], usage["latent_steps"])
-            message.response_metadata = {
-                **self._metadata(chunk.finish_reason or "", chunk.ref),
-                "merge": usage["merge"],
-            }
-            message.chunk_position = "last"
+            self._close(message, chunk)
+            return _last(message)
         return ChatGenerationChunk(message=message)
+
+    def _close(self, message: AIMessage, last: Chunk) -> None:
+        """Says in a message what the last chunk says."""
+        assert last.usage is not None
+        assert last.ref is not None
+        usage = last.usage
+        message.usage_metadata = _usage(usage["input_tokens"], usage["output_tokens"], usage["latent_steps"])
+        message.response_metadata = {**self._metadata(last.finish_reason or "", last.ref), "merge": usage["merge"]}
 
     def _metadata(self, finish: str, ref: LatentRef) -> dict[str, Any]:
         return {
@@ -302,10 +341,13 @@ class _Call:
         }
 
 
-def _named(result: ChatResult, agent: str | None) -> ChatResult:
-    for generation in result.generations:
-        generation.message.name = agent  # adding chunks up loses it
-    return result
+def _result(message: AIMessage) -> ChatResult:
+    return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def _last(message: AIMessageChunk) -> ChatGenerationChunk:
+    message.chunk_position = "last"
+    return ChatGenerationChunk(message=message)
 
 
 def _usage(read: int, spoken: int, latent_steps: int) -> UsageMetadata:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import ensure_config
 
 from .errors import InvalidRequest
 
@@ -16,7 +15,8 @@ def edge_modes(config: RunnableConfig, edges: Iterable[Edge], known: Iterable[Ed
     """What `configurable.edges` makes of latent edges.
 
     Args:
-        config: "latent" (the default), "text", or a mapping from "source->target" to one of them.
+        config: Of the run, from `ensure_config`: "latent" (the default), "text", or a mapping from "source->target" to
+            one of them.
         edges: Edges that are latent by themselves.
         known: All that a mapping may name; None lets it name others.
 
@@ -59,7 +59,7 @@ def node_path(config: RunnableConfig) -> tuple[str, ...]:
 
 
 def _asked(config: RunnableConfig) -> Mode | Mapping[str, Mode]:
-    asked = ensure_config(config).get("configurable", {}).get("edges", "latent")
+    asked = config.get("configurable", {}).get("edges", "latent")
     for key, mode in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
         if mode not in ("latent", "text"):
             raise InvalidRequest(

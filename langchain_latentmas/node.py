@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
-from langgraph.runtime import get_runtime
+from langgraph.runtime import Runtime, get_runtime
 
 from .chat_model import ChatLatentMAS
 from .errors import InvalidRequest
@@ -26,6 +26,8 @@ class _Plan(NamedTuple):
     service: LatentService
     messages: list[BaseMessage]
     latents: list[LatentRef]
+    leaves_text: bool
+    """And no reference."""
     thinks: bool
 
 
@@ -101,6 +103,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         self.max_tokens = max_tokens
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         self.sampling["stop_sequences"] = list(stop) if stop else None
+        self._system = SystemMessage(prompt) if isinstance(prompt, str) else None
         self._llm: ChatLatentMAS | None = None
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -119,7 +122,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             )
             return {"latents": [ref]}
         llm = self._chat_model(plan)
-        return self._said(llm.invoke(plan.messages, config, latents=plan.latents, agent=self.name), config)
+        return _said(llm.invoke(plan.messages, config, latents=plan.latents, agent=self.name), plan)
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Like `invoke`, without blocking the event loop."""
@@ -132,18 +135,14 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             )
             return {"latents": [ref]}
         llm = self._chat_model(plan)
-        return self._said(await llm.ainvoke(plan.messages, config, latents=plan.latents, agent=self.name), config)
+        return _said(await llm.ainvoke(plan.messages, config, latents=plan.latents, agent=self.name), plan)
 
     def _plan(self, state: Any, config: RunnableConfig) -> _Plan:
-        try:
-            runtime = get_runtime()
-        except (RuntimeError, KeyError):  # called outside of a graph
-            runtime = None
-        service = self.service or _field(runtime and runtime.context, "service") or shared_service()
+        service = self.service or _service_of_the_run() or shared_service()
         if not isinstance(service, LatentService):
             raise InvalidRequest(f"Agent {self.name!r}: service must be a LatentService, not {type(service).__name__}.")
         messages = self._prompt_messages(state, config)
-
+        leaves_text = runs_as_text(config, str(self.name), *node_path(config)[-1:])
         known = [] if runs_as_text(config) else list(_field(state, "latents") or [])
         try:
             latents, notes = self._read(known, _field(state, "messages") or [])
@@ -152,18 +151,19 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             for ref in known:
                 checked_ref(ref)
             raise
-        unread = [m for m in messages if _memory_of(m) not in read]
-        thinks = not self.speak and not self._leaves_text(config)
-        return _Plan(service, _with_notes(unread, notes), [checked_ref(ref) for ref in latents], thinks)
+        unread = [m for m in messages if _memory_of(m) not in read] if read else messages
+        thinks = not self.speak and not leaves_text
+        return _Plan(service, _with_notes(unread, notes), latents, leaves_text, thinks)
 
     def _prompt_messages(self, state: Any, config: RunnableConfig) -> list[BaseMessage]:
         made: Any
-        if isinstance(self.prompt, str):
-            made = [SystemMessage(self.prompt), *(_field(state, "messages") or [])]
+        if self._system is not None:
+            made = [self._system, *(_field(state, "messages") or [])]
         elif isinstance(self.prompt, Runnable):
             values = state if isinstance(state, Mapping) else vars(state)
             made = self.prompt.invoke(dict(values), config)
         else:
+            assert callable(self.prompt)
             made = self.prompt(state)
         if isinstance(made, PromptValue):
             made = made.to_messages()
@@ -177,22 +177,25 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
     ) -> tuple[list[LatentRef], list[AIMessage]]:
         """What it reads of others: references in the order in which they are merged, and what has none, as text."""
         asked = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=-1)
-        ids = {ref["id"] for ref in known}
-        agents = [m for m in messages[asked + 1 :] if isinstance(m, AIMessage) and m.response_metadata.get("agent")]
-        said = [message for message in agents if _memory_of(message) not in ids]
+        said = [m for m in messages[asked + 1 :] if isinstance(m, AIMessage) and m.response_metadata.get("agent")]
+        if said:
+            ids = {ref["id"] for ref in known}
+            said = [message for message in said if _memory_of(message) not in ids]
         if self.reads is None:
             return sorted(tips(known), key=lambda ref: ref["agent"]), said
-        there = {ref["agent"] for ref in known} | {str(message.name) for message in said}
-        if unknown := next((agent for agent in self.reads if agent not in there), None):
-            raise self._nobody(unknown, sorted(there))
+        # One pass over the references of the state, of which there may be thousands.
+        left: dict[str, list[LatentRef]] = {agent: [] for agent in self.reads}
+        for ref in known:
+            if ref["agent"] in left:
+                left[ref["agent"]].append(ref)
+        named = {str(message.name) for message in said}
+        if unknown := next((agent for agent in self.reads if not left[agent] and agent not in named), None):
+            raise self._nobody(unknown, sorted({ref["agent"] for ref in known} | named))
         # Older ones of a loop among the references count once: the service reads tips only.
         return (
-            [ref for agent in self.reads for ref in known if ref["agent"] == agent],
+            [ref for agent in self.reads for ref in left[agent]],
             [message for agent in self.reads for message in said if message.name == agent],
         )
-
-    def _leaves_text(self, config: RunnableConfig) -> bool:
-        return runs_as_text(config, str(self.name), *node_path(config)[-1:])
 
     def _nobody(self, agent: str, known: list[str]) -> InvalidRequest:
         there = ", ".join(known) or "nobody yet"
@@ -207,10 +210,20 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             self._llm = llm = ChatLatentMAS(service=plan.service, max_tokens=self.max_tokens, **self.sampling)
         return llm
 
-    def _said(self, message: AIMessage, config: RunnableConfig) -> dict[str, Any]:
-        if self._leaves_text(config):
-            return {"messages": [message]}
-        return {"messages": [message], "latents": [message.response_metadata["latent_ref"]]}
+
+def _service_of_the_run() -> Any:
+    """`service` in the context of the graph that runs, if there is one."""
+    try:
+        runtime: Runtime | None = get_runtime()
+    except (RuntimeError, KeyError):  # called outside of a graph
+        return None
+    return None if runtime is None else _field(runtime.context, "service")
+
+
+def _said(message: AIMessage, plan: _Plan) -> dict[str, Any]:
+    if plan.leaves_text:
+        return {"messages": [message]}
+    return {"messages": [message], "latents": [message.response_metadata["latent_ref"]]}
 
 
 def _field(state: Any, name: str) -> Any:

@@ -44,8 +44,11 @@ def merge_latents(left: Sequence[LatentRef] | None, right: Sequence[LatentRef] |
     Returns:
         A new list; a reference that is already there (same id and agent) keeps its place and is not repeated.
     """
-    merged = {(ref["id"], ref["agent"]): ref for ref in left or []}
-    for ref in right or []:
+    refs = [*(left or []), *(right or [])]
+    if len({ref["id"] for ref in refs}) == len(refs):  # the rule, and soon seen: a state may hold thousands
+        return refs
+    merged: dict[tuple[str, str], LatentRef] = {}
+    for ref in refs:
         merged.setdefault((ref["id"], ref["agent"]), ref)
     return list(merged.values())
 

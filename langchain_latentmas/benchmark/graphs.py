@@ -1,5 +1,6 @@
 """Whole graphs: many questions at once against one at a time, and latent edges against text."""
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -7,7 +8,7 @@ from typing import Any, Literal
 from langchain_core.messages import HumanMessage
 from langgraph.graph import END, START, StateGraph
 
-from ..demo import answer_all, held_out
+from ..demo import held_out
 from ..engine.model import LanguageModel
 from ..errors import EngineFailed
 from ..evaluation.run import cost
@@ -113,6 +114,8 @@ def concurrency(
 ) -> dict[str, Any]:
     """The demo's sequential graph with latent edges: questions per second, many at once and one at a time, in turns.
 
+    Those at once go through `abatch`: threads, as many as questions, would get in each other's way.
+
     Args:
         model: The model, with the end tokens that it has.
         concurrent: Questions at once.
@@ -130,11 +133,21 @@ def concurrency(
         # A service of its own, since one that has thought a thought before returns it without work.
         with LocalService(model, _settings(concurrent)) as service:
             graph = Relay().graph(service, "sequential", **team).compile()
-            answer_all(graph, held_out(min(2, len(asked)), seed=1))  # allocates
-            rounds = [asked] if at_once else [[one] for one in asked]
-            seconds = sum(answer_all(graph, each)[1] for each in rounds)
+
+            def seconds(problems: Sequence[Any]) -> float:
+                inputs: list[Any] = [{"messages": [HumanMessage(problem.question)]} for problem in problems]
+                begun = time.perf_counter()
+                if at_once:
+                    asyncio.run(graph.abatch(inputs))
+                else:
+                    for one in inputs:
+                        graph.invoke(one)
+                return time.perf_counter() - begun
+
+            seconds(held_out(len(asked) if at_once else 1, seed=1))  # allocates as many slots as it takes
+            took = seconds(asked)
         done()
-        return len(asked) / seconds
+        return len(asked) / took
 
     many, single = [], []
     for _ in range(repeats):

@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -281,6 +282,23 @@ class LatentService(ABC):
     ) -> AsyncIterator[Chunk]:
         """Like `speak`, for `async for`."""
 
+    def say(self, messages: LanguageModelInput, latents: Sequence[LatentRef] = (), **options: Any) -> Chunk:
+        """Like `speak`, all at once: nobody is woken up for each token.
+
+        Args:
+            messages: Anything LangChain accepts as messages.
+            latents: The memories to read, merged in this order.
+            **options: As `speak` takes them.
+
+        Returns:
+            One chunk with the whole text and all tokens, and what the last one of `speak` has.
+        """
+        return _joined(list(self.speak(messages, latents, **options)))
+
+    async def asay(self, messages: LanguageModelInput, latents: Sequence[LatentRef] = (), **options: Any) -> Chunk:
+        """Like `say`, without blocking the event loop; cancelling the task frees its slot at the next tick."""
+        return _joined([chunk async for chunk in self.aspeak(messages, latents, **options)])
+
     @abstractmethod
     def memory(self, ref: LatentRef) -> Memory:
         """Everything behind a reference: segments, and KV (rebuilt if it was evicted).
@@ -430,3 +448,8 @@ class LatentService(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _joined(chunks: Sequence[Chunk]) -> Chunk:
+    text, ids = "".join(chunk.text for chunk in chunks), (chunk.token_ids for chunk in chunks)
+    return replace(chunks[-1], text=text, token_ids=tuple(chain.from_iterable(ids)))

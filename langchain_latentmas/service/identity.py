@@ -25,6 +25,7 @@ LOOK_SECONDS = 1.0  # between two looks at a key file
 KEY_BYTES = 32
 MAX_AGENT = 200
 MAX_PARENTS = 1024
+_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"))  # json.dumps makes one in every call
 
 # Behind a dot stands how a memory was altered; see `alteration`.
 ID = r"lat_[0-9a-f]{32}(?:\.(?:zeroed|random[0-9]{1,9})){0,9}"
@@ -47,7 +48,7 @@ class WireRef(BaseModel):
     @property
     def ref(self) -> LatentRef:
         """As plain JSON; the signature is not verified."""
-        return LatentRef(**self.model_dump())  # type: ignore[typeddict-item]
+        return LatentRef(**vars(self))  # type: ignore[typeddict-item]
 
 
 def memory_id(
@@ -268,8 +269,8 @@ def _derived(key: bytes, name: str) -> bytes:
 
 def _mac(key: bytes, fields: Mapping[str, Any]) -> str:
     rest = {name: value for name, value in fields.items() if name != "mac"}
-    return hmac.new(key, _canonical(rest), hashlib.sha256).hexdigest()
+    return hmac.digest(key, _canonical(rest), "sha256").hex()
 
 
 def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return _JSON.encode(value).encode()

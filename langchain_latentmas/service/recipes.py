@@ -8,19 +8,21 @@ import secrets
 import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
 import jinja2
 import torch
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.stores import BaseStore, InMemoryByteStore
+from langchain_core.messages import BaseMessage
+from langchain_core.stores import BaseStore
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..engine.sampling import Sampling
 from ..engine.tick import Result, Row, Spoken
@@ -39,6 +41,7 @@ from .alteration import original
 from .base import READING, Chunk, LatentService, Merge, StoredReference, Usage
 from .budget import Budget
 from .identity import KEY_BYTES, MAX_AGENT, MAX_PARENTS, Signer, checked_ref, key_ring, memory_id
+from .kept import KeptRecipes
 from .mailbox import Mailbox
 from .marker import Marker, take_markers
 from .memory import Layout, Lineage, Recipe, Segment
@@ -52,6 +55,8 @@ T = TypeVar("T")
 
 RECIPES_KEPT = 1 << 24  # bytes of decoded ones; all others are read from the store again
 COLLECT_SECONDS = 3600.0
+QUICK_TEXT = 4096  # characters that are encoded on an event loop; others wait for as long, a millisecond or less
+QUICK_REFERENCES = 16  # likewise, for references that are verified
 
 
 def _bytes(value: object) -> object:
@@ -152,6 +157,7 @@ class RecipeService(LatentService):
         self.chat_template = settings.chat_template or model.tokenizer.chat_template or ""
         if not self.chat_template:
             raise ModelNotSupported(f"{model.name}: its tokenizer has no chat template; pass chat_template=...")
+        self._plain_tokenizer = _is_plain(model.tokenizer)
         tag = settings.think_tag
         self.think_tag: str = (getattr(model.config, "think_tag", None) or "") if tag is None else tag
         store = settings.store
@@ -163,8 +169,8 @@ class RecipeService(LatentService):
         elif store is not None and signer is None:
             logger.warning("no key=... for the store: references will not outlive this process")
         self._signer = signer or Signer(secrets.token_bytes(KEY_BYTES))
-        shelf, signs = store or InMemoryByteStore(), self._signer.timeless()
-        self._store = RecipeStore(shelf, signs, model.config.hidden_size, model.dtype, settings.store_budget)
+        how = self._signer.timeless(), model.config.hidden_size, model.dtype, settings.store_budget
+        self._store = KeptRecipes(*how) if store is None else RecipeStore(store, *how)
         self._retention = Retention(self._store, settings.keep_for)
         self._recipes: Budget[Recipe] = Budget(RECIPES_KEPT, lambda recipe: recipe.segment.nbytes)
         self._lineage = Lineage(self._recipe)
@@ -225,14 +231,16 @@ class RecipeService(LatentService):
             request = _Request(self, messages, latents, agent, steps=steps)
             return request, request.known()
 
-        request, known = await asyncio.to_thread(begun)  # a long prompt takes long to encode
+        request, known = await self._aside(begun, quick=_quick(messages, latents))
         if known is not None:
             return known
-        async for event in request.aevents(notify=on_step is not None):
-            if isinstance(event, Result):
-                return await self._aside(partial(request.keep, event))
-            if on_step is not None and isinstance(event, int):
-                on_step(event)
+        # Closed here: one that is left to the event loop costs it a task and a wake-up.
+        async with aclosing(request.aevents(notify=on_step is not None)) as events:
+            async for event in events:
+                if isinstance(event, Result):
+                    return await self._aside(partial(request.keep, event))
+                if on_step is not None and isinstance(event, int):
+                    on_step(event)
         raise AssertionError("a request ends with a result or an error")
 
     def speak(
@@ -283,9 +291,46 @@ class RecipeService(LatentService):
 
         return chunks()
 
-    async def _aside(self, store: Callable[[], T]) -> T:
-        """Calls what stores a recipe: in a thread of its own where that may wait for a disk or a network."""
-        return store() if self._store.in_memory else await asyncio.to_thread(store)
+    def say(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+        agent: str = "agent",
+        **sampling: Any,
+    ) -> Chunk:
+        """See `LatentService.say`."""
+        request = _Request(self, messages, latents, agent, sampling=_sampling(sampling), tools=tools, prefix=prefix)
+        for event in request.events(notify=False):
+            if isinstance(event, Result):
+                return request.whole(event)
+        raise AssertionError("a request ends with a result or an error")
+
+    async def asay(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+        agent: str = "agent",
+        **sampling: Any,
+    ) -> Chunk:
+        """See `LatentService.asay`."""
+        how: dict[str, Any] = {"sampling": _sampling(sampling), "tools": tools, "prefix": prefix}
+        begun = partial(_Request, self, messages, latents, agent, **how)
+        request = await self._aside(begun, quick=_quick(messages, latents))
+        async with aclosing(request.aevents(notify=False)) as events:
+            async for event in events:
+                if isinstance(event, Result):
+                    return await self._aside(partial(request.whole, event))
+        raise AssertionError("a request ends with a result or an error")
+
+    async def _aside(self, call: Callable[[], T], quick: bool = True) -> T:
+        """Calls what needs the store: in a thread of its own, unless it is quick and there is nothing to wait for."""
+        return call() if quick and self._store.in_memory else await asyncio.to_thread(call)
 
     def marker(self, ref: LatentRef) -> str:
         """See `LatentService.marker`."""
@@ -387,7 +432,7 @@ class RecipeService(LatentService):
                 add_generation_prompt=True,
                 **self.settings.template_args,
             )
-            ids = tokenizer(text + tag, add_special_tokens=False)["input_ids"]
+            ids = self._token_ids(text + tag)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest(f"The model's chat template refuses these messages: {error}") from error
         if not ids:
@@ -395,6 +440,15 @@ class RecipeService(LatentService):
                 "The model's chat template makes no tokens of these messages; it must make at least one."
             )
         return tuple(ids)
+
+    def _token_ids(self, text: str) -> list[int]:
+        """Token ids of a text as it stands."""
+        tokenizer = self.model.tokenizer
+        if self._plain_tokenizer:  # the Python around it takes longer than the tokens of a short prompt
+            backend = tokenizer.backend_tokenizer
+            if (backend.truncation, backend.padding, backend.encode_special_tokens) == (None, None, False):
+                return list(backend.encode(text, add_special_tokens=False).ids)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def signed_ref(self, key: str, agent: str, parents: Sequence[str], steps: int) -> LatentRef:
         """The reference of a memory whose recipe is there."""
@@ -478,6 +532,7 @@ class _Request:
         if not _can_name(agent):
             raise InvalidRequest(f"An agent needs a name of 1 to {MAX_AGENT} characters, not {agent!r}.")
         self.service, self.agent, self.steps, self.sampling = service, agent, steps, sampling
+        self.spoken: list[Spoken] = []  # what nobody was told of yet
         listed = _listed(latents)
         self.parents = self.named = service._lineage.tips(service.verify(listed))
         self.reading = READING.get()
@@ -512,7 +567,10 @@ class _Request:
         return self._ref(key)
 
     def events(self, notify: bool) -> Iterator[int | Spoken | Result]:
-        """Does the work; yields steps and tokens if `notify`, then the result. Closing it frees the slot."""
+        """Does the work; yields steps and tokens if `notify`, then the result. Closing it frees the slot.
+
+        Without `notify`, nobody is woken up before the result, and the tokens are in `spoken` then.
+        """
         inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         with self.room():
             row = self._begin(inbox.put, notify)
@@ -525,7 +583,7 @@ class _Request:
             finally:
                 row.cancelled = True
 
-    async def aevents(self, notify: bool) -> AsyncIterator[int | Spoken | Result]:
+    async def aevents(self, notify: bool) -> AsyncGenerator[int | Spoken | Result, None]:
         """Like `events`, for `async for`."""
         inbox: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -575,6 +633,12 @@ class _Request:
         )
         return Chunk(result.text, ref=self.keep(result), usage=usage, finish_reason=result.finish)
 
+    def whole(self, result: Result) -> Chunk:
+        """All that was spoken, as one chunk."""
+        last = self.last_chunk(result)
+        text = "".join(spoken.text for spoken in self.spoken) + last.text
+        return replace(last, text=text, token_ids=tuple(spoken.token for spoken in self.spoken))
+
     def _begin(self, put: Callable[[object], None], notify: bool) -> Row:
         row = Row(
             past=(),
@@ -583,7 +647,7 @@ class _Request:
             steps=self.steps,
             sampling=self.sampling,
             on_step=put if notify else None,
-            on_token=put if notify else None,
+            on_token=put if notify else self.spoken.append,
             on_done=put,
             on_error=put,
         )
@@ -591,6 +655,14 @@ class _Request:
         return row
 
     def _id(self, spoken_ids: Sequence[int] = ()) -> str:
+        return self._computed_id(spoken_ids) if spoken_ids else self._thought_id
+
+    @cached_property
+    def _thought_id(self) -> str:
+        """Asked for before the work and after."""
+        return self._computed_id(())
+
+    def _computed_id(self, spoken_ids: Sequence[int]) -> str:
         return memory_id(
             model=self.model,
             alignment=self.alignment,
@@ -605,6 +677,27 @@ class _Request:
         if self.reading is not None:
             self.reading.made(ref)
         return ref
+
+
+def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer is one of the tokenizers library and adds nothing of its own when it encodes a text."""
+    kind = type(tokenizer)
+    calls = kind.__call__ is PreTrainedTokenizerBase.__call__
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and calls
+        and (kind._encode_plus is PreTrainedTokenizerFast._encode_plus and not tokenizer.split_special_tokens)
+    )
+
+
+def _quick(messages: LanguageModelInput, latents: Sequence[LatentRef]) -> bool:
+    """Whether a request is so small that to check and encode it takes less than a thread to do it in."""
+    if READING.get() is not None or not (isinstance(messages, list) and isinstance(latents, (list, tuple))):
+        return False
+    texts = [message.content if isinstance(message, BaseMessage) else None for message in messages]
+    if len(latents) > QUICK_REFERENCES or not all(isinstance(text, str) for text in texts):
+        return False
+    return sum(map(len, texts)) <= QUICK_TEXT  # type: ignore[arg-type]
 
 
 def _listed(latents: Any) -> list[Any]:

@@ -219,13 +219,13 @@ def test_what_is_left_in_a_markers_place_is_a_setting(
 ) -> None:
     marker = service32.marker(service32.think("Plan.", steps=1))
     read: list[Any] = []
-    speak = service32.speak
+    say = service32.say
 
     def listening(messages: Any, *rest: Any, **given: Any) -> Any:
         read.extend(messages)
-        return speak(messages, *rest, **given)
+        return say(messages, *rest, **given)
 
-    monkeypatch.setattr(service32, "speak", listening)
+    monkeypatch.setattr(service32, "say", listening)
     blocks = [{"type": "text", "text": f"Check {marker} please."}]
     llm = ChatLatentMAS(service=service32, max_tokens=2, marker_text=left)
     llm.invoke([SystemMessage(f"Check {marker} please."), HumanMessage(blocks)])  # type: ignore[arg-type]
@@ -238,9 +238,9 @@ def test_markers_in_the_arguments_of_a_tool_call_are_read_too(scripted: Any, mon
     nested = {"a": 3, "note": {"plans": ["First.", f"Plan: {llm.service.marker(ref)}"]}}
     call = AIMessage("", tool_calls=[{"name": "Add", "args": nested, "id": "1"}])
     read: list[Any] = []
-    speak = llm.service.speak
+    say = llm.service.say
     monkeypatch.setattr(
-        llm.service, "speak", lambda messages, *rest, **given: read.append(messages) or speak(messages, *rest, **given)
+        llm.service, "say", lambda messages, *rest, **given: read.append(messages) or say(messages, *rest, **given)
     )
     said = llm.invoke([HumanMessage("Add 3."), call, ToolMessage("3", tool_call_id="1")])
     assert said.usage_metadata["output_token_details"]["latent_steps"] == 2
