@@ -9,6 +9,7 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -205,7 +206,7 @@ class RecipeService(LatentService):
             return known
         for event in request.events(notify=on_step is not None):
             if isinstance(event, Result):
-                return request.keep(event)
+                return request.kept(event, lambda ref: ref).result()
             if on_step is not None and isinstance(event, int):
                 on_step(event)
         raise AssertionError("a request ends with a result or an error")
@@ -230,7 +231,8 @@ class RecipeService(LatentService):
             return known
         async for event in request.aevents(notify=on_step is not None):
             if isinstance(event, Result):
-                return await self._aside(partial(request.keep, event))
+                kept = request.kept(event, lambda ref: ref)
+                return await Mailbox.of(asyncio.get_running_loop()).arrival(kept)
             if on_step is not None and isinstance(event, int):
                 on_step(event)
         raise AssertionError("a request ends with a result or an error")
@@ -255,7 +257,7 @@ class RecipeService(LatentService):
                 if isinstance(event, Spoken):
                     yield Chunk(event.text, (event.token,))
                 elif isinstance(event, Result):
-                    yield request.last_chunk(event)
+                    yield request.last_chunk(event).result()
 
         return chunks()
 
@@ -279,13 +281,9 @@ class RecipeService(LatentService):
                 if isinstance(event, Spoken):
                     yield Chunk(event.text, (event.token,))
                 elif isinstance(event, Result):
-                    yield await self._aside(partial(request.last_chunk, event))
+                    yield await Mailbox.of(asyncio.get_running_loop()).arrival(request.last_chunk(event))
 
         return chunks()
-
-    async def _aside(self, store: Callable[[], T]) -> T:
-        """Calls what stores a recipe: in a thread of its own where that may wait for a disk or a network."""
-        return store() if self._store.in_memory else await asyncio.to_thread(store)
 
     def marker(self, ref: LatentRef) -> str:
         """See `LatentService.marker`."""
@@ -540,17 +538,21 @@ class _Request:
             finally:
                 row.cancelled = True
 
-    def keep(self, result: Result) -> LatentRef:
-        """Stores recipe and KV of a finished row; returns its reference."""
-        key = self._id(result.tokens)
-        segment = Segment(self.agent, self.prompt_ids, result.thoughts.cpu(), tuple(result.tokens))
-        recipe = Recipe(key, self.model, self.alignment, tuple(self.parents), segment)
-        service = self.service
-        if service._store.put(recipe) is recipe:  # else somebody was faster, and his stays
-            service._forget([key])
-            service._recipes.put(key, recipe)
-            service._keep(key, result)
-        return self._ref(key)
+    def kept(self, result: Result, then: Callable[[LatentRef], T]) -> "Future[T]":
+        """Stores recipe and KV of a finished row; a future of what `then` makes of its reference."""
+
+        def made() -> Recipe:
+            segment = Segment(self.agent, self.prompt_ids, result.thoughts.cpu(), tuple(result.tokens))
+            return Recipe(self._id(result.tokens), self.model, self.alignment, tuple(self.parents), segment)
+
+        def stored(recipe: Recipe, fresh: bool) -> T:
+            if fresh:  # else somebody was faster, and his stays
+                self.service._forget([recipe.id])
+                self.service._recipes.put(recipe.id, recipe)
+                self.service._keep(recipe.id, result)
+            return then(self._ref(recipe.id))
+
+        return self.service._store.put_soon(made, stored)
 
     def room(self) -> AbstractContextManager[None]:
         """Holds room in the store for what comes of it.
@@ -562,18 +564,21 @@ class _Request:
         store = self.service._store
         return store.room(store.most_bytes(self.agent, self.parents, len(self.prompt_ids), self.steps, spoken))
 
-    def last_chunk(self, result: Result) -> Chunk:
-        """What closes a stream of chunks."""
-        service = self.service
-        read = [service._recipe(piece.id).segment for piece in self.layout]
-        usage = Usage(
-            input_tokens=len(self.prompt_ids),
-            output_tokens=len(result.tokens),
-            latent_steps=sum(len(segment.thoughts) for segment in read),
-            positions_read=self.start,
-            merge=service._merge_of(self.layout),
-        )
-        return Chunk(result.text, ref=self.keep(result), usage=usage, finish_reason=result.finish)
+    def last_chunk(self, result: Result) -> "Future[Chunk]":
+        """What closes a stream of chunks, once its recipe is stored."""
+
+        def chunk(ref: LatentRef) -> Chunk:
+            read = [self.service._recipe(piece.id).segment for piece in self.layout]
+            usage = Usage(
+                input_tokens=len(self.prompt_ids),
+                output_tokens=len(result.tokens),
+                latent_steps=sum(len(segment.thoughts) for segment in read),
+                positions_read=self.start,
+                merge=self.service._merge_of(self.layout),
+            )
+            return Chunk(result.text, ref=ref, usage=usage, finish_reason=result.finish)
+
+        return self.kept(result, chunk)
 
     def _begin(self, put: Callable[[object], None], notify: bool) -> Row:
         row = Row(
