@@ -65,6 +65,7 @@ class FolderStore(BaseStore[str, bytes]):
             StoreBusy: If another process holds its lock for a minute.
         """
         self.folder = Path(folder)
+        self._inside = os.path.join(folder, "")  # paths are made of strings: `Path` takes longer than the disk
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS, mode=0o600)
         self._thread_lock, self._depth = threading.RLock(), 0
@@ -106,25 +107,24 @@ class FolderStore(BaseStore[str, bytes]):
             StoreFull: If the disk is full; what is there stays.
         """
         with self.locked(), _full_disk(self.folder), contextlib.ExitStack() as written:
-            halves: list[tuple[BinaryIO, Path, Path]] = []
+            halves: list[tuple[BinaryIO, str, str]] = []
             for key, value in key_value_pairs:
-                path = self._path(key)
-                half = path.with_name(f".{secrets.token_hex(8)}.part")
-                written.callback(half.unlink, missing_ok=True)
-                file = written.enter_context(half.open("xb"))
+                path, half = self._path(key), f"{self._inside}.{secrets.token_hex(8)}.part"
+                written.callback(_remove, half)
+                file = written.enter_context(open(half, "xb"))
                 file.write(value)
                 file.flush()
                 halves.append((file, half, path))
             self._flush([file for file, _, _ in halves])
             for _, half, path in halves:
-                half.replace(path)
+                os.replace(half, path)
             self._sync()
 
     def mdelete(self, keys: Sequence[str]) -> None:
         """Removes files; a key that is not there is no error."""
         with self.locked():
             for key in keys:
-                self._path(key).unlink(missing_ok=True)
+                _remove(self._path(key))
             self._sync()
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
@@ -135,7 +135,7 @@ class FolderStore(BaseStore[str, bytes]):
 
     def has(self, key: str) -> bool:
         """Whether there is such a file."""
-        return self._path(key).exists()
+        return os.path.exists(self._path(key))
 
     def touch(self, key: str) -> None:
         """Notes that a file was used just now; one that is not there is no error."""
@@ -144,12 +144,12 @@ class FolderStore(BaseStore[str, bytes]):
 
     def touched(self, key: str) -> float:
         """Unix time of its last use."""
-        return self._path(key).stat().st_mtime
+        return os.stat(self._path(key)).st_mtime
 
     def size_of(self, key: str) -> int | None:
         """Bytes of a file; None if it is not there."""
         with contextlib.suppress(FileNotFoundError):
-            return self._path(key).stat().st_size
+            return os.stat(self._path(key)).st_size
         return None
 
     def set_aside(self, key: str) -> Path:
@@ -164,7 +164,7 @@ class FolderStore(BaseStore[str, bytes]):
         if to.exists():
             to = aside / f"{key}.{secrets.token_hex(4)}"
         with contextlib.suppress(FileNotFoundError):
-            self._path(key).replace(to)
+            os.replace(self._path(key), to)
         return to
 
     @property
@@ -210,14 +210,14 @@ class FolderStore(BaseStore[str, bytes]):
         finally:
             os.close(folder)
 
-    def _path(self, key: str) -> Path:
+    def _path(self, key: str) -> str:
         if not _KEY.fullmatch(key):
             raise InvalidRequest(f"{key!r} cannot be a key of a store: letters, digits, '_', '-' and '.' only.")
-        return self.folder / key
+        return self._inside + key
 
     @staticmethod
-    def _read(path: Path) -> bytes | None:
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    def _read(path: str) -> bytes | None:
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > MAX_VALUE:
                 raise StoreCorrupted(f"it has {size} bytes, more than any recipe")
             return file.read(size)
@@ -436,6 +436,8 @@ class RecipeStore:
         with self._waiting_lock:
             puts, self._waiting = self._waiting[:TOGETHER], self._waiting[TOGETHER:]
         puts = [put for put in puts if put.done.set_running_or_notify_cancel()]
+        if not puts:  # they went along with those before
+            return
         for put, stored in zip(puts, self._stored([put.made for put in puts]), strict=True):
             try:
                 if isinstance(stored, Exception):
@@ -476,10 +478,11 @@ class RecipeStore:
         """What is there under a recipe's id, or among those to be written; else this one joins them, as a new one."""
         if recipe.id in fresh:
             return fresh[recipe.id][0], False
-        with contextlib.suppress(UnknownReference, StoreCorrupted):
-            there = self.get(recipe.id)
-            self.renew(recipe.id)
-            return there, False
+        if self._has(recipe.id + RECIPE):
+            with contextlib.suppress(UnknownReference, StoreCorrupted):
+                there = self.get(recipe.id)
+                self.renew(recipe.id)
+                return there, False
         if gone := [parent for parent in map(original, recipe.parents) if not self._has(parent + RECIPE)]:
             raise DroppedReference(f"The memory {gone[0]} was dropped while agent {recipe.segment.agent!r} read it.")
         value = self._sealed(recipe)
@@ -595,6 +598,11 @@ class RecipeStore:
 
 def _ids(ids: Sequence[int]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int32)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _fsync(files: Sequence[BinaryIO]) -> None:

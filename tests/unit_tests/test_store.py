@@ -330,7 +330,10 @@ class _SlowDisk:
 def test_recipes_that_come_while_the_disk_is_busy_are_written_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, disk = recipe_store(tmp_path), _SlowDisk(monkeypatch)
+    store, disk, locked = recipe_store(tmp_path), _SlowDisk(monkeypatch), list[bool]()
+    assert store.folder is not None
+    acquire = store.folder._acquire
+    monkeypatch.setattr(store.folder, "_acquire", lambda: (locked.append(True), acquire()))
     made = [recipe(steps) for steps in range(20)]
     waiting = [store.put_soon(lambda: made[0], lambda there, fresh: (there, fresh))]
     assert disk.asked.wait(60)
@@ -341,6 +344,8 @@ def test_recipes_that_come_while_the_disk_is_busy_are_written_together(
     assert not any(each.done() for each in waiting)  # no reference before the disk has the recipe
     disk.go_on.set()
     assert [each.result(60) for each in waiting] == [*((each, True) for each in made), (made[1], False)]
+    store.put(made[0])  # after all that was asked for before
+    assert len(locked) == 3
     assert disk.flushed.count("folder") == 2
     assert disk.flushed.count("file") == len(made)
     assert all(recipe_store(tmp_path).get(each.id).id == each.id for each in made)
