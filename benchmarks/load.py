@@ -37,6 +37,7 @@ class Load:
     errors: Counter[str] = field(default_factory=Counter)
     memory: list[float] = field(default_factory=list)
     longest: float = 0.0
+    cpu_seconds: float = 0.0  # of this process
 
     @property
     def per_second(self) -> float:
@@ -50,7 +51,7 @@ class Load:
 
     async def run(self, service: LatentService, seconds: float, steps: int, questions: random.Random) -> None:
         graph = teams.sequential(service, agents=teams.SEQUENTIAL, steps=steps, max_tokens=24).compile()
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
 
         async def one() -> None:
             while time.perf_counter() - begun < seconds:
@@ -65,7 +66,7 @@ class Load:
 
         watching = asyncio.create_task(self._watch(service))
         await asyncio.gather(*(one() for _ in range(self.graphs)))
-        self.seconds = time.perf_counter() - begun
+        self.seconds, self.cpu_seconds = time.perf_counter() - begun, time.process_time() - worked
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching
@@ -144,9 +145,8 @@ def main(
             process.terminate()
             process.wait(60)
     alone = runs[0][0]
-    table = Table(
-        "graphs", "seconds", "done", "per second", "times one", "429s retried", "errors", "rebuilds", "ticks/s", "MiB"
-    )
+    columns = ("graphs", "seconds", "done", "per second", "times one", "CPU ms each: server, client", "429s retried")
+    table = Table(*columns, "errors", "rebuilds", "ticks/s", "MiB")
     results = []
     for load, more in runs:
         refused, rebuilds = int(more["latentmas_refused_total"]), int(more["latentmas_kv_rebuilds_total"])
@@ -155,7 +155,9 @@ def main(
         errors = ", ".join(f"{count} {name}" for name, count in load.errors.items()) or "none"
         grown = f"{first / 2**20:.0f} to {last / 2**20:.0f} ({last / first - 1:+.1%})"
         times = load.per_second / alone.per_second
-        cells = (load.graphs, f"{load.seconds:.1f}", load.done, f"{load.per_second:.2f}", f"{times:.1f}", refused)
+        server_ms, client_ms = (1000 * cpu / load.done for cpu in (more["process_cpu_seconds_total"], load.cpu_seconds))
+        cells = (load.graphs, f"{load.seconds:.1f}", load.done, f"{load.per_second:.2f}", f"{times:.1f}")
+        cells += (f"{server_ms:.1f}, {client_ms:.1f}", refused)
         table.add_row(*map(str, cells), errors, str(rebuilds), f"{ticks:.0f}", grown)
         results.append(
             {
@@ -164,6 +166,8 @@ def main(
                 "done": load.done,
                 "per_second": load.per_second,
                 "times_one": times,
+                "server_cpu_ms_per_graph": server_ms,
+                "client_cpu_ms_per_graph": client_ms,
                 "refused_and_retried": refused,
                 "errors": dict(load.errors),
                 "kv_rebuilds": rebuilds,

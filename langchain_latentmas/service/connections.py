@@ -27,18 +27,23 @@ class Connections(httpx.AsyncBaseTransport):
         self._free = asyncio.Semaphore(most)
         self._idle: list[httpx.AsyncHTTPTransport] = []  # the last one used is the first to be used again
         self._all: list[httpx.AsyncHTTPTransport] = []
+        self._closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Sends a request; its connection is free again when the reply is closed.
 
         Raises:
             httpx.PoolTimeout: If none becomes free in time.
+            RuntimeError: If they were closed.
         """
         try:
             async with asyncio.timeout(request.extensions["timeout"]["pool"] if self._free.locked() else None):
                 await self._free.acquire()
         except TimeoutError:
             raise httpx.PoolTimeout("all connections are in use", request=request) from None
+        if self._closed:
+            self._free.release()
+            raise RuntimeError("The connections are closed.")
         one = self._idle.pop() if self._idle else self._opened()
 
         def give_back() -> None:
@@ -55,7 +60,8 @@ class Connections(httpx.AsyncBaseTransport):
         return reply
 
     async def aclose(self) -> None:
-        """Closes all connections."""
+        """Closes all connections; no other is opened from then on."""
+        self._closed = True
         for one in self._all:
             await one.aclose()
 

@@ -127,23 +127,27 @@ class HTTPService(LatentService):
         self.url, self.settings = url.rstrip("/"), settings
         if settings.token and url.startswith("http://") and not is_loopback(urlsplit(url).hostname or ""):
             logger.warning("the token for %s travels unencrypted; use https://", self.url)
-        self._headers = {CLIENT_HEADER: secrets.token_hex(8)}
+        headers = {CLIENT_HEADER: secrets.token_hex(8)}
         if settings.token is not None:
-            self._headers["Authorization"] = f"Bearer {settings.token.get_secret_value()}"
-        self._options: dict[str, Any] = {
-            "base_url": self.url,
-            "headers": self._headers,
-            "timeout": httpx.Timeout(
-                settings.read_timeout, connect=settings.connect_timeout, pool=settings.patience or None
-            ),
-            "follow_redirects": False,
-            "trust_env": False,  # no proxy, and no password from ~/.netrc
-        }
+            headers["Authorization"] = f"Bearer {settings.token.get_secret_value()}"
+        timeout = httpx.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=settings.patience or None)
         own = None if settings.ca is None else ssl.create_default_context(cafile=str(settings.ca))
         self._verify = own or httpx.create_ssl_context(trust_env=False)
         limits = httpx.Limits(max_connections=settings.max_connections, keepalive_expiry=KEPT_SECONDS)
-        self._client = httpx.Client(**self._options, verify=self._verify, limits=limits)
-        self._async_clients: dict[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, AsyncGenerator[None]]] = {}
+        self._client = httpx.Client(
+            base_url=self.url,
+            headers=headers,
+            timeout=timeout,
+            follow_redirects=False,
+            trust_env=False,  # no proxy, and no password from ~/.netrc
+            verify=self._verify,
+            limits=limits,
+        )
+        # What is the same in all requests for events is put together once.
+        self._event_urls = {path: httpx.URL(self.url + path) for path in ("/v1/think", "/v1/speak")}
+        self._event_headers = httpx.Headers([*self._client.headers.raw, (b"Content-Type", b"application/json")])
+        self._extensions = {"timeout": timeout.as_dict()}
+        self._async_clients: dict[asyncio.AbstractEventLoop, tuple[Connections, AsyncGenerator[None]]] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._markers: Budget[str] = Budget(MARKERS_KEPT, lambda _: 1)  # by signature of the reference
@@ -487,14 +491,25 @@ class HTTPService(LatentService):
     async def _aevents(self, path: str, body: BaseModel) -> Any:
         reader = EventReader()
         with _unreachable(self.url):
-            client = await self._async_client()
-            async with client.stream("POST", path, **_json(body)) as reply:
+            connections = await self._connections()
+            # Past `httpx.AsyncClient`: what it does for cookies, redirects and addresses takes as long as the rest.
+            request = httpx.Request(
+                "POST",
+                self._event_urls[path],
+                headers=self._event_headers,
+                content=body.model_dump_json(exclude_none=True),
+                extensions=self._extensions,
+            )
+            reply = await connections.handle_async_request(request)
+            try:
                 if reply.status_code != 200:
                     await reply.aread()
                     _check(reply)
                 async for data in reply.aiter_bytes():
                     for event in reader.feed(data):
                         yield _no_error(event)
+            finally:
+                await reply.aclose()
 
     def _post(self, path: str, body: BaseModel, kind: type[Reply]) -> Reply:
         def send() -> Reply:
@@ -517,7 +532,7 @@ class HTTPService(LatentService):
             raise _closed()
         return self._client
 
-    async def _async_client(self) -> httpx.AsyncClient:
+    async def _connections(self) -> Connections:
         loop = asyncio.get_running_loop()  # connections belong to the loop they were made in
         with self._lock:
             if self._closed:
@@ -527,19 +542,18 @@ class HTTPService(LatentService):
             for ended in [each for each in self._async_clients if each.is_closed()]:
                 del self._async_clients[ended]  # one that ended without `asyncio.run`
             connections = Connections(self.settings.max_connections, self._verify)
-            client = httpx.AsyncClient(**self._options, transport=connections)
-            life = self._life(loop, client)
-            self._async_clients[loop] = client, life
+            life = self._life(loop, connections)
+            self._async_clients[loop] = connections, life
         await anext(life)
-        return client
+        return connections
 
-    async def _life(self, loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> AsyncGenerator[None]:
+    async def _life(self, loop: asyncio.AbstractEventLoop, connections: Connections) -> AsyncGenerator[None]:
         """Begun and left waiting: what `asyncio.run` closes at its end, and with it the connections of its loop."""
         try:
             yield
         finally:
             self._async_clients.pop(loop, None)
-            await client.aclose()
+            await connections.aclose()
 
     def _retrying(self) -> tenacity.Retrying:
         return tenacity.Retrying(**self._policy())

@@ -2,7 +2,9 @@
 
 import time
 from array import array
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from langchain_core.stores import InMemoryStore
@@ -14,6 +16,8 @@ from .envelope import OVERHEAD
 from .identity import Signer
 from .memory import Recipe, Segment
 from .store import DROPPED, RECIPE, Header, RecipeStore
+
+A = TypeVar("A")
 
 
 class _Kept(NamedTuple):
@@ -44,13 +48,21 @@ class KeptRecipes(RecipeStore):
         super().__init__(InMemoryStore(), signer, hidden_size, dtype, budget)
         self.in_memory = True
 
-    def put(self, recipe: Recipe) -> Recipe:
-        """See `RecipeStore.put`."""
+    def put_soon(self, made: Callable[[], Recipe], then: Callable[[Recipe, bool], A]) -> "Future[A]":
+        """See `RecipeStore.put_soon`; done when this returns."""
+        done = Future[A]()
+        try:
+            done.set_result(then(*self._put(made())))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def _put(self, recipe: Recipe) -> tuple[Recipe, bool]:
         own = recipe.segment
         with self.locked():
             if self._has(recipe.id + RECIPE):
                 self.renew(recipe.id)
-                return self.get(recipe.id)
+                return self.get(recipe.id), False
             if gone := [parent for parent in map(original, recipe.parents) if not self._has(parent + RECIPE)]:
                 raise DroppedReference(f"The memory {gone[0]} was dropped while agent {own.agent!r} read it.")
             prompt_ids, spoken_ids = array("i", own.prompt_ids), array("i", own.spoken_ids)
@@ -58,7 +70,7 @@ class KeptRecipes(RecipeStore):
             kept = _Kept(own.agent, *how, prompt_ids, own.thoughts, spoken_ids, time.time())
             self.store.mset([(recipe.id + RECIPE, kept)])  # type: ignore[list-item]
             self.store.mdelete([recipe.id + DROPPED])
-        return recipe
+        return recipe, True
 
     def get(self, key: str) -> Recipe:
         """See `RecipeStore.get`."""

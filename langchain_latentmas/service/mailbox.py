@@ -1,13 +1,17 @@
-"""The mailbox: events on their way from the tick's thread to an event loop."""
+"""The mailbox: events on their way from other threads to an event loop."""
 
 import asyncio
 import threading
-from typing import Any, ClassVar
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
+
+A = TypeVar("A")
 
 
 class Mailbox:
-    """Delivers the events of all rows of an event loop, many in one wake-up.
+    """Delivers the events of all rows and recipes of an event loop, many in one wake-up.
 
     A tick that tells each of 64 rows of its token would otherwise wake the loop 64 times, and each time lose the
     interpreter to it.
@@ -37,6 +41,14 @@ class Mailbox:
             loop.call_soon_threadsafe(self._deliver)
         except RuntimeError:  # it was closed while rows were at work; nobody waits any more
             self._take()
+
+    async def arrival(self, future: "Future[A]") -> A:
+        """What comes of a future of another thread; awaited in the loop that this belongs to."""
+        if future.done():
+            return future.result()
+        inbox: asyncio.Queue[Future[A]] = asyncio.Queue()
+        future.add_done_callback(partial(self.put, asyncio.get_running_loop(), inbox))
+        return (await inbox.get()).result()
 
     def _deliver(self) -> None:
         for inbox, event in self._take():

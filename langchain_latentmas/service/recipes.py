@@ -9,6 +9,7 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, aclosing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -211,7 +212,7 @@ class RecipeService(LatentService):
             return known
         for event in request.events(notify=on_step is not None):
             if isinstance(event, Result):
-                return request.keep(event)
+                return request.kept(event, lambda ref: ref).result()
             if on_step is not None and isinstance(event, int):
                 on_step(event)
         raise AssertionError("a request ends with a result or an error")
@@ -238,7 +239,8 @@ class RecipeService(LatentService):
         async with aclosing(request.aevents(notify=on_step is not None)) as events:
             async for event in events:
                 if isinstance(event, Result):
-                    return await self._aside(partial(request.keep, event))
+                    kept = request.kept(event, lambda ref: ref)
+                    return await Mailbox.of(asyncio.get_running_loop()).arrival(kept)
                 if on_step is not None and isinstance(event, int):
                     on_step(event)
         raise AssertionError("a request ends with a result or an error")
@@ -263,7 +265,7 @@ class RecipeService(LatentService):
                 if isinstance(event, Spoken):
                     yield Chunk(event.text, (event.token,))
                 elif isinstance(event, Result):
-                    yield request.last_chunk(event)
+                    yield request.last_chunk(event).result()
 
         return chunks()
 
@@ -287,7 +289,7 @@ class RecipeService(LatentService):
                 if isinstance(event, Spoken):
                     yield Chunk(event.text, (event.token,))
                 elif isinstance(event, Result):
-                    yield await self._aside(partial(request.last_chunk, event))
+                    yield await Mailbox.of(asyncio.get_running_loop()).arrival(request.last_chunk(event))
 
         return chunks()
 
@@ -305,7 +307,7 @@ class RecipeService(LatentService):
         request = _Request(self, messages, latents, agent, sampling=_sampling(sampling), tools=tools, prefix=prefix)
         for event in request.events(notify=False):
             if isinstance(event, Result):
-                return request.whole(event)
+                return request.whole(request.last_chunk(event).result())
         raise AssertionError("a request ends with a result or an error")
 
     async def asay(
@@ -325,7 +327,8 @@ class RecipeService(LatentService):
         async with aclosing(request.aevents(notify=False)) as events:
             async for event in events:
                 if isinstance(event, Result):
-                    return await self._aside(partial(request.whole, event))
+                    last = request.last_chunk(event)
+                    return request.whole(await Mailbox.of(asyncio.get_running_loop()).arrival(last))
         raise AssertionError("a request ends with a result or an error")
 
     async def _aside(self, call: Callable[[], T], quick: bool = True) -> T:
@@ -598,17 +601,21 @@ class _Request:
             finally:
                 row.cancelled = True
 
-    def keep(self, result: Result) -> LatentRef:
-        """Stores recipe and KV of a finished row; returns its reference."""
-        key = self._id(result.tokens)
-        segment = Segment(self.agent, self.prompt_ids, result.thoughts.cpu(), tuple(result.tokens))
-        recipe = Recipe(key, self.model, self.alignment, tuple(self.parents), segment)
-        service = self.service
-        if service._store.put(recipe) is recipe:  # else somebody was faster, and his stays
-            service._forget([key])
-            service._recipes.put(key, recipe)
-            service._keep(key, result)
-        return self._ref(key)
+    def kept(self, result: Result, then: Callable[[LatentRef], T]) -> "Future[T]":
+        """Stores recipe and KV of a finished row; a future of what `then` makes of its reference."""
+
+        def made() -> Recipe:
+            segment = Segment(self.agent, self.prompt_ids, result.thoughts.cpu(), tuple(result.tokens))
+            return Recipe(self._id(result.tokens), self.model, self.alignment, tuple(self.parents), segment)
+
+        def stored(recipe: Recipe, fresh: bool) -> T:
+            if fresh:  # else somebody was faster, and his stays
+                self.service._forget([recipe.id])
+                self.service._recipes.put(recipe.id, recipe)
+                self.service._keep(recipe.id, result)
+            return then(self._ref(recipe.id))
+
+        return self.service._store.put_soon(made, stored)
 
     def room(self) -> AbstractContextManager[None]:
         """Holds room in the store for what comes of it.
@@ -620,22 +627,24 @@ class _Request:
         store = self.service._store
         return store.room(store.most_bytes(self.agent, self.parents, len(self.prompt_ids), self.steps, spoken))
 
-    def last_chunk(self, result: Result) -> Chunk:
-        """What closes a stream of chunks."""
-        service = self.service
-        read = [service._recipe(piece.id).segment for piece in self.layout]
-        usage = Usage(
-            input_tokens=len(self.prompt_ids),
-            output_tokens=len(result.tokens),
-            latent_steps=sum(len(segment.thoughts) for segment in read),
-            positions_read=self.start,
-            merge=service._merge_of(self.layout),
-        )
-        return Chunk(result.text, ref=self.keep(result), usage=usage, finish_reason=result.finish)
+    def last_chunk(self, result: Result) -> "Future[Chunk]":
+        """What closes a stream of chunks, once its recipe is stored."""
 
-    def whole(self, result: Result) -> Chunk:
+        def chunk(ref: LatentRef) -> Chunk:
+            read = [self.service._recipe(piece.id).segment for piece in self.layout]
+            usage = Usage(
+                input_tokens=len(self.prompt_ids),
+                output_tokens=len(result.tokens),
+                latent_steps=sum(len(segment.thoughts) for segment in read),
+                positions_read=self.start,
+                merge=self.service._merge_of(self.layout),
+            )
+            return Chunk(result.text, ref=ref, usage=usage, finish_reason=result.finish)
+
+        return self.kept(result, chunk)
+
+    def whole(self, last: Chunk) -> Chunk:
         """All that was spoken, as one chunk."""
-        last = self.last_chunk(result)
         text = "".join(spoken.text for spoken in self.spoken) + last.text
         return replace(last, text=text, token_ids=tuple(spoken.token for spoken in self.spoken))
 

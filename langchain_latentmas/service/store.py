@@ -9,9 +9,10 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -40,9 +41,12 @@ logger = logging.getLogger(__name__)
 MAX_VALUE = 1 << 26  # bytes: 80 thoughts of a 14B model in float32 are a fortieth of it
 DISK_RESERVE = 1 << 24  # bytes of the disk that are left free
 LOCK_SECONDS = 60.0
+TOGETHER = 128  # recipes that are written together; as many files are open at a time
+FLUSHERS = 8  # flushes under way at a time, which a disk does as one
 RECIPE, PINNED, DROPPED = ".recipe", ".pinned", ".dropped"
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+A = TypeVar("A")
 
 
 class FolderStore(BaseStore[str, bytes]):
@@ -61,8 +65,11 @@ class FolderStore(BaseStore[str, bytes]):
             StoreBusy: If another process holds its lock for a minute.
         """
         self.folder = Path(folder)
+        self._inside = os.path.join(folder, "")  # paths are made of strings: `Path` takes longer than the disk
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS, mode=0o600)
+        self._thread_lock, self._depth = threading.RLock(), 0
+        self._flushers = ThreadPoolExecutor(FLUSHERS - 1, "latentmas-flush")
         with self.locked():
             for half in self.folder.glob(".*.part"):
                 half.unlink(missing_ok=True)
@@ -74,14 +81,16 @@ class FolderStore(BaseStore[str, bytes]):
         Raises:
             StoreBusy: If it does not become free within a minute.
         """
-        try:
-            self._lock.acquire(poll_interval=0.002)
-        except Timeout as error:
-            raise StoreBusy(f"Another process has held {self.folder} for {LOCK_SECONDS:.0f} s; try again.") from error
-        try:
-            yield
-        finally:
-            self._lock.release()
+        with self._thread_lock:
+            if not self._depth:  # the file's lock is dear, even for who has it
+                self._acquire()
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self._lock.release()
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
         """Reads files; None for a key that is not there.
@@ -92,30 +101,30 @@ class FolderStore(BaseStore[str, bytes]):
         return [self._read(self._path(key)) for key in keys]
 
     def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
-        """Writes files, one after the other, each flushed to the disk before the next begins.
+        """Writes files; when this returns, the disk has all of them.
 
         Raises:
             StoreFull: If the disk is full; what is there stays.
         """
-        with self.locked(), _full_disk(self.folder):
+        with self.locked(), _full_disk(self.folder), contextlib.ExitStack() as written:
+            halves: list[tuple[BinaryIO, str, str]] = []
             for key, value in key_value_pairs:
-                path = self._path(key)
-                fresh = path.with_name(f".{secrets.token_hex(8)}.part")
-                try:
-                    with fresh.open("xb") as file:
-                        file.write(value)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    fresh.replace(path)
-                finally:
-                    fresh.unlink(missing_ok=True)
+                path, half = self._path(key), f"{self._inside}.{secrets.token_hex(8)}.part"
+                written.callback(_remove, half)
+                file = written.enter_context(open(half, "xb"))
+                file.write(value)
+                file.flush()
+                halves.append((file, half, path))
+            self._flush([file for file, _, _ in halves])
+            for _, half, path in halves:
+                os.replace(half, path)
             self._sync()
 
     def mdelete(self, keys: Sequence[str]) -> None:
         """Removes files; a key that is not there is no error."""
         with self.locked():
             for key in keys:
-                self._path(key).unlink(missing_ok=True)
+                _remove(self._path(key))
             self._sync()
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
@@ -126,7 +135,7 @@ class FolderStore(BaseStore[str, bytes]):
 
     def has(self, key: str) -> bool:
         """Whether there is such a file."""
-        return self._path(key).exists()
+        return os.path.exists(self._path(key))
 
     def touch(self, key: str) -> None:
         """Notes that a file was used just now; one that is not there is no error."""
@@ -135,12 +144,12 @@ class FolderStore(BaseStore[str, bytes]):
 
     def touched(self, key: str) -> float:
         """Unix time of its last use."""
-        return self._path(key).stat().st_mtime
+        return os.stat(self._path(key)).st_mtime
 
     def size_of(self, key: str) -> int | None:
         """Bytes of a file; None if it is not there."""
         with contextlib.suppress(FileNotFoundError):
-            return self._path(key).stat().st_size
+            return os.stat(self._path(key)).st_size
         return None
 
     def set_aside(self, key: str) -> Path:
@@ -155,7 +164,7 @@ class FolderStore(BaseStore[str, bytes]):
         if to.exists():
             to = aside / f"{key}.{secrets.token_hex(4)}"
         with contextlib.suppress(FileNotFoundError):
-            self._path(key).replace(to)
+            os.replace(self._path(key), to)
         return to
 
     @property
@@ -178,6 +187,22 @@ class FolderStore(BaseStore[str, bytes]):
         """Bytes that the disk has left."""
         return shutil.disk_usage(self.folder).free
 
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(poll_interval=0.002)
+        except Timeout as error:
+            raise StoreBusy(f"Another process has held {self.folder} for {LOCK_SECONDS:.0f} s; try again.") from error
+
+    def _flush(self, files: Sequence[BinaryIO]) -> None:
+        mine, *parts = [files[i::FLUSHERS] for i in range(FLUSHERS)]
+        others = [self._flushers.submit(_fsync, part) for part in parts if part]
+        try:
+            _fsync(mine)
+        finally:
+            wait(others)  # whatever happens: they must not be closed before
+        for other in others:
+            other.result()
+
     def _sync(self) -> None:
         folder = os.open(self.folder, os.O_RDONLY)
         try:
@@ -185,14 +210,14 @@ class FolderStore(BaseStore[str, bytes]):
         finally:
             os.close(folder)
 
-    def _path(self, key: str) -> Path:
+    def _path(self, key: str) -> str:
         if not _KEY.fullmatch(key):
             raise InvalidRequest(f"{key!r} cannot be a key of a store: letters, digits, '_', '-' and '.' only.")
-        return self.folder / key
+        return self._inside + key
 
     @staticmethod
-    def _read(path: Path) -> bytes | None:
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    def _read(path: str) -> bytes | None:
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > MAX_VALUE:
                 raise StoreCorrupted(f"it has {size} bytes, more than any recipe")
             return file.read(size)
@@ -215,6 +240,14 @@ class Header(BaseModel):
     """Tokens that were spoken."""
     made: float
     """Unix time."""
+
+
+class _Put(NamedTuple):
+    """A recipe that waits to be written, and who waits for it."""
+
+    made: Callable[[], Recipe]
+    then: Callable[[Recipe, bool], Any]
+    done: "Future[Any]"
 
 
 class RecipeStore:
@@ -250,6 +283,9 @@ class RecipeStore:
         if budget is not None and self.folder is None:
             raise InvalidRequest("store_budget needs a folder as store; other stores have limits of their own.")
         self._thread_lock = threading.RLock()
+        self._writer = ThreadPoolExecutor(1, "latentmas-store")
+        self._waiting: list[_Put] = []
+        self._waiting_lock = threading.Lock()
         self._room_lock = threading.Lock()  # never held while a disk is written, so event loops may wait for it
         self._reserved = self._used = 0
         self._counted = -1  # the folder's `changed` that `_used` belongs to
@@ -257,7 +293,7 @@ class RecipeStore:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps all other writers out: the threads of this process, and for a folder other processes too."""
-        with self._thread_lock, self.folder.locked() if self.folder else contextlib.nullcontext():
+        with self.folder.locked() if self.folder else self._thread_lock:
             yield
 
     @contextlib.contextmanager
@@ -305,44 +341,26 @@ class RecipeStore:
             DroppedReference: If a parent is no longer there.
             StoreFull: If there is no room.
         """
-        segment = recipe.segment
-        header = Header(
-            id=recipe.id,
-            agent=segment.agent,
-            model=recipe.model,
-            alignment="realign" if recipe.alignment == "realign" else "rescale",
-            parents=list(recipe.parents),
-            prompt=len(segment.prompt_ids),
-            steps=len(segment.thoughts),
-            spoken=len(segment.spoken_ids),
-            made=time.time(),
-        )
-        tensors = {"thoughts": segment.thoughts.contiguous(), "prompt_ids": _ids(segment.prompt_ids)}
-        if segment.spoken_ids:
-            tensors["spoken_ids"] = _ids(segment.spoken_ids)
-        envelope = Envelope(Kind.RECIPE, header.model_dump_json().encode(), safetensors.save(tensors))
-        value = b"".join(envelope.sealed(self.signer))
-        if len(value) > MAX_VALUE:
-            raise InvalidRequest(
-                f"The recipe of {recipe.id} takes more than {MAX_VALUE} bytes; take fewer latent steps."
-            )
-        with self.locked():
-            with contextlib.suppress(UnknownReference, StoreCorrupted):
-                there = self.get(recipe.id)
-                self.renew(recipe.id)
-                return there
-            if gone := [parent for parent in map(original, recipe.parents) if not self._has(parent + RECIPE)]:
-                raise DroppedReference(f"The memory {gone[0]} was dropped while agent {segment.agent!r} read it.")
-            with self._room_lock:
-                self._check_room(len(value))
-            before = self.folder.changed if self.folder else 0
-            self.store.mset([(recipe.id + RECIPE, value)])
-            if self.folder:
-                with self._room_lock:
-                    if self._counted == before:  # counted on; else others wrote as well, and all is counted anew
-                        self._counted, self._used = self.folder.changed, self._used + len(value)
-            self.renew(recipe.id)
-        return recipe
+        return self.put_soon(lambda: recipe, lambda there, _: there).result()
+
+    def put_soon(self, made: Callable[[], Recipe], then: Callable[[Recipe, bool], A]) -> "Future[A]":
+        """Like `put`, without waiting for a disk or a network. Recipes that come together are written together.
+
+        Args:
+            made: Returns the recipe; called, like `then`, in the thread that writes.
+            then: Called with what the store has now, and whether that is this recipe.
+
+        Returns:
+            A future of what `then` returns, or of what `put` would raise.
+        """
+        put = _Put(made, then, Future[A]())
+        with self._waiting_lock:
+            self._waiting.append(put)
+        if self.in_memory:
+            self._write()
+        else:
+            self._writer.submit(self._write)
+        return put.done
 
     def get(self, key: str) -> Recipe:
         """Reads and verifies a recipe; one that cannot be read is set aside.
@@ -412,6 +430,90 @@ class RecipeStore:
     def marked(self, key: str, mark: str) -> bool:
         """Whether a recipe is `PINNED` or `DROPPED`."""
         return self._has(key + mark)
+
+    def _write(self) -> None:
+        """Puts those that wait, as many as go together; for each there is a call, so that none is left."""
+        with self._waiting_lock:
+            puts, self._waiting = self._waiting[:TOGETHER], self._waiting[TOGETHER:]
+        puts = [put for put in puts if put.done.set_running_or_notify_cancel()]
+        if not puts:  # they went along with those before
+            return
+        for put, stored in zip(puts, self._stored([put.made for put in puts]), strict=True):
+            try:
+                if isinstance(stored, Exception):
+                    raise stored
+                put.done.set_result(put.then(*stored))
+            except Exception as error:
+                put.done.set_exception(error)
+
+    def _stored(self, recipes: Sequence[Callable[[], Recipe]]) -> list[tuple[Recipe, bool] | Exception]:
+        """Writes those that are not there yet. For each: what is there, and whether it is new, or why it is not."""
+        fresh: dict[str, tuple[Recipe, bytes]] = {}
+        stored: list[tuple[Recipe, bool] | Exception] = []
+        try:
+            with self.locked():
+                for made in recipes:
+                    try:
+                        stored.append(self._there(made(), fresh))
+                    except Exception as error:  # the others do not suffer from it
+                        stored.append(error)
+                self._mset({key + RECIPE: value for key, (_, value) in fresh.items()})
+                for key in fresh:
+                    self.renew(key)
+        except Exception as error:
+            return [error] * len(recipes)
+        return stored
+
+    def _mset(self, values: dict[str, bytes]) -> None:
+        before = self.folder.changed if self.folder else 0
+        if values:
+            self.store.mset(list(values.items()))
+        if self.folder:
+            with self._room_lock:
+                if self._counted == before:  # counted on; else others wrote as well, and all is counted anew
+                    self._counted = self.folder.changed
+                    self._used += sum(map(len, values.values()))
+
+    def _there(self, recipe: Recipe, fresh: dict[str, tuple[Recipe, bytes]]) -> tuple[Recipe, bool]:
+        """What is there under a recipe's id, or among those to be written; else this one joins them, as a new one."""
+        if recipe.id in fresh:
+            return fresh[recipe.id][0], False
+        if self._has(recipe.id + RECIPE):
+            with contextlib.suppress(UnknownReference, StoreCorrupted):
+                there = self.get(recipe.id)
+                self.renew(recipe.id)
+                return there, False
+        if gone := [parent for parent in map(original, recipe.parents) if not self._has(parent + RECIPE)]:
+            raise DroppedReference(f"The memory {gone[0]} was dropped while agent {recipe.segment.agent!r} read it.")
+        value = self._sealed(recipe)
+        with self._room_lock:
+            self._check_room(len(value) + sum(len(other) for _, other in fresh.values()))
+        fresh[recipe.id] = recipe, value
+        return recipe, True
+
+    def _sealed(self, recipe: Recipe) -> bytes:
+        segment = recipe.segment
+        header = Header(
+            id=recipe.id,
+            agent=segment.agent,
+            model=recipe.model,
+            alignment="realign" if recipe.alignment == "realign" else "rescale",
+            parents=list(recipe.parents),
+            prompt=len(segment.prompt_ids),
+            steps=len(segment.thoughts),
+            spoken=len(segment.spoken_ids),
+            made=time.time(),
+        )
+        tensors = {"thoughts": segment.thoughts.contiguous(), "prompt_ids": _ids(segment.prompt_ids)}
+        if segment.spoken_ids:
+            tensors["spoken_ids"] = _ids(segment.spoken_ids)
+        envelope = Envelope(Kind.RECIPE, header.model_dump_json().encode(), safetensors.save(tensors))
+        value = b"".join(envelope.sealed(self.signer))
+        if len(value) > MAX_VALUE:
+            raise InvalidRequest(
+                f"The recipe of {recipe.id} takes more than {MAX_VALUE} bytes; take fewer latent steps."
+            )
+        return value
 
     def _open(self, key: str) -> tuple[Header, bytes]:
         value = self.store.mget([key + RECIPE])[0]
@@ -496,6 +598,16 @@ class RecipeStore:
 
 def _ids(ids: Sequence[int]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int32)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _fsync(files: Sequence[BinaryIO]) -> None:
+    for file in files:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

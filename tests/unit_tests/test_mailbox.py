@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 from langchain_latentmas.service.mailbox import Mailbox
@@ -48,3 +49,17 @@ def test_a_closed_loop_is_no_error() -> None:
     for i in range(3):
         mailbox.put(loop, asyncio.Queue(), i)
     assert not mailbox._events
+
+
+async def test_what_comes_of_other_threads_futures_arrives_in_one_wake_up(monkeypatch: Any) -> None:
+    loop, woken = asyncio.get_running_loop(), []
+    wake = loop.call_soon_threadsafe
+    futures = [Future[int]() for _ in range(20)]
+    waiting = asyncio.gather(*map(Mailbox.of(loop).arrival, futures), return_exceptions=True)
+    await asyncio.sleep(0)
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: (woken.append(call), wake(*call)))
+    for i, future in enumerate(futures[:-1]):
+        future.set_result(i)
+    futures[-1].set_exception(error := ValueError("no"))
+    assert await waiting == [*range(19), error]
+    assert len(woken) == 1

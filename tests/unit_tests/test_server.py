@@ -317,6 +317,23 @@ def test_a_client_has_no_more_connections_than_it_may(fresh_service: Any, gate: 
     assert sorted(type(each).__name__ for each in results) == ["DeadlineExceeded", "ServiceUnreachable"]
 
 
+def test_a_client_that_was_closed_opens_no_more_connections(fresh_service: Any, gate: Any) -> None:
+    service = fresh_service()
+
+    async def closed_meanwhile(remote: LatentService) -> list[Any]:
+        thoughts = [asyncio.create_task(remote.athink(messages(question), steps=1)) for question in "ab"]
+        await asyncio.to_thread(held.entered.wait, 60)
+        remote.close()
+        return await asyncio.gather(*thoughts, return_exceptions=True)
+
+    with serving(service) as server, client(server, max_connections=1) as remote:
+        held = gate(service)
+        results = asyncio.run(asyncio.wait_for(closed_meanwhile(remote), 60))
+        held.open()
+    assert isinstance(results[1], ServiceClosed)
+    assert isinstance(results[0], ServiceClosed | ServiceUnreachable)
+
+
 def test_more_steps_than_were_asked_for_are_not_believed(remote: Any) -> None:
     told: list[int] = []
     with pytest.raises(EngineFailed, match="step 4 of 3"):

@@ -1,6 +1,7 @@
 import errno
 import multiprocessing
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -308,3 +309,84 @@ def test_room_is_asked_for_while_a_disk_is_slow(tmp_path: Path, monkeypatch: pyt
         assert writer.is_alive()
     opened.set()
     writer.join()
+
+
+class _SlowDisk:
+    """Flushes wait until it is let go on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.asked, self.go_on, self.flushed = threading.Event(), threading.Event(), list[str]()
+        flush = os.fsync
+
+        def slow(file: int) -> None:
+            self.asked.set()
+            assert self.go_on.wait(60)
+            self.flushed.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+            flush(file)
+
+        patch.setattr(os, "fsync", slow)
+
+
+def test_recipes_that_come_while_the_disk_is_busy_are_written_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, disk, locked = recipe_store(tmp_path), _SlowDisk(monkeypatch), list[bool]()
+    assert store.folder is not None
+    acquire = store.folder._acquire
+    monkeypatch.setattr(store.folder, "_acquire", lambda: (locked.append(True), acquire()))
+    made = [recipe(steps) for steps in range(20)]
+    waiting = [store.put_soon(lambda: made[0], lambda there, fresh: (there, fresh))]
+    assert disk.asked.wait(60)
+    again = recipe(steps=1, add=1)
+    for each in [*made[1:], again]:
+        waiting.append(store.put_soon(lambda each=each: each, lambda there, fresh: (there, fresh)))  # type: ignore[misc]
+    time.sleep(0.05)
+    assert not any(each.done() for each in waiting)  # no reference before the disk has the recipe
+    disk.go_on.set()
+    assert [each.result(60) for each in waiting] == [*((each, True) for each in made), (made[1], False)]
+    store.put(made[0])  # after all that was asked for before
+    assert len(locked) == 3
+    assert disk.flushed.count("folder") == 2
+    assert disk.flushed.count("file") == len(made)
+    assert all(recipe_store(tmp_path).get(each.id).id == each.id for each in made)
+
+
+def test_one_that_cannot_be_stored_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, disk = recipe_store(tmp_path), _SlowDisk(monkeypatch)
+    child = recipe(parents=("lat_" + "0" * 32,))
+    puts = [recipe(), recipe(steps=1), child, recipe(steps=2)]
+    waiting = [store.put_soon(lambda each=each: each, lambda there, _: there) for each in puts]  # type: ignore[misc]
+    assert disk.asked.wait(60)
+    disk.go_on.set()
+    with pytest.raises(DroppedReference):
+        waiting.pop(2).result(60)
+    assert [each.result(60).id for each in waiting] == [puts[i].id for i in (0, 1, 3)]
+
+
+def test_a_flush_that_fails_lets_the_others_end_before_files_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, ended = FolderStore(tmp_path), list[bool]()
+
+    def full(file: int) -> None:
+        if os.fstat(file).st_size == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        time.sleep(0.05)
+        ended.append(os.fstat(file).st_size == 2)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreFull):
+        store.mset([("a", b"1"), *((f"b{i}", b"22") for i in range(6))])
+    assert ended == [True] * 6
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_who_holds_the_lock_does_not_ask_for_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked = FolderStore(tmp_path), list[bool]()
+    acquire = store._acquire
+    monkeypatch.setattr(store, "_acquire", lambda: (asked.append(True), acquire()))
+    with store.locked():
+        store.mset([("a", b"1")])
+        store.mdelete(["a"])
+    assert len(asked) == 1
+    FolderStore(tmp_path).mset([("a", b"1")])  # it is free again

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 from contextlib import suppress
+from threading import get_ident
 from typing import Any
 
 import pytest
@@ -116,9 +117,13 @@ async def test_a_service_with_a_folder_works_aside(
 ) -> None:
     service, to_thread, called = fresh_service(store=tmp_path), asyncio.to_thread, []
     monkeypatch.setattr(asyncio, "to_thread", lambda call, *given: (called.append(call), to_thread(call, *given))[1])
+    stored, threads = service._store._stored, []
+    monkeypatch.setattr(service._store, "_stored", lambda made: (threads.append(get_ident()), stored(made))[1])
     await service.athink(PROMPT, steps=1)
     await service.asay(PROMPT, max_tokens=1)
-    assert len(called) == 4  # each: once to begin, once to store
+    assert len(called) == 2  # to begin
+    assert len(threads) == 2
+    assert get_ident() not in threads
 
 
 texts = st.lists(
