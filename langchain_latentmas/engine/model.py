@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from operator import attrgetter, ne
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MOVING_ROPES = ("dynamic", "longrope")  # their frequencies change as a sequence grows, and cached keys do not
 HASHED_AT_ONCE = 1 << 24  # elements
+VERSION = attrgetter("_version")
 
 Embeddable = Sequence[int] | Tensor
 """Token ids, or thoughts [n, hidden] that are fed as they are."""
@@ -242,25 +244,34 @@ class LanguageModel:
         self._take_stock()
 
     def _take_stock(self) -> None:
-        # Where each weight is, since a walk through all modules takes longer than all else that a request costs here.
-        self._held = [(m._parameters, name) for m in self.model.modules() for name in m._parameters]
-        self._modules = [(m._modules, dict(m._modules)) for m in self.model.modules()]
-        self._hooks = [(hooks, len(hooks)) for m in self.model.modules() for hooks in hooks_of(m)]
-        self._versions = self._weight_versions()
+        modules = list(self.model.modules())
+        # Lists side by side, to be compared without Python for each: a request must not pay for the number of layers.
+        self._owners, self._names = [], []
+        for module in modules:
+            self._owners += [module._parameters] * len(module._parameters)
+            self._names += module._parameters
+        self._weights = [weight for weight in map(dict.get, self._owners, self._names) if weight is not None]
+        self._tracked = [weight for weight in self._weights if not weight.is_inference()]
+        self._children, self._then = [m._modules for m in modules], [dict(m._modules) for m in modules]
+        self._hooks = [hooks for m in modules for hooks in hooks_of(m)]
+        self._stock = self._look()
         self.alignment = Alignment.of(self.model, self.realign)
         self.fingerprint = self._fingerprint()
 
     def refresh_if_changed(self) -> None:
         """Calls `refresh` if modules or hooks were put in, or out, or a weight was written (writes to `.data` hide)."""
-        changed = any(now != then for now, then in self._modules) or any(len(now) != then for now, then in self._hooks)
-        if changed or self._versions != self._weight_versions():
+        if self._look() != self._stock or any(map(ne, self._children, self._then)):
             logger.warning("%s: the weights or modules changed; alignment and fingerprint are computed anew", self.name)
             self.refresh()
 
-    def _weight_versions(self) -> list[tuple[int, int]]:
-        weights = [p for there, name in self._held if (p := there.get(name)) is not None]
-        # A quantized weight has no storage of its own.
-        return [(p.data_ptr() or id(p), 0 if p.is_inference() else p._version) for p in weights]
+    def _look(self) -> list[list[int]]:
+        """Where each weight is and how often it was written, and how many hooks there are."""
+        return [
+            list(map(id, map(dict.get, self._owners, self._names))),
+            list(map(Tensor.data_ptr, self._weights)),
+            list(map(VERSION, self._tracked)),
+            list(map(len, self._hooks)),
+        ]
 
     def _fingerprint(self) -> str:
         """Hashes values, not representations: the same weights in another dtype that holds them hash the same."""
