@@ -5,6 +5,7 @@ import logging
 import weakref
 from contextlib import nullcontext
 from itertools import count
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -20,7 +21,6 @@ from langchain_latentmas.engine.graphs import Compute, Graphs, Step
 from langchain_latentmas.engine.graphs import Recorder as CudaRecorder
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.engine.sampling import Sampling
-from langchain_latentmas.engine.slots import SlotCache
 from langchain_latentmas.engine.tick import Result, Row, Ticker
 
 from ..conftest import load_parts
@@ -128,9 +128,9 @@ def test_slots_in_excess_see_something(model: LanguageModel, monkeypatch: pytest
     tick = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=Graphs(Recorder(), tolerance=1e-8))
     seen, hidden = [], model.hidden
 
-    def looked_at(embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+    def looked_at(embeds: Tensor, positions: Tensor, mask: Tensor, *more: Any) -> Tensor:
         seen.append((mask == 0).any(-1))
-        return hidden(embeds, positions, mask, cache)
+        return hidden(embeds, positions, mask, *more)
 
     monkeypatch.setattr(model, "hidden", looked_at)
     with torch.inference_mode():
