@@ -224,6 +224,7 @@ class ChatLatentMAS(BaseChatModel):
 
 for _generate in (ChatLatentMAS._generate, ChatLatentMAS._agenerate):  # LangChain asks for it in every call
     _generate.__signature__ = inspect.signature(_generate)  # type: ignore[union-attr]
+del _generate
 
 
 class _Call:

@@ -103,7 +103,6 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         self.max_tokens = max_tokens
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         self.sampling["stop_sequences"] = list(stop) if stop else None
-        self._system = SystemMessage(prompt) if isinstance(prompt, str) else None
         self._llm: ChatLatentMAS | None = None
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -157,13 +156,12 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
 
     def _prompt_messages(self, state: Any, config: RunnableConfig) -> list[BaseMessage]:
         made: Any
-        if self._system is not None:
-            made = [self._system, *(_field(state, "messages") or [])]
+        if isinstance(self.prompt, str):
+            made = [SystemMessage(self.prompt), *(_field(state, "messages") or [])]
         elif isinstance(self.prompt, Runnable):
             values = state if isinstance(state, Mapping) else vars(state)
             made = self.prompt.invoke(dict(values), config)
         else:
-            assert callable(self.prompt)
             made = self.prompt(state)
         if isinstance(made, PromptValue):
             made = made.to_messages()

@@ -30,7 +30,7 @@ class Alignment:
         """
         wide = torch.promote_types(inputs.dtype, torch.float32)
         hidden = inputs.shape[1]
-        self.weight: Tensor | None = None
+        self._transposed: Tensor | None = None
         with torch.no_grad():
             rows = inputs.split(ROWS_AT_ONCE)
             self.norm = torch.cat([part.to(wide).norm(dim=1) for part in rows]).mean()
@@ -42,8 +42,7 @@ class Alignment:
                     gram += o.T @ o
                     cross += o.T @ i.to(wide)
                 gram += RIDGE * torch.eye(hidden, dtype=wide, device=inputs.device)
-                self.weight = torch.linalg.solve(gram, cross)
-                self._transposed = self.weight.T.contiguous()
+                self._transposed = torch.linalg.solve(gram, cross).T.contiguous()
 
     @classmethod
     def of(cls, model: nn.Module, realign: bool) -> "Alignment":
@@ -51,9 +50,14 @@ class Alignment:
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
         return cls(inputs.weight.detach(), outputs.weight.detach(), realign)
 
+    @property
+    def weight(self) -> Tensor | None:
+        """`W`."""
+        return None if self._transposed is None else self._transposed.T
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Maps hidden states [..., hidden] to thoughts of the same shape, dtype and device."""
         z = hidden.to(self.norm.dtype)
-        if self.weight is not None:
+        if self._transposed is not None:
             z = linear(z, self._transposed)
         return (z * (self.norm / z.norm(dim=-1, keepdim=True).clamp_min(1e-6))).to(hidden.dtype)

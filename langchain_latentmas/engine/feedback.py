@@ -31,7 +31,7 @@ class Feedback:
             graphs: Records and replays the steps; None computes every one.
         """
         self.model, self.cache, self.graphs = model, cache, graphs
-        self._alignment = model.alignment
+        self._made_of: tuple[object, object] = (model.alignment, model.decode)
         self._allocate()
 
     def fit(self) -> None:
@@ -83,9 +83,10 @@ class Feedback:
             size = power_of_two(rows), min(bucket(length), self.cache.capacity)
             self.positions[rows : size[0]] = self.cache.capacity - 1
             self.mask[rows : size[0], 0] = 0  # some kernels make NaN of attention to nothing
-            if self._alignment is not alignment:  # weights were changed
+            made_of = alignment, self.model.decode  # kept, since what was recorded reads their tensors
+            if self._made_of != made_of:  # weights, modules or hooks were changed
                 self.graphs.clear()
-                self._alignment = alignment
+                self._made_of = made_of
             step = self.graphs.step(size, lambda: self._compute(alignment, *size, thinking=True, speaking=True))
             step = Step(step.inputs[:rows], step.hidden[:rows])
         self.hidden[:rows] = step.hidden

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from .attention import attend
 from .linear import Linear
@@ -13,6 +14,9 @@ from .slots import SlotCache
 
 KIN = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 """Decoders of transformers that compute what `LlamaDecoder` does; Qwen3 normalises queries and keys besides."""
+
+PARTS = {nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"])}
+"""Classes of their modules, besides those that are defined beside the decoder."""
 
 
 class LlamaDecoder:
@@ -45,10 +49,11 @@ class LlamaDecoder:
             return f"{kind.__name__} may have layers of another kind"
         if source.config.hidden_act != "silu":
             return f"its activation is {source.config.hidden_act}"
-        if any("forward" in module.__dict__ or any(hooks_of(module)) for module in decoder.modules()):
+        if any(is_altered(module) for module in decoder.modules()):
             return "a module has a hook, or a forward of its own"
-        if any(type(module) is not nn.Linear for layer in source.layers for module in _linears(layer)):
-            return "a linear layer was replaced"
+        kinds = {type(module) for module in decoder.modules()} - PARTS
+        if other := sorted(each.__name__ for each in kinds if each.__module__ != kind.__module__):
+            return f"a {other[0]} was put in"
         if len({weight.device for weight in decoder.parameters()}) > 1:
             return "its layers lie on several devices"
         return ""
@@ -147,6 +152,11 @@ class Norm:
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """What is called before and after a module, and would not be where its weights are used without it."""
     return module._forward_hooks, module._forward_pre_hooks
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether calling a module does something else than its class says."""
+    return "forward" in module.__dict__ or any(hooks_of(module))
 
 
 def _linears(layer: Any) -> tuple[nn.Linear, ...]:

@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from operator import attrgetter, ne
+from itertools import repeat
+from operator import attrgetter, contains, ne
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from . import attention
 from .alignment import Alignment
 from .kv import KV
 from .linear import Linear, packable
-from .llama import LlamaDecoder, hooks_of
+from .llama import LlamaDecoder, hooks_of, is_altered
 from .quantization import plain_tensors, quantization_config
 from .rotary import Rotary
 from .slots import SlotCache, Window
@@ -49,6 +50,7 @@ class LanguageModel:
         kv_devices: Device of each layer's KV.
         compiled: Whether decode steps go through `torch.compile`.
         packed: Whether large matrices are kept a second time, for oneDNN.
+        decode: What takes a step of one position a row; another object once modules or hooks have changed.
         decoder_fault: Why the decoder of transformers computes the layers and not `LlamaDecoder`; "" if that does.
     """
 
@@ -88,7 +90,7 @@ class LanguageModel:
         self.config = model.config.get_text_config(decoder=True)
         self.max_positions = _checked_positions(self.config, self.name, max_positions)
         self.decoder = model.get_decoder()
-        self.compiled, self.packed = compile, pack
+        self.compiled, self._pack = compile, pack
         if compile and self.config._attn_implementation == "sdpa":
             model.set_attn_implementation(attention.NAME)  # compiled, "sdpa" copies keys and values for each query head
         self.eos = _end_tokens(model, tokenizer)
@@ -231,7 +233,7 @@ class LanguageModel:
             Last hidden states after the final norm, [rows, new, hidden], or with `only` [rows, 1, hidden].
         """
         if embeds.shape[1] == 1:
-            return self._decode(embeds, positions, mask, cache)
+            return self.decode(embeds, positions, mask, cache)
         return self._forward(embeds, positions, mask, cache, only)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -253,24 +255,33 @@ class LanguageModel:
         self._weights = [weight for weight in map(dict.get, self._owners, self._names) if weight is not None]
         self._tracked = [weight for weight in self._weights if not weight.is_inference()]
         self._children, self._then = [m._modules for m in modules], [dict(m._modules) for m in modules]
-        self._hooks = [hooks for m in modules for hooks in hooks_of(m)]
-        self._stock = self._look()
+        self._hooks, self._dicts = [hooks for m in modules for hooks in hooks_of(m)], [vars(m) for m in modules]
+        self._stock, self._alterations = self._look(), self._look_for_alterations()
         self.alignment = Alignment.of(self.model, self.realign)
         self.fingerprint = self._fingerprint()
 
     def refresh_if_changed(self) -> None:
-        """Calls `refresh` if modules or hooks were put in, or out, or a weight was written (writes to `.data` hide)."""
+        """Calls `refresh` if modules were put in, or out, or a weight was written (writes through `.data` hide).
+
+        A hook or a `forward` of a module's own changes what is computed, but not what the model is.
+        """
         if self._look() != self._stock or any(map(ne, self._children, self._then)):
             logger.warning("%s: the weights or modules changed; alignment and fingerprint are computed anew", self.name)
             self.refresh()
+        elif self._alterations != (found := self._look_for_alterations()):
+            self._choose_forward()
+            self._alterations = found
+
+    def _look_for_alterations(self) -> list[list[int]]:
+        """How many hooks there are, and who has a `forward` of its own."""
+        return [list(map(len, self._hooks)), list(map(contains, self._dicts, repeat("forward")))]
 
     def _look(self) -> list[list[int]]:
-        """Where each weight is and how often it was written, and how many hooks there are."""
+        """Where each weight is, and how often it was written."""
         return [
             list(map(id, map(dict.get, self._owners, self._names))),
             list(map(Tensor.data_ptr, self._weights)),
             list(map(VERSION, self._tracked)),
-            list(map(len, self._hooks)),
         ]
 
     def _fingerprint(self) -> str:
@@ -301,10 +312,12 @@ class LanguageModel:
         self.decoder_fault = LlamaDecoder.obstacle(self.decoder) or self._own_fault
         self._forward: Callable[..., Tensor] = self._as_it_is
         if not self.decoder_fault:
-            self._forward = LlamaDecoder(self.decoder, self.max_positions, self.packed)
-        self._decode = torch.compile(self._forward) if self.compiled else self._forward
+            self._forward = LlamaDecoder(self.decoder, self.max_positions, self._pack)
+        self.packed = self._pack and not self.decoder_fault
+        self.decode = torch.compile(self._forward) if self.compiled else self._forward
         head = self.model.get_output_embeddings()
-        self._head = Linear(head, self.packed) if type(head) is nn.Linear and not any(hooks_of(head)) else head
+        plain = type(head) is nn.Linear and not is_altered(head) and not self._own_fault
+        self._head = Linear(head, self.packed) if plain else head
 
     def _unpackable(self) -> str:
         if all(packable(weight) for weight in self.decoder.parameters()):

@@ -283,7 +283,7 @@ class LatentService(ABC):
         """Like `speak`, for `async for`."""
 
     def say(self, messages: LanguageModelInput, latents: Sequence[LatentRef] = (), **options: Any) -> Chunk:
-        """Like `speak`, all at once: nobody is woken up for each token.
+        """Like `speak`, all at once; where the model is in this process, nobody is woken up for each token.
 
         Args:
             messages: Anything LangChain accepts as messages.

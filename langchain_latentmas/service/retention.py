@@ -105,7 +105,8 @@ class Retention:
         return order
 
     def _read_new(self) -> None:
-        found = {key.removesuffix(RECIPE) for key in self.store.store.yield_keys() if key.endswith(RECIPE)}
+        with self.store.locked():
+            found = {key.removesuffix(RECIPE) for key in self.store.store.yield_keys() if key.endswith(RECIPE)}
         for key in found - self._headers.keys():
             try:
                 self._headers[key] = self.store.header(key)

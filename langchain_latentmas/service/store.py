@@ -195,7 +195,12 @@ class FolderStore(BaseStore[str, bytes]):
 
     def _flush(self, files: Sequence[BinaryIO]) -> None:
         mine, *parts = [files[i::FLUSHERS] for i in range(FLUSHERS)]
-        others = [self._flushers.submit(_fsync, part) for part in parts if part]
+        others = []
+        for part in filter(None, parts):
+            try:
+                others.append(self._flushers.submit(_fsync, part))
+            except RuntimeError:  # the interpreter ends, and takes no new work for threads
+                mine = [*mine, *part]
         try:
             _fsync(mine)
         finally:
@@ -283,7 +288,7 @@ class RecipeStore:
         if budget is not None and self.folder is None:
             raise InvalidRequest("store_budget needs a folder as store; other stores have limits of their own.")
         self._thread_lock = threading.RLock()
-        self._writer = ThreadPoolExecutor(1, "latentmas-store")
+        self._writer, self._process = ThreadPoolExecutor(1, "latentmas-store"), os.getpid()
         self._waiting: list[_Put] = []
         self._waiting_lock = threading.Lock()
         self._room_lock = threading.Lock()  # never held while a disk is written, so event loops may wait for it
@@ -353,13 +358,18 @@ class RecipeStore:
         Returns:
             A future of what `then` returns, or of what `put` would raise.
         """
+        if os.getpid() != self._process:  # its thread is not there
+            raise StoreBusy("This store was opened before the process was forked; load the service in the new one.")
         put = _Put(made, then, Future[A]())
         with self._waiting_lock:
             self._waiting.append(put)
-        if self.in_memory:
-            self._write()
-        else:
-            self._writer.submit(self._write)
+        try:
+            if not self.in_memory:
+                self._writer.submit(self._write)
+                return put.done
+        except RuntimeError:  # the interpreter ends, and takes no new work for threads
+            pass
+        self._write()
         return put.done
 
     def get(self, key: str) -> Recipe:
@@ -438,13 +448,19 @@ class RecipeStore:
         puts = [put for put in puts if put.done.set_running_or_notify_cancel()]
         if not puts:  # they went along with those before
             return
-        for put, stored in zip(puts, self._stored([put.made for put in puts]), strict=True):
-            try:
-                if isinstance(stored, Exception):
-                    raise stored
-                put.done.set_result(put.then(*stored))
-            except Exception as error:
-                put.done.set_exception(error)
+        try:
+            for put, stored in zip(puts, self._stored([put.made for put in puts]), strict=True):
+                try:
+                    if isinstance(stored, Exception):
+                        raise stored
+                    put.done.set_result(put.then(*stored))
+                except Exception as error:
+                    put.done.set_exception(error)
+        except BaseException as error:  # this thread is interrupted, but others wait too
+            for put in puts:
+                if not put.done.done():
+                    put.done.set_exception(error)
+            raise
 
     def _stored(self, recipes: Sequence[Callable[[], Recipe]]) -> list[tuple[Recipe, bool] | Exception]:
         """Writes those that are not there yet. For each: what is there, and whether it is new, or why it is not."""
@@ -459,7 +475,8 @@ class RecipeStore:
                         stored.append(error)
                 self._mset({key + RECIPE: value for key, (_, value) in fresh.items()})
                 for key in fresh:
-                    self.renew(key)
+                    with contextlib.suppress(UnknownReference):  # one that a store of the user's dropped again
+                        self.renew(key)
         except Exception as error:
             return [error] * len(recipes)
         return stored
@@ -483,7 +500,8 @@ class RecipeStore:
                 there = self.get(recipe.id)
                 self.renew(recipe.id)
                 return there, False
-        if gone := [parent for parent in map(original, recipe.parents) if not self._has(parent + RECIPE)]:
+        parents = [parent for parent in map(original, recipe.parents) if parent not in fresh]
+        if gone := [parent for parent in parents if not self._has(parent + RECIPE)]:
             raise DroppedReference(f"The memory {gone[0]} was dropped while agent {recipe.segment.agent!r} read it.")
         value = self._sealed(recipe)
         with self._room_lock:

@@ -158,7 +158,7 @@ def read_memory(path: Path, hidden_size: int, dtype: torch.dtype) -> Exported:
             if segment.steps:
                 if file.get_slice(f"thoughts.{i}").get_shape() != [segment.steps, hidden_size]:
                     raise InvalidRequest(f"The thoughts of segment {i} do not have its steps, or not this width.")
-                thoughts = file.get_tensor(f"thoughts.{i}").to(dtype)
+                thoughts = file.get_tensor(f"thoughts.{i}").to(dtype, copy=True)  # of its own: the file may change
             if not thoughts.isfinite().all():
                 raise InvalidRequest(f"The thoughts of segment {i} are not finite.")
             if unknown := [parent for parent in segment.parents if parent not in seen]:

@@ -1,5 +1,7 @@
 """Recipes that a service without a store keeps as they are behave like stored ones."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -84,3 +86,14 @@ def test_what_is_kept_is_rebuilt_when_its_decoded_form_is_forgotten(fresh_servic
     after = service.memory(ref).segments[0]
     assert after.prompt_ids == before.prompt_ids
     assert torch.equal(after.thoughts, before.thoughts)
+
+
+def test_an_imported_memory_does_not_change_with_its_file(fresh_service: Fresh, tmp_path: Path) -> None:
+    one, other, file = fresh_service(), fresh_service(), tmp_path / "memory"
+    file.write_bytes(b"".join(one.export_memory(one.think("Plan.", steps=3))))
+    moved = other.import_memory(file)
+    thoughts = other.memory(moved).segments[-1].thoughts.clone()
+    whole = file.read_bytes()
+    with file.open("r+b") as there:
+        there.write(bytes(len(whole)))
+    assert torch.equal(other.memory(moved).segments[-1].thoughts, thoughts)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from langchain_latentmas.engine import linear as linear_module
 from langchain_latentmas.engine import llama
@@ -50,7 +51,7 @@ def both(model: LanguageModel, rows: int, new: int) -> tuple[Tensor, Tensor]:
     lengths = torch.arange(rows)[:, None] % new + 1
     cells = torch.where(torch.arange(new) < lengths, torch.arange(new), 2 * new)
     for forward in (model._forward, model._as_it_is):
-        cache, model._forward, model._decode = model.new_cache(), forward, forward
+        cache, model._forward, model.decode = model.new_cache(), forward, forward
         with torch.inference_mode():
             first = model._on_slots(embeds[:, :new], cells, cells.clamp_max(new), cache)
             last = model._on_slots(embeds[:, new:], lengths, lengths, cache)
@@ -137,7 +138,59 @@ def test_an_adapter_in_place_of_a_linear_layer_is_used() -> None:
         mlp = model.decoder.get_submodule("layers.0.mlp")
         mlp.down_proj = nn.Sequential(mlp.down_proj, nn.Tanh())
         assert say(service, messages("one"), temperature=0).token_ids != before
-        assert "a linear layer was replaced" in service.info()["decoder"]
+        assert "a Sequential was put in" in service.info()["decoder"]
+
+
+class Doubled(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_module_of_another_class_is_called() -> None:
+    model = wrapped("llama", torch.float64)
+    with LocalService(model, LocalSettings()) as service:
+        before = say(service, messages("one"), temperature=0).token_ids
+        layer: Any = model.decoder.get_submodule("layers.0")
+        other = Doubled(model.decoder.config).double()
+        other.load_state_dict(layer.mlp.state_dict())
+        layer.mlp = other
+        assert say(service, messages("one"), temperature=0).token_ids != before
+        assert "a Doubled was put in" in service.info()["decoder"]
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp", "lm_head"])
+def test_a_forward_put_over_that_of_a_module_is_called(name: str) -> None:
+    model = wrapped("llama", torch.float64)
+    with LocalService(model, LocalSettings()) as service:
+        module, fingerprint = model.model.get_submodule(name), model.fingerprint
+        before = say(service, messages("one"), temperature=0).token_ids
+        plain = module.forward
+        module.forward = lambda x: -plain(x)
+        assert say(service, messages("two"), temperature=0).token_ids != before
+        other = say(service, messages("one"), temperature=0).token_ids
+        assert other != before
+        del module.forward
+        assert say(service, messages("one"), temperature=0).token_ids == before
+        assert model.fingerprint == fingerprint
+
+
+def test_a_wrapped_norm_is_no_obstacle_to_loading() -> None:
+    parts = random_model("llama"), load_parts("qwen3-tied", "float64")[1]
+    layer: Any = parts[0].get_decoder().get_submodule("layers.0")
+    layer.input_layernorm = nn.Sequential(layer.input_layernorm)
+    assert "was put in" in LanguageModel(*parts).decoder_fault
+
+
+def test_a_hook_makes_no_other_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, taken = wrapped("llama", torch.float64), []
+    monkeypatch.setattr(model, "refresh", lambda: taken.append(1))
+    hook = model.decoder.get_submodule("layers.1.mlp").register_forward_hook(lambda *_: None)
+    model.refresh_if_changed()
+    assert "hook" in model.decoder_fault
+    hook.remove()
+    model.refresh_if_changed()
+    assert model.decoder_fault == ""
+    assert not taken
 
 
 def test_a_parameter_put_in_is_the_one_that_is_used() -> None:

@@ -390,3 +390,42 @@ def test_who_holds_the_lock_does_not_ask_for_it_again(tmp_path: Path, monkeypatc
         store.mdelete(["a"])
     assert len(asked) == 1
     FolderStore(tmp_path).mset([("a", b"1")])  # it is free again
+
+
+def test_a_store_that_threads_can_no_longer_be_begun_for_still_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = recipe_store(tmp_path)
+    assert store.folder is not None
+
+    def refuse(*_: Any) -> Any:  # as an interpreter does that ends
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr(store._writer, "submit", refuse)
+    monkeypatch.setattr(store.folder._flushers, "submit", refuse)
+    store.folder.mset([(f"key{i}", b"value") for i in range(9)])
+    made = store.put(recipe())
+    assert recipe_store(tmp_path).get(made.id).id == made.id
+
+
+def test_a_store_refuses_to_write_after_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = recipe_store(tmp_path)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(StoreBusy, match="before the process was forked"):
+        store.put(recipe())
+
+
+def test_those_who_wait_are_told_when_the_writing_thread_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, others = recipe_store(InMemoryByteStore()), []
+
+    def interrupted(made: Any) -> Any:
+        others.extend(made)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "_stored", interrupted)
+    waiting = module._Put(lambda: recipe(steps=1), lambda there, _: there, module.Future())
+    store._waiting.append(waiting)
+    with pytest.raises(KeyboardInterrupt):
+        store.put(recipe())
+    assert len(others) == 2
+    assert isinstance(waiting.done.exception(1), KeyboardInterrupt)
