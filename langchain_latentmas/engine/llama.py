@@ -10,13 +10,16 @@ from transformers.activations import ACT2FN
 
 from .attention import attend
 from .linear import Linear
-from .slots import SlotCache
+from .slots import SlotCache, power_of_two
 
 KIN = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 """Decoders of transformers that compute what `LlamaDecoder` does; Qwen3 normalises queries and keys besides."""
 
 PARTS = {nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"])}
 """Classes of their modules, besides those that are defined beside the decoder."""
+
+
+FEW = 64  # rows
 
 
 class LlamaDecoder:
@@ -62,12 +65,13 @@ class LlamaDecoder:
         self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache, only: Tensor | None = None
     ) -> Tensor:
         """Last hidden states after the final norm; arguments and result as for `LanguageModel.hidden`."""
+        rows, new, hidden = embeds.shape
         cos, sin = (F.embedding(positions, angles)[:, :, None] for angles in (self.cos, self.sin))
-        x = embeds
+        x = _padded(embeds.reshape(rows * new, hidden))
         for layer, slots in zip(self.layers, cache.layers, strict=True):
             # Keys and values are needed of all positions; what the last layer makes of the others nobody reads.
             x = layer(x, cos, sin, mask, slots, only if layer is self.layers[-1] else None)
-        return self.norm(x)
+        return self.norm(x)[: positions.numel() if only is None else rows].view(rows, -1, hidden)
 
 
 class Layer:
@@ -93,7 +97,7 @@ class Layer:
         """What the layer makes of hidden states.
 
         Args:
-            x: [rows, new, hidden].
+            x: [rows * new or more, hidden].
             cos: Of the angles [rows, new, 1, head_dim].
             sin: Likewise, [rows, new, 1, head_dim / 2].
             mask: See `LanguageModel.hidden`.
@@ -101,18 +105,21 @@ class Layer:
             only: See `LanguageModel.hidden`.
 
         Returns:
-            [rows, new, hidden], or with `only` [rows, 1, hidden].
+            The same shape, or with `only` [rows or more, hidden].
         """
+        rows, new = cos.shape[:2]
         seen = self._attention(self.before_attention(x), cos, sin, mask, slots, only)
-        x = (x if only is None else x[torch.arange(len(x), device=x.device), only][:, None]) + seen
+        if only is not None:
+            x = _padded(x[torch.arange(rows, device=x.device) * new + only])
+        x = x + seen
         h = self.before_mlp(x)
         x += self.down(F.silu(self.gate(h), inplace=True).mul_(self.up(h)))
         return x
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any, only: Tensor | None) -> Tensor:
-        rows, new, _ = x.shape
+        rows, new = cos.shape[:2]
         shape = rows, new, -1, self.head_dim
-        q, k, v = self.q(x).view(shape), self.k(x).view(shape), self.v(x).view(shape)
+        q, k, v = (each(x)[: rows * new].view(shape) for each in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         turned = _turned(torch.cat([q, k], dim=2), cos, sin)
@@ -125,7 +132,7 @@ class Layer:
             seen = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True).transpose(1, 2)
         else:
             seen, _ = attend(self, q, keys, values, mask)
-        return self.o(seen.reshape(rows, new, -1))
+        return self.o(_padded(seen.reshape(rows * new, -1)))
 
 
 class Norm:
@@ -165,6 +172,17 @@ def _linears(layer: Any) -> tuple[nn.Linear, ...]:
         *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
         *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
     )
+
+
+def _padded(x: Tensor) -> Tensor:
+    """`x` with rows of zeros behind it, so that there are few numbers of rows.
+
+    oneDNN makes code for each that it meets, which takes as long as a small product, and hundreds of megabytes for all.
+    """
+    if x.device.type != "cpu" or len(x) <= FEW:
+        return x
+    step = power_of_two(len(x)) // 16
+    return F.pad(x, (0, 0, 0, -len(x) % step))
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
