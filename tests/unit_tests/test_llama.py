@@ -204,6 +204,19 @@ def test_a_parameter_put_in_is_the_one_that_is_used() -> None:
         assert relative(ours, theirs) < 1e-12
 
 
+def test_prefills_of_any_size_come_in_few_sizes() -> None:
+    sizes = {n: len(llama._padded(torch.zeros(n, 1))) for n in range(1, 2049)}
+    assert all(n <= size < 1.125 * n for n, size in sizes.items())
+    assert len({size for n, size in sizes.items() if n > llama.FEW}) == 5 * 8
+
+
+@pytest.mark.parametrize("rows", [1, 9, 13])
+def test_rows_of_zeros_behind_a_prefill_change_nothing(rows: int) -> None:
+    model = wrapped("qwen3", torch.float64, **dict(KIN)["qwen3"])
+    ours, theirs = both(model, rows=rows, new=11)
+    assert relative(ours, theirs) < 1e-12
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, LARGE // 64 // 32, 64), (40, LARGE // 64 // 32, 64), (2, 3, 96), (64,)])
 def test_a_matrix_product_is_the_same_wherever_it_is_computed(shape: tuple[int, ...], bias: bool) -> None:
