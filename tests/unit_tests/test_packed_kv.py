@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from langchain_latentmas import LatentRef, LatentService
@@ -42,17 +42,20 @@ def some(positions: int, dtype: torch.dtype, seed: int = 0) -> KV:
 
 
 @given(st.integers(1, 40), st.sampled_from(DTYPES), st.integers(0, 10**6))
+@example(1, torch.float16, 425)
 def test_no_number_is_further_off_than_half_a_code(positions: int, dtype: torch.dtype, seed: int) -> None:
     kv = some(positions, dtype, seed)
     packed = kv.packed()
-    rounding = torch.finfo(dtype).eps  # of the scales, and of what is read
+    info = torch.finfo(dtype)
+    rounding = info.eps  # of the scales, and of what is read
+    least = info.tiny / 2  # half a code of the smallest scale, which small numbers in float16 get
     for ours, theirs, dim in [
         *((a, b, 1) for a, b in zip(packed.keys, kv.keys, strict=True)),
         *((a, b, 2) for a, b in zip(packed.values, kv.values, strict=True)),
     ]:
         assert ours.dtype == dtype
         largest = theirs.double().abs().amax(dim, keepdim=True)
-        assert ((ours.double() - theirs.double()).abs() <= (ONE_CODE + rounding) * largest).all()
+        assert ((ours.double() - theirs.double()).abs() <= (ONE_CODE + rounding) * largest + least).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
