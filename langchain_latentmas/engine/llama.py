@@ -25,7 +25,7 @@ FEW = 64  # rows
 class LlamaDecoder:
     """Computes what a decoder of transformers does, from the same weights and on the same slots.
 
-    What it leaves out is not arithmetic but calls: a norm is three kernels instead of six, queries and keys are rotated
+    What it leaves out is not arithmetic but calls: a norm is four calls instead of eight, queries and keys are rotated
     together, angles are looked up, no module is called. For small models, and for few rows, that is most of the time.
     """
 

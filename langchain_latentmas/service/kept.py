@@ -10,8 +10,6 @@ import torch
 from langchain_core.stores import InMemoryStore
 from torch import Tensor
 
-from ..errors import DroppedReference
-from .alteration import original
 from .envelope import OVERHEAD
 from .identity import Signer
 from .memory import Recipe, Segment
@@ -63,8 +61,7 @@ class KeptRecipes(RecipeStore):
             if self._has(recipe.id + RECIPE):
                 self.renew(recipe.id)
                 return self.get(recipe.id), False
-            if gone := [parent for parent in map(original, recipe.parents) if not self._has(parent + RECIPE)]:
-                raise DroppedReference(f"The memory {gone[0]} was dropped while agent {own.agent!r} read it.")
+            self._check_parents(recipe)
             prompt_ids, spoken_ids = array("i", own.prompt_ids), array("i", own.spoken_ids)
             how = recipe.model, recipe.alignment, recipe.parents
             kept = _Kept(own.agent, *how, prompt_ids, own.thoughts, spoken_ids, time.time())

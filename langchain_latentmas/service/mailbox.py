@@ -42,12 +42,14 @@ class Mailbox:
         except RuntimeError:  # it was closed while rows were at work; nobody waits any more
             self._take()
 
-    async def arrival(self, future: "Future[A]") -> A:
-        """What comes of a future of another thread; awaited in the loop that this belongs to."""
+    @classmethod
+    async def arrival(cls, future: "Future[A]") -> A:
+        """What comes of a future of another thread, by way of the mailbox of the running loop."""
         if future.done():
             return future.result()
+        loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Future[A]] = asyncio.Queue()
-        future.add_done_callback(partial(self.put, asyncio.get_running_loop(), inbox))
+        future.add_done_callback(partial(cls.of(loop).put, loop, inbox))
         return (await inbox.get()).result()
 
     def _deliver(self) -> None:

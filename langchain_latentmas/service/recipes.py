@@ -239,8 +239,7 @@ class RecipeService(LatentService):
         async with aclosing(request.aevents(notify=on_step is not None)) as events:
             async for event in events:
                 if isinstance(event, Result):
-                    kept = request.kept(event, lambda ref: ref)
-                    return await Mailbox.of(asyncio.get_running_loop()).arrival(kept)
+                    return await Mailbox.arrival(request.kept(event, lambda ref: ref))
                 if on_step is not None and isinstance(event, int):
                     on_step(event)
         raise AssertionError("a request ends with a result or an error")
@@ -289,7 +288,7 @@ class RecipeService(LatentService):
                 if isinstance(event, Spoken):
                     yield Chunk(event.text, (event.token,))
                 elif isinstance(event, Result):
-                    yield await Mailbox.of(asyncio.get_running_loop()).arrival(request.last_chunk(event))
+                    yield await Mailbox.arrival(request.last_chunk(event))
 
         return chunks()
 
@@ -327,11 +326,10 @@ class RecipeService(LatentService):
         async with aclosing(request.aevents(notify=False)) as events:
             async for event in events:
                 if isinstance(event, Result):
-                    last = request.last_chunk(event)
-                    return request.whole(await Mailbox.of(asyncio.get_running_loop()).arrival(last))
+                    return request.whole(await Mailbox.arrival(request.last_chunk(event)))
         raise AssertionError("a request ends with a result or an error")
 
-    async def _aside(self, call: Callable[[], T], quick: bool = True) -> T:
+    async def _aside(self, call: Callable[[], T], quick: bool) -> T:
         """Calls what needs the store: in a thread of its own, unless it is quick and there is nothing to wait for."""
         return call() if quick and self._store.in_memory else await asyncio.to_thread(call)
 

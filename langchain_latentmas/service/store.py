@@ -9,7 +9,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar
@@ -500,14 +500,17 @@ class RecipeStore:
                 there = self.get(recipe.id)
                 self.renew(recipe.id)
                 return there, False
-        parents = [parent for parent in map(original, recipe.parents) if parent not in fresh]
-        if gone := [parent for parent in parents if not self._has(parent + RECIPE)]:
-            raise DroppedReference(f"The memory {gone[0]} was dropped while agent {recipe.segment.agent!r} read it.")
+        self._check_parents(recipe, fresh)
         value = self._sealed(recipe)
         with self._room_lock:
             self._check_room(len(value) + sum(len(other) for _, other in fresh.values()))
         fresh[recipe.id] = recipe, value
         return recipe, True
+
+    def _check_parents(self, recipe: Recipe, fresh: Container[str] = ()) -> None:
+        for parent in map(original, recipe.parents):
+            if parent not in fresh and not self._has(parent + RECIPE):
+                raise DroppedReference(f"The memory {parent} was dropped while agent {recipe.segment.agent!r} read it.")
 
     def _sealed(self, recipe: Recipe) -> bytes:
         segment = recipe.segment
