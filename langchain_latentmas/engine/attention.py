@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -9,6 +10,7 @@ from transformers.masking_utils import eager_mask
 
 NAME = "latentmas"
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models ask for, and this attention would leave out
+MANY = 8  # rows times their heads of keys; for fewer, on a CPU, torch's kernel is faster
 
 
 def attend(
@@ -46,7 +48,13 @@ def attend(
     packed = query.reshape(rows, key.shape[1], groups * new, dim)
     if attention_mask is not None and new > 1:
         attention_mask = attention_mask.repeat(1, 1, groups, 1)
-    out = F.scaled_dot_product_attention(packed, key, value, attention_mask, dropout, scale=scaling)
+    small = new == 1 < groups and rows * key.shape[1] >= MANY and query.dtype is torch.float32
+    if small and attention_mask is not None and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        # For a few queries each, products of all heads at once take 0.35 to 1 of the time of torch's kernel there.
+        scores = torch.matmul(packed * (scaling or dim**-0.5), key.transpose(2, 3)).add_(attention_mask)
+        out = torch.matmul(scores.softmax(-1), value)
+    else:
+        out = F.scaled_dot_product_attention(packed, key, value, attention_mask, dropout, scale=scaling)
     return out.reshape(rows, heads, new, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -69,6 +69,7 @@ logger = logging.getLogger(__name__)
 
 MARKERS_KEPT = 65536
 A = TypeVar("A")
+B = TypeVar("B", covariant=True)
 Body = TypeVar("Body", bound=BaseModel)
 Reply = TypeVar("Reply", bound=BaseModel)
 
@@ -193,18 +194,7 @@ class HTTPService(LatentService):
     ) -> LatentRef:
         """See `LatentService.think`."""
         body = self._think_request(messages, latents, steps, agent, on_step is not None)
-        told = _Told(self, on_step, steps)
-
-        def once() -> LatentRef:
-            try:
-                with self._events("/v1/think", body) as events:
-                    for event in events:
-                        told.take(event)
-            except ServiceUnreachable as error:
-                return told.thought(error)
-            return told.thought(_broken())
-
-        return self._retried(once)
+        return self._answered("/v1/think", body, _Told(self, on_step, steps))
 
     async def athink(
         self,
@@ -217,20 +207,7 @@ class HTTPService(LatentService):
     ) -> LatentRef:
         """See `LatentService.athink`."""
         body = self._think_request(messages, latents, steps, agent, on_step is not None)
-        told = _Told(self, on_step, steps)
-
-        async def once() -> LatentRef:
-            stream = self._aevents("/v1/think", body)
-            try:
-                async for event in stream:
-                    told.take(event)
-            except ServiceUnreachable as error:
-                return told.thought(error)
-            finally:
-                await stream.aclose()
-            return told.thought(_broken())
-
-        return await self._aretried(once)
+        return await self._aanswered("/v1/think", body, _Told(self, on_step, steps))
 
     def speak(
         self,
@@ -300,6 +277,34 @@ class HTTPService(LatentService):
                     await stream.aclose()
 
         return chunks()
+
+    def say(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+        agent: str = "agent",
+        **sampling: Any,
+    ) -> Chunk:
+        """See `LatentService.say`."""
+        body = self._speak_request(messages, latents, tools, prefix, agent, sampling, progress=False)
+        return self._answered("/v1/speak", body, _Said(self))
+
+    async def asay(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef] = (),
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+        agent: str = "agent",
+        **sampling: Any,
+    ) -> Chunk:
+        """See `LatentService.asay`."""
+        body = self._speak_request(messages, latents, tools, prefix, agent, sampling, progress=False)
+        return await self._aanswered("/v1/speak", body, _Said(self))
 
     def memory(self, ref: LatentRef) -> Memory:
         """See `LatentService.memory`; the tensors are on the CPU."""
@@ -416,6 +421,7 @@ class HTTPService(LatentService):
         prefix: str,
         agent: str,
         sampling: Mapping[str, Any],
+        progress: bool = True,
     ) -> SpeakRequest:
         values = dict(sampling)
         stop = values.pop("stop", None)
@@ -431,6 +437,7 @@ class HTTPService(LatentService):
             SpeakRequest,
             tools=list(tools) if tools else None,
             prefix=prefix,
+            progress=progress,
             stop=list(stop) or None,
             **{name: value for name, value in values.items() if value is not None},
             **common,
@@ -469,6 +476,34 @@ class HTTPService(LatentService):
                 reply.read()
                 _check(reply)
             yield from reply.iter_bytes()
+
+    def _answered(self, path: str, body: BaseModel, answer: "_Answer[A]") -> A:
+        """Asks for events until the last one has come; asks again where that may help."""
+
+        def once() -> A:
+            try:
+                with self._events(path, body) as events:
+                    for event in events:
+                        answer.take(event)
+            except ServiceUnreachable as error:
+                return answer.whole(error)
+            return answer.whole(_broken())
+
+        return self._retried(once)
+
+    async def _aanswered(self, path: str, body: BaseModel, answer: "_Answer[A]") -> A:
+        async def once() -> A:
+            stream = self._aevents(path, body)
+            try:
+                async for event in stream:
+                    answer.take(event)
+            except ServiceUnreachable as error:
+                return answer.whole(error)
+            finally:
+                await stream.aclose()
+            return answer.whole(_broken())
+
+        return await self._aretried(once)
 
     @contextmanager
     def _events(self, path: str, body: BaseModel) -> Iterator[Iterator[Event]]:
@@ -588,6 +623,16 @@ class _Wait(wait_base):
         return self.backoff(retry_state) if advised is None else float(advised) * random.uniform(1, 1.5)
 
 
+class _Answer(Protocol[B]):
+    """What comes of events; the same one takes them again when the request is repeated."""
+
+    def take(self, event: Event) -> None:
+        """Takes an event."""
+
+    def whole(self, error: LatentMASError) -> B:
+        """The answer; raises the error that ended the events if the last one had not come."""
+
+
 class _Told:
     """What a think said of itself; a repeated request does not report the same steps again."""
 
@@ -604,8 +649,7 @@ class _Told:
         self.ref = thought.ref.ref
         self.service._remember(self.ref, thought.marker)
 
-    def thought(self, error: LatentMASError) -> LatentRef:
-        """The reference; the error if the connection ended before it came."""
+    def whole(self, error: LatentMASError) -> LatentRef:
         if self.ref is None:
             raise error
         return self.ref
@@ -617,6 +661,27 @@ class _Told:
             for each in range(self.steps + 1, step + 1):  # the server tells of several at a time
                 self.on_step(each)
             self.steps = step
+
+
+class _Said:
+    """What was spoken, all at once."""
+
+    def __init__(self, service: HTTPService) -> None:
+        self.service = service
+        self.chunk: Chunk | None = None
+
+    def take(self, event: Event) -> None:
+        wire = _parsed(event.data, SpokenChunk)
+        if wire.ref is None:
+            raise _foreign("a part where everything was asked for")
+        if wire.marker is not None:
+            self.service._remember(wire.ref.ref, wire.marker)
+        self.chunk = wire.chunk
+
+    def whole(self, error: LatentMASError) -> Chunk:
+        if self.chunk is None:
+            raise error
+        return self.chunk
 
 
 class _Spoken:

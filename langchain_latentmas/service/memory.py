@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..engine.model import Embeddable
 from .alteration import unaltered
+from .budget import Budget
 
 MergeMode = Literal["rotate", "rebuild"]
-LINES_KEPT = 65536
+LINES_KEPT = 1 << 22  # bytes of them, about; all others are worked out again
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,31 +115,37 @@ class Lineage:
             recipe: Returns the recipe of an id, or raises.
         """
         self._recipe = recipe
-        self._lines: dict[str, Layout] = {}
+        self._lines: Budget[Layout] = Budget(LINES_KEPT, lambda line: 400 + 8 * len(line))
 
     def line(self, key: str) -> Layout:
         """The memory of one id: what it saw when it was made, then its own segment, where that was computed."""
-        if len(self._lines) > LINES_KEPT:
-            self._lines = {}  # a new one: others may be reading the old
-        lines, stack = self._lines, [key]
+        if (line := self._lines.get(key)) is not None:
+            return line
+        lines: dict[str, Layout] = {}  # those this one is made of, also when they are too many to be kept
+        stack = [key]
         while stack:  # a loop, since a memory may be thousands of segments deep
-            if (whole := unaltered(stack[-1])) and whole not in lines:
-                stack.append(whole)
+            made = lines[stack[-1]] if stack[-1] in lines else self._made(stack[-1], lines)
+            if isinstance(made, list):
+                stack += made
                 continue
-            if whole:
-                how = stack[-1].removeprefix(whole)
-                lines[stack[-1]] = tuple(piece._replace(id=piece.id + how) for piece in lines[whole])
-                stack.pop()
-                continue
-            recipe = self._recipe(stack[-1])
-            unknown = [parent for parent in recipe.parents if parent not in lines]
-            if unknown:
-                stack += unknown
-                continue
-            seen = merge([lines[parent] for parent in recipe.parents])
-            lines[recipe.id] = (*seen, Piece(recipe.id, seen[-1].end if seen else 0, recipe.segment.positions))
-            stack.pop()
+            lines[stack[-1]] = made
+            self._lines.put(stack.pop(), made)
         return lines[key]
+
+    def _made(self, key: str, lines: dict[str, Layout]) -> Layout | list[str]:
+        """A line, or those of which it is made and which are not in `lines` yet."""
+        if (kept := self._lines.get(key)) is not None:
+            return kept
+        whole = unaltered(key)
+        recipe = None if whole else self._recipe(key)
+        sources = recipe.parents if recipe else (whole,)
+        if unknown := [source for source in sources if source not in lines]:
+            return unknown
+        if recipe is None:
+            how = key.removeprefix(whole)
+            return tuple(piece._replace(id=piece.id + how) for piece in lines[whole])
+        seen = merge([lines[parent] for parent in recipe.parents])
+        return (*seen, Piece(recipe.id, seen[-1].end if seen else 0, recipe.segment.positions))
 
     def tips(self, keys: Sequence[str]) -> list[str]:
         """Those ids that none of the others descends from, each once, in their order."""

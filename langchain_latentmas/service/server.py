@@ -231,7 +231,8 @@ class Server:
     async def speak(self, request: Request, body: SpeakRequest) -> Reply:
         """Prefills the messages on top of a memory and decodes text.
 
-        With `stream`, events "chunk"; the last one has `ref`, `usage` and `finish_reason`.
+        With `stream`, events "chunk" (without `progress`, a single one); the last one has `ref`, `usage` and
+        `finish_reason`.
         """
         return self._reply(request, self._speak(request, body), body)
 
@@ -363,41 +364,37 @@ class Server:
 
     async def _speak(self, request: Request, body: SpeakRequest) -> AsyncGenerator[tuple[str, BaseModel], None]:
         service = self._service(request)
-        pieces: list[str] = []
-        tokens: list[int] = []
+        said: dict[str, Any] = {
+            "max_tokens": body.max_tokens,
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "top_k": body.top_k,
+            "stop": body.stop,
+            "seed": body.seed,
+            "tools": body.tools,
+            "prefix": body.prefix,
+            "agent": body.agent,
+        }
+
+        def piece(chunk: Chunk) -> SpokenChunk:
+            self._first(request)
+            if chunk.ref is None:
+                return SpokenChunk.of(chunk)
+            request.state.reference = chunk.ref["id"]
+            return SpokenChunk.of(chunk, service.signed_marker(chunk.ref))
 
         def begun(service: LocalService) -> AsyncIterator[Chunk]:
-            return service.aspeak(
-                body.plain_messages,
-                body.refs,
-                max_tokens=body.max_tokens,
-                temperature=body.temperature,
-                top_p=body.top_p,
-                top_k=body.top_k,
-                stop=body.stop,
-                seed=body.seed,
-                tools=body.tools,
-                prefix=body.prefix,
-                agent=body.agent,
-            )
+            return service.aspeak(body.plain_messages, body.refs, **said)
 
         async with self._turn(request):
+            if not (body.stream and body.progress):  # nobody has to be woken up for every token
+                yield "chunk", piece(await service.asay(body.plain_messages, body.refs, **said))
+                return
             chunks = await self._at_once(request, begun)  # reads recipes, and makes tokens of the messages
             assert isinstance(chunks, AsyncGenerator)
             async with aclosing(chunks):
                 async for chunk in chunks:
-                    self._first(request)
-                    pieces.append(chunk.text)
-                    tokens += chunk.token_ids
-                    if chunk.ref is None:
-                        if body.stream:
-                            yield "chunk", SpokenChunk.of(chunk)
-                        continue
-                    request.state.reference = chunk.ref["id"]
-                    last = SpokenChunk.of(chunk, service.signed_marker(chunk.ref))
-                    if not body.stream:
-                        last = last.model_copy(update={"text": "".join(pieces), "token_ids": tokens})
-                    yield "chunk", last
+                    yield "chunk", piece(chunk)
 
     def _reply(
         self,

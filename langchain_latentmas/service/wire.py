@@ -134,6 +134,8 @@ class SpeakRequest(_Request):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     tools: Annotated[list[dict[str, JsonValue]], Field(max_length=MAX_TOOLS)] | None = None
     prefix: Text = ""
+    progress: bool = True
+    """Whether the stream has a chunk for each token; else it has one with everything."""
 
 
 class RefRequest(_Wire):
@@ -194,7 +196,7 @@ class SpokenUsage(_Wire):
 
 
 class SpokenChunk(_Wire):
-    """See `langchain_latentmas.service.Chunk`; a reply that is not streamed is one chunk with everything."""
+    """See `langchain_latentmas.service.Chunk`; a reply without progress is one chunk with everything."""
 
     text: str
     token_ids: list[int] = []

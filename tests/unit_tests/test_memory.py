@@ -1,9 +1,11 @@
 from itertools import accumulate
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from langchain_latentmas.service import memory
 from langchain_latentmas.service.memory import Layout, Lineage, Piece, Recipe, Segment, merge
 
 
@@ -78,6 +80,16 @@ def test_branches_follow_in_the_order_of_reading() -> None:
 def test_a_memory_may_be_thousands_of_segments_deep() -> None:
     recipes = {f"m{i}": recipe(f"m{i}", (f"m{i - 1}",) if i else (), 1) for i in range(3000)}
     assert Lineage(recipes.__getitem__).line("m2999")[-1] == Piece("m2999", 2999, 1)
+
+
+@pytest.mark.parametrize("kept", [0, 1200, 5000])
+def test_lines_that_are_not_kept_are_worked_out_again(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = {f"m{i}": recipe(f"m{i}", tuple(f"m{j}" for j in (i - 1, i - 2) if j >= 0), 1) for i in range(30)}
+    whole = Lineage(recipes.__getitem__)
+    monkeypatch.setattr(memory, "LINES_KEPT", kept)
+    forgetful = Lineage(recipes.__getitem__)
+    for key in [*recipes, "m7", "m29", "m7.zeroed", "m7.zeroed.random3"]:
+        assert forgetful.line(key) == whole.line(key)
 
 
 def test_merging_nothing_is_nothing() -> None:

@@ -30,7 +30,7 @@ from langchain_latentmas.errors import (
 )
 from langchain_latentmas.service import Chunk
 from langchain_latentmas.service.events import Event
-from langchain_latentmas.service.http import _Told
+from langchain_latentmas.service.http import _Said, _Told
 from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.logs import JSONLines
 from langchain_latentmas.service.server import Server
@@ -121,6 +121,45 @@ async def test_the_asynchronous_half_gives_the_same(remote: LatentService) -> No
     chunks = [chunk async for chunk in remote.aspeak("And?", [ref], max_tokens=4)]
     assert chunks == list(remote.speak("And?", [ref], max_tokens=4))
     assert isinstance(chunks[0], Chunk)
+
+
+async def test_the_whole_is_one_event(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ref = remote.think(PROMPT, steps=3)
+    chunks = list(remote.speak("And?", [ref], max_tokens=6))
+    ids = tuple(token for chunk in chunks for token in chunk.token_ids)
+    taken, take = [], _Said.take
+    monkeypatch.setattr(_Said, "take", lambda said, event: (taken.append(event), take(said, event))[1])
+    for said in (remote.say("And?", [ref], max_tokens=6), await remote.asay("And?", [ref], max_tokens=6)):
+        assert (said.text, said.token_ids) == ("".join(chunk.text for chunk in chunks), ids)
+        assert (said.ref, said.usage, said.finish_reason) == (
+            chunks[-1].ref,
+            chunks[-1].usage,
+            chunks[-1].finish_reason,
+        )
+        assert remote.marker(said.ref) == remote.marker(chunks[-1].ref)
+    assert [event.name for event in taken] == ["chunk", "chunk"]
+    assert len(ids) == 6
+
+
+def test_a_whole_that_broke_off_is_asked_for_again(fresh_service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(fresh_service()) as server, client(server) as remote:
+        whole, speak, asked = remote.say(PROMPT, max_tokens=3), server._speak, []
+
+        async def breaks_once(request: Any, body: Any) -> Any:
+            asked.append(body.progress)
+            if len(asked) == 1:
+                return  # the stream ends without a chunk
+            async for piece in speak(request, body):
+                yield piece
+
+        monkeypatch.setattr(server, "_speak", breaks_once)
+        assert remote.say(PROMPT, max_tokens=3) == whole
+        assert asked == [False, False]
+
+
+def test_a_part_is_not_taken_for_the_whole(remote: Any) -> None:
+    with pytest.raises(EngineFailed, match="a part"):
+        _Said(remote).take(Event("chunk", '{"text": "half"}'))
 
 
 def test_steps_are_reported_in_the_callers_thread(remote: LatentService) -> None:
