@@ -23,7 +23,7 @@ class Feedback:
     """
 
     def __init__(self, model: LanguageModel, cache: SlotCache, graphs: Graphs | None = None) -> None:
-        """State for the slots that the cache has; `fit` follows it when it grows.
+        """State for the slots that the cache has; `fit` follows it when its size changes.
 
         Args:
             model: The model that takes the steps.
@@ -35,13 +35,14 @@ class Feedback:
         self._allocate()
 
     def fit(self) -> None:
-        """Grows to the slots and capacity of the cache; what is there stays."""
+        """Takes on the slots and capacity of the cache; of what is there, as much stays as has room."""
         if self.mask.shape == (self.cache.slots, self.cache.capacity):
             return
         old = self._tensors
         self._allocate()
         for new, before in zip(self._tensors, old, strict=True):
-            new[tuple(slice(size) for size in before.shape)] = before
+            both = tuple(slice(min(sizes)) for sizes in zip(new.shape, before.shape, strict=True))
+            new[both] = before[both]
 
     def enter(self, slot: int, position: int, hidden: Tensor, speaking: bool, holes: Sequence[tuple[int, int]]) -> None:
         """Lets a row begin to decode.

@@ -1,8 +1,10 @@
 """The scheduler: one thread that ticks, and a queue in front of it."""
 
 import logging
+import os
 import threading
 from collections import deque
+from collections.abc import Iterable
 
 import torch
 
@@ -17,16 +19,20 @@ class Scheduler:
 
     All calls of rows' callbacks come from its thread, which is started with the first row and sleeps while there is
     none.
+
+    Attributes:
+        ticker: Whose rows they are.
+        fault: Why no row is worked on any more; "" while they are.
     """
 
     def __init__(self, ticker: Ticker) -> None:
         """Takes the ticker over; nobody else may call it from then on."""
-        self.ticker = ticker
+        self.ticker, self.fault = ticker, ""
         self._waiting: deque[Row] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._joining: Row | None = None  # the last one taken from the queue
-        self._closed = False
+        self._closed, self._process = False, os.getpid()
 
     @property
     def waiting(self) -> int:
@@ -42,11 +48,18 @@ class Scheduler:
         """Queues a row.
 
         Raises:
-            ServiceClosed: If the scheduler was closed.
+            ServiceClosed: If the scheduler was closed, or made before this process was forked.
+            EngineFailed: If the device no longer works.
         """
+        if os.getpid() != self._process:  # its thread is not there
+            raise ServiceClosed("The service was loaded before the process was forked; load it in the new one.")
         with self._changed:
             if self._closed:
                 raise ServiceClosed("The service is closed; load another one.")
+            if self.fault:
+                raise EngineFailed(
+                    f"The engine does not work any more ({self.fault}); load the service in a new process."
+                )
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="latentmas-tick", daemon=True)
                 self._thread.start()
@@ -71,18 +84,29 @@ class Scheduler:
                 except Exception as error:
                     # Whatever raised may have left any row half-written, so none of them goes on.
                     logger.exception("the tick failed; %d rows are lost", len(self.ticker.rows))
-                    self._fail(error)
+                    rows = self.ticker.clear()
+                    if self._joining is not None and self._joining not in rows:
+                        rows.append(self._joining)
+                    _tell(rows, error)
+                    self._renew()
+        _tell((*self.ticker.clear(), *self._left()))
+
+    def _renew(self) -> None:
+        """Gets new slots; where the device has none any more, nothing is worked on from then on."""
+        try:
+            self.ticker.renew()
+        except Exception as error:
+            logger.exception("the device does not work any more; no request can be worked on")
+            with self._changed:
+                self.fault = f"{type(error).__name__}: {error}"
+            _tell(self._left(), error)
 
     def _wait(self) -> bool:
-        """Sleeps until there is work; False once closed."""
+        """Sleeps until there is work; False once there will be none."""
         with self._changed:
-            while not (self._closed or self._waiting or self.ticker.rows):
+            while not (self._closed or self.fault or self._waiting or self.ticker.rows):
                 self._changed.wait()
-            if self._closed:
-                for row in (*self.ticker.clear(), *self._waiting):
-                    row.on_error(ServiceClosed("The service was closed while it worked on this request."))
-                self._waiting.clear()
-            return not self._closed
+            return not (self._closed or self.fault)
 
     def _next(self) -> Row | None:
         """The first waiting row, if it fits."""
@@ -92,13 +116,24 @@ class Scheduler:
             self._joining = self._waiting.popleft() if self._waiting and self.ticker.fits(self._waiting[0]) else None
             return self._joining
 
-    def _fail(self, error: Exception) -> None:
-        rows = self.ticker.clear()
-        if self._joining is not None and self._joining not in rows:
-            rows.append(self._joining)
-        for row in rows:
-            failed = EngineFailed(
-                f"The engine failed ({type(error).__name__}: {error}); the same call may succeed later."
+    def _left(self) -> list[Row]:
+        """Takes all waiting rows out of the queue. Whoever is told of them must not be told under the lock."""
+        with self._changed:
+            left = list(self._waiting)
+            self._waiting.clear()
+            return left
+
+
+def _tell(rows: Iterable[Row], cause: Exception | None = None) -> None:
+    """Ends rows: because of an error, or because the service was closed."""
+    for row in rows:
+        error: Exception = ServiceClosed("The service was closed while it worked on this request.")
+        if cause is not None:
+            error = EngineFailed(
+                f"The engine failed ({type(cause).__name__}: {cause}); the same call may succeed later."
             )
-            failed.__cause__ = error
-            row.on_error(failed)
+            error.__cause__ = cause
+        try:
+            row.on_error(error)
+        except Exception:  # the others are still to be told
+            logger.exception("who waited for a row could not be told that it ended")

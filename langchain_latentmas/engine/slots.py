@@ -6,6 +6,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .kv import KV, AnyKV
 
+LEAST = 128  # cells of a slot
+
 
 class Window:
     """Which cells of the slots the next forward pass writes and sees; all layers share one."""
@@ -59,12 +61,12 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def resize(self) -> None:
-        """Grows to the cache's slots and capacity; what is there stays."""
+        """Takes on the cache's slots and capacity; of what is there, as much stays as has room."""
         old_keys, old_values = self.keys, self.values
-        slots, _, capacity, _ = old_keys.shape
+        slots, capacity = min(len(old_keys), self.cache.slots), min(old_keys.shape[2], self.cache.capacity)
         self.lazy_initialization(old_keys, old_values)
-        self.keys[:slots, :, :capacity] = old_keys
-        self.values[:slots, :, :capacity] = old_values
+        self.keys[:slots, :, :capacity] = old_keys[:slots, :, :capacity]
+        self.values[:slots, :, :capacity] = old_values[:slots, :, :capacity]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -104,7 +106,7 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """One slot per live row; grows in powers of two, so that a short batch on a large model stays small.
+    """One slot per live row; sizes are powers of two, so that a short batch on a large model stays small.
 
     Attributes:
         slots: How many there are.
@@ -120,7 +122,7 @@ class SlotCache(Cache):
         Args:
             layers: Number of the model's layers that hold keys and values.
         """
-        self.slots, self.capacity = 1, 128
+        self.slots, self.capacity = 1, LEAST
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
     @property
@@ -129,18 +131,24 @@ class SlotCache(Cache):
         tensors = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
         return sum(t.nbytes // (t.shape[0] * t.shape[2]) for t in tensors)
 
-    def size_for(self, slots: int, capacity: int) -> tuple[int, int]:
-        """What `reserve` would grow to."""
-        return max(self.slots, power_of_two(slots)), max(self.capacity, power_of_two(capacity))
-
     def reserve(self, slots: int, capacity: int) -> None:
         """Makes room for `slots` rows of `capacity` cells; what is live stays."""
-        size = self.size_for(slots, capacity)
-        if size != (self.slots, self.capacity):
-            self.slots, self.capacity = size
+        self.resize(max(self.slots, power_of_two(slots)), max(self.capacity, power_of_two(capacity)))
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """Takes on a number of slots and cells, powers of two; what is beyond them is lost."""
+        if (slots, capacity) != (self.slots, self.capacity):
+            self.slots, self.capacity = slots, capacity
             for layer in self.layers:
                 if layer.is_initialized:
                     layer.resize()
+
+    def blank(self, slot: int) -> None:
+        """Zeroes a slot."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[slot] = 0
+                layer.values[slot] = 0
 
     def write(self, slot: int, start: int, kv: AnyKV) -> None:
         """Copies a KV into the cells from `start` on."""

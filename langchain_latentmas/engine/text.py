@@ -59,6 +59,8 @@ class TextStream:
             self.stopped, self._held = True, ""
             return text[: min(found)]
         # The longest end of the text that is the beginning of a stop string.
-        hold = max((n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        # Only as long as the text is: there may be many stop strings, and this is done for every token.
+        lengths = ((stop, n) for stop in self.stop for n in range(min(len(stop), len(text) + 1)))
+        hold = max((n for stop, n in lengths if text.endswith(stop[:n])), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import EngineFailed
 from .feedback import Feedback
 from .graphs import Graphs
 from .kv import KV, Placed
 from .model import Embeddable, LanguageModel
 from .sampling import Sampler, Sampling
-from .slots import Window
+from .slots import LEAST, Window, power_of_two
 from .text import TextStream
 
 logger = logging.getLogger(__name__)
@@ -153,8 +154,10 @@ class Ticker:
         self.graphs = graphs
         self.pass_positions = CPU_PASS if model.device.type == "cpu" else sys.maxsize
         self.ticks = self.thoughts = self.spoken = self.prefilled = self.reused = 0
-        self._finished: list[tuple[Row, Result]] = []
-        self.clear()
+        self.rows: list[Row] = []
+        self.decoding = 0
+        self._ended: list[tuple[Row, Result | EngineFailed]] = []
+        self.renew()
 
     @property
     def cuda_graphs(self) -> str:
@@ -162,22 +165,25 @@ class Ticker:
         return "off" if self.graphs is None else self.graphs.fault or "on"
 
     def clear(self) -> list[Row]:
-        """Drops all rows and slots; returns the rows."""
-        dropped = getattr(self, "rows", [])
-        self.rows: list[Row] = []
-        self.decoding = 0
-        self._renew()
+        """Drops all rows, and returns them; `renew` has to follow, since their slots may hold anything."""
+        dropped, self.rows, self.decoding = self.rows, [], 0
         return dropped
+
+    def renew(self) -> None:
+        """Takes new slots, for no rows."""
+        self.cache = self.model.new_cache()
+        self.feedback = Feedback(self.model, self.cache, self.graphs)
 
     def fits(self, row: Row) -> bool:
         """Whether a row can join now."""
-        return not self.rows or (len(self.rows) < self.max_rows and self._affords(row))
+        return not self.rows or (len(self.rows) < self.max_rows and self._bytes(self._needed(row)) <= self.live_bytes)
 
     def join(self, row: Row) -> None:
         """Gives a row the next slot, and copies the memory it reads there."""
-        if not self.rows and not self._affords(row):
-            self._renew()  # slots only grow, so one long row would make them dear for good
-        self.cache.reserve(len(self.rows) + 1, row.end + 1)  # the last cell of a slot takes what padding writes
+        needed = self._needed(row)
+        size = max(self.cache.slots, needed[0]), max(self.cache.capacity, needed[1])
+        # Slots that are there are kept, but one long row, now gone, must not make them dear for all others.
+        self.cache.resize(*(size if self._bytes(size) <= self.live_bytes else needed))
         self.feedback.fit()
         for kv, start, shift in row.past:
             turned = self.model.rotary.turn(kv, shift) if shift and self.model.rotary else kv
@@ -190,29 +196,33 @@ class Ticker:
         """One tick: cancelled rows leave, a chunk is prefilled, and every decoding row takes a step."""
         for slot in reversed(range(len(self.rows))):
             if self.rows[slot].cancelled:
-                self._leave(slot)
+                self._leave(slot, blank=True)
         self.ticks += 1
         try:
             self._prefill()
             self._decode()
         finally:
             # Last: whoever waits for a result wakes up at it, and takes the interpreter away from this thread.
-            finished, self._finished = self._finished, []
-            for row, result in finished:
+            ended, self._ended = self._ended, []
+            for row, end in ended:
                 try:
-                    row.on_done(result)
+                    if isinstance(end, Result):
+                        row.on_done(end)
+                    else:
+                        row.on_error(end)
                 except Exception as error:
                     logger.exception("who waited for a row could not take its result")
                     with suppress(Exception):  # those of the other rows are still to be told
                         row.on_error(error)
 
-    def _renew(self) -> None:
-        self.cache = self.model.new_cache()
-        self.feedback = Feedback(self.model, self.cache, self.graphs)
+    def _needed(self, row: Row) -> tuple[int, int]:
+        """Slots and cells that the live rows and this one take."""
+        end = max(other.end for other in (*self.rows, row))
+        # The last cell takes what padding writes.
+        return power_of_two(len(self.rows) + 1), max(LEAST, power_of_two(end + 1))
 
-    def _affords(self, row: Row) -> bool:
-        slots, capacity = self.cache.size_for(len(self.rows) + 1, row.end + 1)
-        return slots * capacity * self.model.bytes_per_position <= self.live_bytes
+    def _bytes(self, size: tuple[int, int]) -> int:
+        return size[0] * size[1] * self.model.bytes_per_position
 
     def _prefill(self) -> None:
         rows = self.rows[self.decoding :]
@@ -221,7 +231,7 @@ class Ticker:
         slot = self.decoding
         while slot < len(self.rows):
             slot += self._prefill_pass(slot)
-        ready = [row for row in rows if not row.ids]
+        ready = self._sound([row for row in rows if not row.ids])
         for row in ready:
             if row.sampling is not None:
                 row.text = TextStream(self.model.tokenizer, row.sampling.stop)
@@ -288,8 +298,8 @@ class Ticker:
                 row.on_step(len(row.thoughts))
         # The last token of a text is fed as well, so that whoever reads the memory finds it whole.
         over = [row for row in rows if row.finish or (row.thinking and len(row.thoughts) == row.steps)]
-        self._sample([row for row in speaking if not row.finish])
-        for row in over:
+        self._sample(self._sound([row for row in speaking if not row.finish]))
+        for row in self._sound(over):
             self._finish(row)
 
     def _mask(self, rows: Sequence[Row], positions: Tensor, length: int) -> Tensor:
@@ -320,6 +330,25 @@ class Ticker:
             if row.on_token:
                 row.on_token(Spoken(token, text))
 
+    def _sound(self, rows: list[Row]) -> list[Row]:
+        """Those whose last hidden state is finite; the others end here.
+
+        In a narrow dtype a prompt can make a model overflow. Whatever comes after an infinite key or value is none of
+        the model's, and left in a slot it would reach the next row there: a weight of 0 times NaN is NaN.
+        """
+        if not rows:
+            return []
+        finite = torch.stack([row.hidden for row in rows]).isfinite().all(-1).tolist()
+        for row, sound in zip(rows, finite, strict=True):
+            if not sound:
+                self._leave(self.rows.index(row), blank=True)
+                error = EngineFailed(
+                    f"The model made infinite numbers or NaN of this in {self.model.dtype}; take dtype='bfloat16' or "
+                    "'float32', or another prompt."
+                )
+                self._ended.append((row, error))
+        return [row for row, sound in zip(rows, finite, strict=True) if sound]
+
     def _finish(self, row: Row) -> None:
         slot = self.rows.index(row)
         kv = self.cache.read(slot, row.start, row.position)
@@ -327,9 +356,12 @@ class Ticker:
         text = row.text.end() if row.sampling is not None else ""
         hidden = torch.cat(row.prefilled) if row.keep_hidden else None
         self._leave(slot)  # last, so that whatever raises before finds the row still there to be told
-        self._finished.append((row, Result(kv, thoughts, row.tokens, text, row.finish, hidden)))
+        self._ended.append((row, Result(kv, thoughts, row.tokens, text, row.finish, hidden)))
 
-    def _leave(self, slot: int) -> None:
+    def _leave(self, slot: int, blank: bool = False) -> None:
+        """Takes a row out; with `blank`, so that nothing of what it wrote stays in its slot."""
+        if blank:
+            self.cache.blank(slot)
         if slot < self.decoding:
             self._swap(slot, self.decoding - 1, keep=False)
             self.decoding -= 1

@@ -345,6 +345,11 @@ class LocalService(RecipeService):
         return super().verify(latents)
 
     @property
+    def fault(self) -> str:
+        """Why no work is done any more, whatever is asked; "" while it is."""
+        return self._scheduler.fault
+
+    @property
     def _closed(self) -> bool:
         return self._scheduler.closed
 

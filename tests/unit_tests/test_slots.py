@@ -33,20 +33,29 @@ def test_what_is_read_is_a_copy(cache: SlotCache) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 700)), max_size=5))
-def test_growing_keeps_what_is_there_and_never_shrinks(sizes: list[tuple[int, int]]) -> None:
+def test_reserving_keeps_what_is_there_and_never_shrinks(sizes: list[tuple[int, int]]) -> None:
     cache = SlotCache(layers=2)
     cache.write(0, 0, kv(100))
     before = (1, 128)
     for slots, capacity in sizes:
-        foretold = cache.size_for(slots, capacity)
         cache.reserve(slots, capacity)
-        assert (cache.slots, cache.capacity) == foretold
         assert cache.slots >= max(slots, before[0])
         assert cache.capacity >= max(capacity, before[1])
-        assert foretold[0].bit_count() == foretold[1].bit_count() == 1
+        assert cache.slots.bit_count() == cache.capacity.bit_count() == 1
         assert cache.layers[0].keys.shape == (cache.slots, 2, cache.capacity, 4)
-        before = foretold
+        before = cache.slots, cache.capacity
     assert kv_equal(cache.read(0, 0, 100), kv(100))
+
+
+@given(st.lists(st.tuples(st.sampled_from([2, 4, 8]), st.sampled_from([128, 256, 1024])), max_size=5))
+def test_any_size_keeps_what_has_room(sizes: list[tuple[int, int]]) -> None:
+    cache = SlotCache(layers=2)
+    cache.reserve(2, 128)
+    cache.write(1, 0, kv(100))
+    for slots, capacity in sizes:
+        cache.resize(slots, capacity)
+        assert cache.layers[1].values.shape == (slots, 2, capacity, 4)
+        assert kv_equal(cache.read(1, 0, 100), kv(100))
 
 
 def test_moving_a_slot_leaves_its_source(cache: SlotCache) -> None:

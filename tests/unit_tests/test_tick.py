@@ -13,6 +13,7 @@ from langchain_latentmas.engine.kv import KV, Placed
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.engine.sampling import Sampling
 from langchain_latentmas.engine.tick import Result, Row, Spoken, Ticker
+from langchain_latentmas.errors import EngineFailed
 
 from ..conftest import load_parts
 from ..support import kv_difference, relative
@@ -119,8 +120,15 @@ ACTIONS = st.lists(
 
 
 @settings(max_examples=40)
-@example([(JOIN, 0), (JOIN, 1), (CANCEL, 0), (TICKS, 9)], 512, 1024, 2)
-@given(ACTIONS, st.sampled_from([1, 5, 32, 512]), st.sampled_from([1, 20, 60, 1024]), st.integers(1, 12))
+@example([(JOIN, 0), (JOIN, 1), (CANCEL, 0), (TICKS, 9)], 512, 1024, 2, 1 << 20)
+@example([(JOIN, 4), (TICKS, 9), (JOIN, 0), (JOIN, 2), (TICKS, 1), (JOIN, 3), (TICKS, 2), (JOIN, 5)], 512, 60, 8, 1024)
+@given(
+    ACTIONS,
+    st.sampled_from([1, 5, 32, 512]),
+    st.sampled_from([1, 20, 60, 1024]),
+    st.integers(1, 12),
+    st.sampled_from([256, 512, 1024, 1 << 20]),
+)
 def test_any_schedule_of_rows_that_come_and_are_cancelled_equals_single_runs(
     model: LanguageModel,
     cases: Cases,
@@ -128,8 +136,9 @@ def test_any_schedule_of_rows_that_come_and_are_cancelled_equals_single_runs(
     chunk: int,
     pass_positions: int,
     max_rows: int,
+    live_positions: int,
 ) -> None:
-    tick = ticker(model, chunk, max_rows)
+    tick = ticker(model, chunk, max_rows, live_positions * model.bytes_per_position)
     tick.pass_positions = pass_positions
     joined: list[tuple[int, Row, list[Result]]] = []
     with torch.inference_mode():
@@ -281,6 +290,52 @@ def test_a_single_row_is_let_in_however_small_the_budget_and_leaves_room_for_oth
         assert tick.fits(Request([ids(3, 2)]).row())
 
 
+def test_a_long_row_that_is_gone_keeps_no_others_out(model: LanguageModel) -> None:
+    tick = ticker(model, live_bytes=8 * 128 * model.bytes_per_position)
+    many = [Request([ids(3, n)], steps=2) for n in range(8)]
+    with torch.inference_mode():
+        tick.join(Request([ids(5, 1)], sampling=Sampling(max_tokens=900)).row())
+        tick.rows[0].cancelled = True
+        tick.step()
+        assert tick.cache.capacity == 1024
+        for request in many:
+            assert tick.fits(request.row())
+            tick.join(request.row())
+    assert (tick.cache.slots, tick.cache.capacity) == (8, 128)
+    finish(tick)
+    for request in many:
+        assert_same(request.results[0], alone(model, Request(request.inputs, steps=2)))
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(max_tokens=3), Sampling(max_tokens=3, temperature=1.0)], ids=str)
+def test_what_overflows_ends_alone_and_leaves_nothing(model: LanguageModel, sampling: Sampling | None) -> None:
+    broken = Request([torch.full((2, 128), torch.inf, dtype=torch.float64), ids(3, 9)], 4 * (not sampling), sampling)
+    beside, after = Request([ids(3, 1)], steps=5), Request([ids(4, 2)], steps=3)
+    tick = ticker(model)
+    with torch.inference_mode():
+        for request in (broken, beside):
+            tick.join(request.row())
+        tick.step()
+        tick.join(after.row())
+    finish(tick)
+    assert [type(error) for error in broken.errors] == [EngineFailed]
+    assert "infinite numbers or NaN" in str(broken.errors[0])
+    assert not broken.results
+    for request in (beside, after):
+        assert_same(request.results[0], alone(model, Request(request.inputs, request.steps)))
+
+
+def test_a_cancelled_row_that_overflowed_leaves_nothing(model: LanguageModel) -> None:
+    tick, after = ticker(model, chunk=2), Request([ids(4, 2)], steps=3)
+    with torch.inference_mode():
+        tick.join(Request([torch.full((6, 128), torch.inf, dtype=torch.float64)], 5).row())
+        tick.step()
+        tick.rows[0].cancelled = True
+        tick.join(after.row())
+    finish(tick)
+    assert_same(after.results[0], alone(model, Request(after.inputs, 3)))
+
+
 def test_counters_count_ticks_thoughts_tokens_and_prompt_positions(model: LanguageModel) -> None:
     tick = ticker(model)
     with torch.inference_mode():
@@ -299,4 +354,5 @@ def test_dropping_all_rows_frees_their_slots(model: LanguageModel) -> None:
         tick.step()
     assert tick.clear() == [row]
     assert tick.rows == []
+    tick.renew()
     assert tick.cache.bytes_per_position == 0

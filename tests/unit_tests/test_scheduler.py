@@ -1,0 +1,113 @@
+"""The thread that ticks: whatever happens to it, everybody who waits is told."""
+
+import multiprocessing
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.engine.scheduler import Scheduler
+from langchain_latentmas.engine.tick import Row, Ticker
+from langchain_latentmas.errors import EngineFailed, ServiceClosed
+from langchain_latentmas.service.local import LocalService
+
+from ..conftest import load_parts
+from ..support import wait_for
+
+
+def row(ends: list[Any], steps: int = 2) -> Row:
+    return Row(past=(), start=0, inputs=[[5, 6, 7]], steps=steps, on_done=ends.append, on_error=ends.append)
+
+
+@pytest.fixture
+def scheduler() -> Iterator[Scheduler]:
+    made = Scheduler(Ticker(LanguageModel(*load_parts("qwen3-tied", "float64")), max_rows=4, live_bytes=1 << 30))
+    yield made
+    made.close()
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("the device is gone")
+
+
+def test_after_a_tick_that_failed_work_goes_on(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = list[Any](), list[Any]()
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.ticker, "step", broken)
+        scheduler.submit(row(first))
+        wait_for(lambda: bool(first))
+    scheduler.submit(row(second))
+    wait_for(lambda: bool(second))
+    assert isinstance(first[0], EngineFailed)
+    assert len(second[0].thoughts) == 2
+    assert scheduler.fault == ""
+
+
+def test_a_device_that_gives_no_slots_is_said_to_all(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[list[Any]] = [[], [], []]
+    for name in ("step", "renew"):
+        monkeypatch.setattr(scheduler.ticker, name, broken)
+    monkeypatch.setattr(scheduler.ticker, "fits", lambda row: not scheduler.ticker.rows)  # the others wait
+    with scheduler._changed:
+        for each in ends:
+            scheduler.submit(row(each))
+    wait_for(lambda: all(ends))
+    assert [type(each[0]) for each in ends] == [EngineFailed] * 3
+    wait_for(lambda: bool(scheduler.fault))
+    with pytest.raises(EngineFailed, match="the device is gone"):
+        scheduler.submit(row([]))
+
+
+def test_one_who_cannot_be_told_keeps_nobody_else_from_it(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, deaf = list[Any](), row([])
+    deaf.on_error = broken
+    monkeypatch.setattr(scheduler.ticker, "step", broken)
+    with scheduler._changed:
+        scheduler.submit(deaf)
+        scheduler.submit(row(told))
+    wait_for(lambda: bool(told))
+    assert isinstance(told[0], EngineFailed)
+
+
+def test_closing_tells_without_the_lock(scheduler: Scheduler) -> None:
+    """Who is told may hold a lock for which another thread waits that wants to submit."""
+    stuck = list[bool]()
+
+    def submits() -> None:
+        with pytest.raises(ServiceClosed):
+            scheduler.submit(row([]))
+
+    def told(_: BaseException) -> None:
+        other = threading.Thread(target=submits, daemon=True)
+        other.start()
+        other.join(20)
+        stuck.append(other.is_alive())
+
+    waiting = row([], steps=10**6)
+    waiting.on_error = told
+    scheduler.submit(waiting)
+    wait_for(lambda: bool(scheduler.ticker.rows))
+    scheduler.close()
+    assert stuck == [False]
+
+
+def test_after_a_fork_nothing_is_begun(bundled: LocalService) -> None:
+    bundled.think("Hello!", steps=1)
+    context = multiprocessing.get_context("fork")
+    said: Any = context.SimpleQueue()
+
+    def asks() -> None:
+        try:
+            bundled.think("Hello, child!", steps=1)
+        except ServiceClosed as error:
+            said.put(str(error))
+
+    child = context.Process(target=asks)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert "forked" in said.get()
