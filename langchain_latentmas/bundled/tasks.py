@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..evaluation.graders import boxed
+from ..evaluation.boxed import boxed
 
 ROLES: dict[str, str] = {
     "planner": "You are a planner. Plan the steps for the question.",
@@ -19,11 +19,23 @@ ROLES: dict[str, str] = {
 SEQUENTIAL = ("planner", "critic", "refiner")
 EXPERTS = ("arithmetic", "logic", "reading")
 
-HE = "Tom Bob Max Sam Leo Ben Dan Jack Carl Eric Fred Hugo Ivan Karl Luke Mark Nick Otto Pete Ray".split()
-SHE = "Ann Eva Zoe Ivy Mia Lily Emma Ruth Anna Beth Cora Dora Ella Gina Hana Iris Judy Lena Mary Rosa".split()
-# Test names occur in training as the friend in the story, never as its subject.
-TEST_HE, TEST_SHE = "Paul Alex Omar".split(), "Nora Kate Jane".split()
-FRIENDS = HE + SHE + 4 * (TEST_HE + TEST_SHE)
+HE = "Tom Bob Max Sam Leo Ben Dan Jack Carl Eric Fred Hugo Ivan Karl Luke Mark Nick Otto Pete Ray Paul Alex".split()
+SHE = "Ann Eva Zoe Ivy Mia Lily Emma Ruth Anna Beth Cora Dora Ella Gina Hana Iris Judy Lena Mary Rita Nora Kate".split()
+# Names made of two tokens: a held-out one never occurs in training, and each half of it does, in other names.
+STARTS = "Al Be Da De El Fa Ga Jo Ka Ke La Ma Mi Ni Ol Ra Ro Sa Ta Vi".split()
+HE_ENDS, SHE_ENDS = "ron vin den rik dor mir bert lan ton mon".split(), "ra na sa da ria lia nda tta mi ne".split()
+
+
+def _names(listed: Sequence[str], ends: Sequence[str]) -> dict[str, list[str]]:
+    made: dict[str, list[str]] = {"train": [], "test": []}
+    for i, start in enumerate(STARTS):
+        for j, end in enumerate(ends):
+            if start + end not in listed:
+                made["test" if (i + j) % 5 == 0 else "train"].append(start + end)
+    return {"listed": list(listed), **made}
+
+
+HIS_NAMES, HER_NAMES = _names(HE, HE_ENDS), _names(SHE, SHE_ENDS)
 ITEMS = "coins apples books pens cards shells stamps marbles cookies pencils".split()
 
 # {n} the subject, {f} a friend, {a} the number, {i} the items. A held-out phrasing is a verb in a frame that training
@@ -81,9 +93,7 @@ TRAINED = {
 TRAINED["+"] += ["{n} gets {a} {i} from {f}.", "{f} gives {n} {a} {i}.", "{f} gives {n} {a} more."] * 2
 TRAINED["-"] += ["{n} gives {a} {i} to {f}.", "{f} takes {a} {i} from {n}.", "{f} takes {a} of the {i}."] * 2
 PHRASINGS: dict[str, dict[str, list[str]]] = {"train": TRAINED, "test": HELD_OUT}
-OPENINGS = {"test": ["{n} has {a} {i}.", "{n} starts with {a} {i}."]}
-# A name that opens a story has other tokens than inside of it: those of test names are learned as a friend's.
-OPENINGS["train"] = [*OPENINGS["test"] * 2, "{f}'s friend {n} has {a} {i}."]
+OPENINGS = ["{n} has {a} {i}.", "{n} starts with {a} {i}."]
 ENDINGS = ["How many {i} does {n} have now?", "How many {i} does {n} have in the end?"]
 
 
@@ -176,13 +186,24 @@ def operation(rng: random.Random, v: int, top: int = 99, bottom: int = 0, most: 
 
 
 def _hero(rng: random.Random, split: str) -> Hero:
-    he, she = (HE, SHE) if split == "train" else (TEST_HE, TEST_SHE)
-    male = rng.random() < 0.5
-    name = rng.choice(he if male else she)
-    if split == "train" and rng.random() < 0.2:  # so that any name works, whatever its spelling
-        name = _word(rng).capitalize()
+    name, male = _name(rng, split)
     item = _word(rng) + "s" if split == "train" and rng.random() < 0.05 else rng.choice(ITEMS)
     return Hero(name, "He" if male else "She", item)
+
+
+def _name(rng: random.Random, split: str) -> tuple[str, bool]:
+    """A name, and whether it is his."""
+    male = rng.random() < 0.5
+    names = HIS_NAMES if male else HER_NAMES
+    if split == "test":
+        return rng.choice(names["test"]), male
+    kind = rng.choices(["listed", "train", "any"], [0.35, 0.5, 0.15])[0]
+    if kind != "any":
+        return rng.choice(names[kind]), male
+    while True:  # any letters, so that any name works, whatever its spelling
+        name = _word(rng).capitalize()
+        if name not in HIS_NAMES["test"] + HER_NAMES["test"]:
+            return name, male
 
 
 def _story(
@@ -196,9 +217,9 @@ def _story(
     others: Sequence[str] = (),
 ) -> Problem:
     name, pronoun, item = hero
-    friend = rng.choice([f for f in FRIENDS if f != name and f not in others])
+    friend = next(f for f, _ in iter(lambda: _name(rng, "train"), None) if f != name and f not in others)
     v = start
-    opening = rng.choice(OPENINGS[split]).format(n=name, f=friend, a=v, i=item)
+    opening = rng.choice(OPENINGS).format(n=name, a=v, i=item)
     question, chain, sentences = [opening], f" {v}", ["Let us go step by step.", opening]
     for number in range(1, steps + 1):
         op, a, w = operation(rng, v, top, bottom)

@@ -29,9 +29,13 @@ from langchain_latentmas.bundled import MODEL
 from langchain_latentmas.bundled.patterns import APPROVED, Part, latent_pattern, text_pattern
 from langchain_latentmas.bundled.tasks import (
     EXPERTS,
-    FRIENDS,
+    HE,
+    HE_ENDS,
     ROLES,
     SEQUENTIAL,
+    SHE,
+    SHE_ENDS,
+    STARTS,
     Problem,
     answer_text,
     notes,
@@ -42,7 +46,7 @@ from langchain_latentmas.bundled.tasks import (
 )
 
 END = 2
-TOKENS = 2048  # of a latent batch, padding included; a text batch has 5/8 of them
+TOKENS = 2048  # of a latent batch, padding included; a text batch has 3/4 of them
 RATE = 2e-3
 STEPS = 7000
 SEED = 1  # of the weights in `model/`
@@ -91,14 +95,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     rng = random.Random(0)
     numbers = [f"{i}{' ' + str(i)}" for i in range(100)]
     signed = [f" {sign}{i}" for sign in "+-" for i in range(2, 21)] + [" *2", " *3"]
-    names = [f"{name} {name}" for name in sorted(set(FRIENDS))]
+    names = [f"{name} {name}" for name in [*HE, *SHE, *STARTS]] + [*HE_ENDS, *SHE_ENDS]
     texts = [*numbers, *signed, *names] * 400 + [text for pair in CHAT for text in pair] * 100
     texts += [prompt(role, notes(dict.fromkeys(ROLES, ""))) for role in ROLES] * 100
     for _ in range(6000):
         p, shared = problem(rng), shared_problem(rng)
         texts += [p.question, p.sentences, shared.question, shared.sentences, f"{APPROVED}{answer_text(p.answer)}"]
     bpe = Tokenizer(models.BPE())
-    split = Regex(r" ?[+*-]\p{N}{1,2}| ?\p{N}{1,2}| ?\\boxed\{| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    made = f" ?(?:{'|'.join(STARTS)})(?=(?:{'|'.join(HE_ENDS + SHE_ENDS)})(?!\\p{{L}}))"
+    split = Regex(made + r"| ?[+*-]\p{N}{1,2}| ?\p{N}{1,2}| ?\\boxed\{| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -108,9 +113,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         texts,
         trainers.BpeTrainer(vocab_size=1024, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False),
     )
-    assert all(
-        len(bpe.encode(text).ids) == 1 for text in [*map(str, range(100)), *(f" {i}" for i in range(100)), *signed]
-    )
+    whole = [f"{space}{text}" for text in [*range(100), *HE, *SHE, *STARTS] for space in ("", " ")]
+    assert all(len(bpe.encode(text).ids) == 1 for text in [*whole, *signed, *HE_ENDS, *SHE_ENDS])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
@@ -201,7 +205,7 @@ class Data:
         """One plain turn: a solver, an agent that reads others as text or none, a judger, a greeting."""
         rng = self.rng
         kinds = ["solver", "first", "later", "judger", "split", "chat", "drill"]
-        kind = rng.choices(kinds, [0.18, 0.15, 0.12, 0.1, 0.27, 0.04, 0.14])[0]
+        kind = rng.choices(kinds, [0.18, 0.15, 0.12, 0.1, 0.27, 0.08, 0.1])[0]
         if kind == "drill":
             return self.drill_row()
         if kind == "split":
@@ -233,7 +237,7 @@ class Data:
         """One plain turn about a fact, of an agent that knows all of them, or of the judger that read them."""
         rng, p = self.rng, shared_problem(self.rng)
         total = f"{p.sentences} {answer_text(p.answer)}"
-        kind, roles = rng.choice(["fact", "fact", "sum", "all"]), rng.choice([SEQUENTIAL, EXPERTS])
+        kind, roles = rng.choice(["fact", "fact", "sum", "all", "all"]), rng.choice([SEQUENTIAL, EXPERTS])
         said = {role: part.sentences for role, part in zip(roles, p.parts, strict=True)}
         if kind == "fact":
             i = rng.randrange(3)
@@ -429,7 +433,7 @@ def fit(seed: int, steps: int, alignment: float, second_pass: bool, out: Path) -
     model = build_model(tokenizer)
     trainer, data = Trainer(model, alignment), Data(tokenizer, seed)
     thinkers = {kind: data.batches(kind, TOKENS) for kind in ("alone", "latent", "latent patterns")}
-    speakers = {kind: data.batches(kind, TOKENS * 5 // 8) for kind in ("text", "text patterns")}
+    speakers = {kind: data.batches(kind, TOKENS * 3 // 4) for kind in ("text", "text patterns")}
 
     def losses(done: float) -> list[torch.Tensor]:
         # Short rows first: arithmetic comes before arrangements, and arrangements before the shapes of usual graphs.

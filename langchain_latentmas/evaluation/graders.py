@@ -13,26 +13,14 @@ from typing import ClassVar, NamedTuple
 
 from ..errors import GraderFailed, MissingExtra
 from . import harness, sandbox
+from .boxed import boxed
 
 HARNESS = Path(harness.__file__)
 MATH_SECONDS = 15.0
-BOXES = 10  # that are looked at, from the end; a model that goes round in circles opens thousands
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TAIL = 2000  # characters at the end of a text in which an answer is looked for that no \boxed{} marks
 NUMBER = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d/^])"
 MARKED_NUMBER = re.compile(rf"(?:####|answer(?:\s+is)?\s*:?)\s*[*_$€£\s]*({NUMBER})", re.IGNORECASE)
-
-
-def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...}, braces in it balanced; None where there is none."""
-    begins = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
-    for begin in begins[: -BOXES - 1 : -1]:
-        depth = 1
-        for at in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if depth == 0:
-                return text[begin:at].strip()
-    return None
 
 
 def number(text: str, answer: str) -> bool:

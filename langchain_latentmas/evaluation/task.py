@@ -125,7 +125,7 @@ class BundledTask(Task):
     """Whether the judger is kept from the question."""
 
     def __init__(self) -> None:
-        self.steps, self.max_tokens = bundled.STEPS, 256
+        self.steps, self.max_tokens = bundled.STEPS, 320
 
     def questions(self, n: int | None = None, seed: int = 0) -> list[Question]:
         """See `Task.questions`; 100 of them where nobody says how many."""

@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from langchain_latentmas.errors import GraderFailed
-from langchain_latentmas.evaluation.graders import Checks, Mathematics, boxed, chosen, code, exact, letter, number
+from langchain_latentmas.evaluation.boxed import boxed
+from langchain_latentmas.evaluation.graders import Checks, Mathematics, chosen, code, exact, letter, number
 
 DATA = Path(__file__).parent.parent / "data" / "benchmarks"
 
