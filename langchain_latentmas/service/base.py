@@ -372,12 +372,13 @@ class LatentService(ABC):
 
         Args:
             text: Any text.
-            left: What is left in a marker's place.
+            left: What is left in a marker's place; at most 1000 characters.
 
         Returns:
             The text without them, and the references they stand for, in order.
 
         Raises:
+            InvalidRequest: If `left` is longer, or the text has more than 1024 markers.
             InvalidReference: If one was edited or cut, names an unknown memory, or belongs to another model.
         """
 

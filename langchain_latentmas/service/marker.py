@@ -4,9 +4,13 @@ import re
 from typing import NamedTuple, Self
 from urllib.parse import quote_plus, unquote_plus
 
-from ..errors import TamperedReference
+from ..errors import InvalidRequest, TamperedReference
 from ..state import LatentRef
-from .identity import ID, Signer
+from .identity import ID, MAX_PARENTS, Signer
+
+# Together they bound what a text can grow by: markers are short, and anybody can forge some.
+MAX_MARKERS = MAX_PARENTS  # of one text: more memories are read by no request
+MAX_LEFT = 1000  # characters that are left in a marker's place
 
 # Whitespace in a marker says nothing: text gets wrapped on its way.
 _BRACKETS = re.compile(r"\[latent\s([^\[\]]{1,5000})\]")
@@ -66,14 +70,17 @@ def take_markers(text: str, left: str = "") -> tuple[str, list[Marker]]:
 
     Args:
         text: Any text.
-        left: What is left in a marker's place.
+        left: What is left in a marker's place; at most `MAX_LEFT` characters.
 
     Returns:
         The text without them, and the markers in order.
 
     Raises:
+        InvalidRequest: If `left` is longer, or there are more than `MAX_MARKERS` markers.
         TamperedReference: If remains of a marker are in it: a cut or edited one must not pass for text.
     """
+    if len(left) > MAX_LEFT:
+        raise InvalidRequest(f"At most {MAX_LEFT} characters can be left in a marker's place, not {len(left)}.")
     if not any(sign in text for sign in "[_]"):  # to search for remains takes long, and these have one of them each
         return text, []
     markers: list[Marker] = []
@@ -81,6 +88,8 @@ def take_markers(text: str, left: str = "") -> tuple[str, list[Marker]]:
     end = 0
     for brackets in _BRACKETS.finditer(text):
         if marker := Marker.read(brackets[1]):
+            if len(markers) == MAX_MARKERS:
+                raise InvalidRequest(f"The text has more than {MAX_MARKERS} markers; take them out of parts of it.")
             markers.append(marker)
             between.append(text[end : brackets.start()])
             end = brackets.end()

@@ -28,6 +28,7 @@ from ..errors import (
 from ..state import LatentRef
 from .base import Chunk, LensRow, Merge, StoredReference
 from .identity import ID, MAX_AGENT, MAX_PARENTS, WireRef
+from .marker import MAX_LEFT
 
 PROBLEM = "application/problem+json"
 EVENTS = "text/event-stream"
@@ -166,7 +167,7 @@ class TextRequest(_Wire):
     """See `LatentService.take_markers`."""
 
     text: Text
-    left: Text = ""
+    left: Annotated[str, Field(max_length=MAX_LEFT)] = ""
 
 
 class Thought(_Wire):

@@ -7,9 +7,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from langchain_latentmas import LatentRef, LatentService
-from langchain_latentmas.errors import InvalidReference, TamperedReference, UnknownReference, WrongModel
+from langchain_latentmas.errors import InvalidReference, InvalidRequest, TamperedReference, UnknownReference, WrongModel
 from langchain_latentmas.service.identity import Signer
-from langchain_latentmas.service.marker import Marker, take_markers
+from langchain_latentmas.service.marker import MAX_LEFT, MAX_MARKERS, Marker, take_markers
 
 SIGNER = Signer(b"k" * 32)
 names = st.text(min_size=1, max_size=40).filter(lambda s: s.isprintable() and s.strip() == s and "  " not in s)
@@ -40,6 +40,16 @@ def test_a_marker_survives_json_and_wrapping(agent: str) -> None:
 def test_markers_come_in_order_and_leave_what_is_asked() -> None:
     one, two = marker("one"), marker("two")
     assert take_markers(f"{one}, {two}", "[…]") == ("[…], […]", [one, two])
+
+
+def test_a_text_grows_by_no_more_than_is_stated() -> None:
+    most = str(marker()) * MAX_MARKERS
+    text, found = take_markers(most, "x" * MAX_LEFT)
+    assert (len(text), len(found)) == (MAX_LEFT * MAX_MARKERS, MAX_MARKERS)
+    with pytest.raises(InvalidRequest, match=f"more than {MAX_MARKERS} markers"):
+        take_markers(most + str(marker()))
+    with pytest.raises(InvalidRequest, match=f"{MAX_LEFT} characters"):
+        take_markers("none here", "x" * (MAX_LEFT + 1))
 
 
 @pytest.mark.parametrize("length", range(len("[latent planner 20 steps"), len(str(marker()))))

@@ -178,6 +178,14 @@ def test_markers_go_through_and_are_known_again(remote: LatentService, server: S
         assert other.take_markers("none here") == ("none here", [])
 
 
+def test_forged_markers_make_no_text_of_any_size(server: Server) -> None:
+    forged = f"[latent a 1 steps lat_{'0' * 32}.{'0' * 8}.{'0' * 32}]"
+    for text, left, what in ((forged * 5000, "", "1024 markers"), (forged, "x" * 500_000, "1000 characters")):
+        reply = httpx.post(f"{server.address}/v1/markers/take", json={"text": text, "left": left})
+        assert reply.status_code == 422
+        assert what in reply.json()["detail"]
+
+
 def test_references_are_listed_pinned_and_dropped(fresh_service: Any) -> None:
     with serving(fresh_service()) as server, client(server) as remote:
         kept, dropped = (remote.think(PROMPT, steps=steps) for steps in (1, 2))
