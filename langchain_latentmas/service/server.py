@@ -42,6 +42,7 @@ from .serving import ServeSettings
 from .turns import Turns
 from .wire import (
     EVENTS,
+    MAX_PAIRS,
     PROBLEM,
     TENSORS,
     Done,
@@ -238,11 +239,16 @@ class Server:
 
     async def lens(self, request: Request, body: LensRequest) -> Reply:
         """Reads the thoughts of a reference's own segment out in the vocabulary."""
+        if (pairs := body.ref.steps * body.top_k) > MAX_PAIRS:
+            raise RequestTooLarge(
+                f"{body.ref.steps} thoughts with {body.top_k} tokens each are {pairs} pairs, this server reads out "
+                f"{MAX_PAIRS} at most; take a smaller top_k."
+            )
 
         async def rows() -> AsyncGenerator[tuple[str, BaseModel], None]:
             async with self._turn(request):
-                rows = await self._at_once(request, lambda service: service.lens(body.ref.ref, body.top_k))
-            yield "done", LensReply.of(rows)
+                reply = await self._at_once(request, lambda s: LensReply.of(s.lens(body.ref.ref, body.top_k)))
+            yield "done", reply
 
         return self._reply(request, rows())
 

@@ -37,6 +37,7 @@ CLIENT_HEADER = "LatentMAS-Client"
 MAX_MESSAGES = 4096
 MAX_TEXT = 1 << 24  # characters of one string; the limit on bodies is what counts
 MAX_TOOLS = 256
+MAX_PAIRS = 1 << 16  # of token and probability, of all states of a lens; as Python objects, one can take 400 bytes
 MAX_STOPS = 64
 
 _STATUS: Mapping[type[LatentMASError], int] = {  # the most special first
@@ -148,7 +149,7 @@ class RefRequest(_Wire):
 class LensRequest(RefRequest):
     """See `LatentService.lens`."""
 
-    top_k: Annotated[int, Field(ge=1, lt=2**40)] = 5
+    top_k: Annotated[int, Field(ge=1, le=MAX_PAIRS)] = 5
 
 
 class PinRequest(RefRequest):

@@ -34,7 +34,7 @@ from langchain_latentmas.service.http import _Said, _Told
 from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.logs import JSONLines
 from langchain_latentmas.service.server import Server
-from langchain_latentmas.service.wire import PROBLEM
+from langchain_latentmas.service.wire import MAX_PAIRS, PROBLEM
 from tests.served import TOKEN, client, serving
 from tests.support import FIELDS, Gate, kv_difference, messages, say, wait_for
 
@@ -184,6 +184,14 @@ def test_forged_markers_make_no_text_of_any_size(server: Server) -> None:
         reply = httpx.post(f"{server.address}/v1/markers/take", json={"text": text, "left": left})
         assert reply.status_code == 422
         assert what in reply.json()["detail"]
+
+
+def test_a_lens_reads_out_no_more_than_is_stated(server: Server, remote: LatentService) -> None:
+    ref = remote.think(PROMPT, steps=200)
+    with pytest.raises(RequestTooLarge, match=f"{MAX_PAIRS} at most; take a smaller top_k"):
+        remote.lens(ref, 384)
+    assert len(remote.lens(ref, MAX_PAIRS // 200)) == 200
+    assert httpx.post(f"{server.address}/v1/lens", json={"ref": ref, "top_k": MAX_PAIRS + 1}).status_code == 422
 
 
 def test_references_are_listed_pinned_and_dropped(fresh_service: Any) -> None:

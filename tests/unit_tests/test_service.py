@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from langchain_latentmas import LatentService
+from langchain_latentmas.engine.lens import TOGETHER
 from langchain_latentmas.errors import (
     ContextTooLong,
     EngineFailed,
@@ -108,6 +109,16 @@ def test_the_lens_reads_what_would_have_been_written(fresh_service: Any) -> None
     probabilities = [p for _, p in rows[1].tokens]
     assert probabilities == sorted(probabilities, reverse=True)
     assert 0 < sum(probabilities) <= 1
+
+
+def test_the_lens_holds_few_logits_at_a_time(fresh_service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = fresh_service()
+    ref = service.think("Plan.", steps=TOGETHER + 3)
+    logits, sizes = service.model.logits, []
+    monkeypatch.setattr(service.model, "logits", lambda states: (sizes.append(len(states)), logits(states))[1])
+    rows = service.lens(ref, top_k=2)
+    assert [row.step for row in rows] == list(range(1, TOGETHER + 4))
+    assert sizes == [TOGETHER, 3]
 
 
 BAD_THINKS: list[tuple[dict[str, Any], type[Exception], str]] = [
