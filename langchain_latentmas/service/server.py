@@ -447,21 +447,26 @@ _TENSOR_BODY = {
 
 
 class _Protocol(H11Protocol):  # and not httptools', whose headers have no bound
-    """Drops a connection whose client takes nothing of what is sent to it: closing one waits for that."""
+    """Ends a connection whose client sends no whole request, or takes nothing of what is sent to it."""
 
+    _head_due: asyncio.TimerHandle | None = None
     _due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._watch_head()
         # Writing pauses when the system has no room for more, and goes on when a third of it is free: of the megabytes
         # that it would have by itself, that can take a slow client long.
         transport.set_write_buffer_limits(high=0)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENT_BYTES)
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_head()
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        assert isinstance(self.config.app, Guard)
-        self._due = self.loop.call_later(self.config.app.settings.body_seconds, self._drop)
+        self._due = self.loop.call_later(self._seconds, self._drop)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -470,6 +475,24 @@ class _Protocol(H11Protocol):  # and not httptools', whose headers have no bound
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._forget()
+        self._forget_head()
+
+    @property
+    def _seconds(self) -> float:
+        assert isinstance(self.config.app, Guard)
+        return self.config.app.settings.body_seconds
+
+    def _watch_head(self) -> None:
+        """Bounds the time to the next head, which shows a token; uvicorn does so only while nothing at all comes."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._forget_head()
+        elif self._head_due is None:
+            self._head_due = self.loop.call_later(self._seconds, self.timeout_keep_alive_handler)
+
+    def _forget_head(self) -> None:
+        if self._head_due is not None:
+            self._head_due.cancel()
+            self._head_due = None
 
     def _drop(self) -> None:
         logger.warning("a client reads nothing; its connection is closed", extra={"fields": {"client": self.client}})

@@ -45,8 +45,8 @@ class ServeSettings(BaseSettings):
         max_headers: Most bytes of a request's headers.
         max_memory: Most bytes of a memory that is imported, or exported with its KV.
         max_connections: Most connections at a time.
-        body_seconds: Seconds within which a request's body must have come, or the next part of a memory's, and within
-            which a client must take something of what it is sent.
+        body_seconds: Seconds within which a request's headers must have come, then its body, or the next part of a
+            memory's, and within which a client must take something of what it is sent.
         log_level: "debug", "info", "warning" or "error".
     """
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -498,6 +499,39 @@ def test_a_memory_that_comes_too_slowly_is_given_up(fresh_service: Any, limit: d
         with socket.create_connection((host, int(port)), 5) as raw:
             raw.sendall(f"POST /v1/memory/import HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50\r\n\r\nx".encode())
             assert status in raw.recv(4096)
+
+
+def test_connections_without_a_whole_head_are_closed(fresh_service: Any) -> None:
+    with serving(fresh_service(), body_seconds=0.5) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        ready = f"GET /ready HTTP/1.1\r\nHost: {host}\r\n".encode()
+        for begun in (b"", b"GET /re", ready, ready + b"\r\nGET", ready + b"\r\n" + ready):
+            with socket.create_connection((host, int(port)), 0.1) as raw:
+                asked = time.monotonic()
+                raw.sendall(begun)
+                with suppress(ConnectionError):
+                    while time.monotonic() - asked < 3:
+                        with suppress(TimeoutError):
+                            if not raw.recv(4096):
+                                break
+                        if begun:  # to send on does not help
+                            raw.sendall(b"x")
+                assert time.monotonic() - asked < 3
+
+
+def test_who_waits_for_a_reply_is_not_cut_off(fresh_service: Any, gate: Any) -> None:
+    service = fresh_service()
+    held = gate(service)
+    with (
+        serving(service, body_seconds=0.3) as server,
+        client(server, patience=0) as remote,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        thought = threads.submit(remote.think, PROMPT, steps=2)
+        wait_for(lambda: server.turns.running == 1)
+        time.sleep(1)
+        held.open()
+        assert thought.result(30)["steps"] == 2
 
 
 def test_a_client_that_never_reads_is_cut_off(fresh_service: Any, caplog: pytest.LogCaptureFixture) -> None:
