@@ -109,6 +109,8 @@ class Server:
         if settings.tokens:
             self._services = {"": service, **service.tenants(sorted(settings.tokens))}
         self.turns = Turns(settings.max_running, settings.max_waiting)
+        # Memories that come in, each a file: as slow as their senders, so that no tenant waits for those of another.
+        self.uploads = {tenant: Turns(settings.max_running, settings.max_waiting) for tenant in self._services}
         self.metrics = Metrics(self.turns, lambda: [each.info() for each in self._services.values()])
         self.guard = Guard(self._routes(), settings, self.metrics)
         self.app = self.guard
@@ -302,8 +304,8 @@ class Server:
     async def import_memory(self, request: Request) -> RefReply:
         """Takes in a memory that a service of the same model exported."""
         limit, taken = self.settings.max_memory, 0
-        # A turn from the beginning: no more files than turns.
-        async with within(self.settings.deadline), self._turn(request):
+        uploads = self.uploads[request.state.tenant]
+        async with within(self.settings.deadline), uploads.turn(request.state.tenant, request.state.client):
             with tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors") as file:
                 async for chunk in self._in_time(request.stream()):
                     taken += len(chunk)
@@ -311,7 +313,8 @@ class Server:
                         raise RequestTooLarge(f"The memory is larger than {limit} bytes.")
                     await asyncio.to_thread(file.write, chunk)
                 file.flush()
-                ref = await self._at_once(request, lambda service: service.import_memory(Path(file.name)))
+                async with self._turn(request):
+                    ref = await self._at_once(request, lambda service: service.import_memory(Path(file.name)))
         return RefReply(ref=WireRef(**ref))
 
     async def _in_time(self, body: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:

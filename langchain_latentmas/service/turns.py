@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,7 +15,8 @@ MIN_RETRY_AFTER, MAX_RETRY_AFTER = 0.1, 60.0
 class Turns:
     """A bounded queue, fair between tenants, and between the clients of each. Belongs to one event loop.
 
-    Tenants take turns, within a tenant its clients do, and within a client the first to come is the first to go.
+    The next turn goes to the tenant that has fewest; those that have as many take turns, within a tenant its clients
+    do, and within a client the first to come is the first to go.
     When the queue is full, whoever has most waiting has the least claim: its latest request makes room for one of
     somebody who has less, so that a flood keeps nobody else out.
 
@@ -35,6 +36,7 @@ class Turns:
         self.most_running, self.most_waiting = running, waiting
         self.running = self.waiting = self.refused = 0
         self._lines: dict[str, dict[str, deque[Waiter]]] = {}  # whoever is next comes first
+        self._held: Counter[str] = Counter()  # turns by tenant
         self._seconds = 1.0  # that a turn takes, on a moving average
 
     @property
@@ -55,11 +57,11 @@ class Turns:
             yield
         finally:
             self._seconds += (time.monotonic() - begun - self._seconds) / 32
-            self._pass_on()
+            self._pass_on(tenant)
 
     async def _wait(self, tenant: str, client: str) -> None:
         if self.running < self.most_running and not self.waiting:
-            self.running += 1
+            self._give(tenant)
             return
         if self.waiting >= self.most_waiting:
             self._make_room(tenant, client)
@@ -70,15 +72,21 @@ class Turns:
             await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._pass_on()  # the turn came at the moment of giving up
+                self._pass_on(tenant)  # the turn came at the moment of giving up
             elif waiter in self._lines.get(tenant, {}).get(client, ()):
                 self._leave(tenant, client, waiter)
             raise
 
-    def _pass_on(self) -> None:
+    def _give(self, tenant: str) -> None:
+        self.running += 1
+        self._held[tenant] += 1
+
+    def _pass_on(self, tenant: str) -> None:
         self.running -= 1
+        self._held[tenant] -= 1
         while self.waiting and self.running < self.most_running:
-            tenant, clients = next(iter(self._lines.items()))
+            tenant = min(self._lines, key=lambda name: self._held[name])  # the first of those
+            clients = self._lines[tenant]
             client, line = next(iter(clients.items()))
             waiter = line[0]
             self._leave(tenant, client, waiter)
@@ -87,7 +95,7 @@ class Turns:
             if tenant in self._lines:
                 self._lines[tenant] = self._lines.pop(tenant)
             if not waiter.done():
-                self.running += 1
+                self._give(tenant)
                 waiter.set_result(None)
 
     def _make_room(self, tenant: str, client: str) -> None:

@@ -460,8 +460,8 @@ def test_also_one_that_hangs_up_while_it_sends_a_memory(fresh_service: Any, capl
         host, port = server.address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), 5) as raw:
             raw.sendall(f"POST /v1/memory/import HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50\r\n\r\nx".encode())
-            wait_for(lambda: server.turns.running == 1, 10)  # so there are no more files than turns
-        wait_for(lambda: server.turns.running == 0, 10)
+            wait_for(lambda: server.uploads[""].running == 1, 10)
+        wait_for(lambda: server.uploads[""].running == 0, 10)
         counted = server.metrics.requests.labels("/v1/memory/import", 499)._value
         wait_for(lambda: counted.get() == 1, 10)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
@@ -490,6 +490,25 @@ def test_also_one_that_hangs_up_while_it_waits_for_what_a_memory_holds(
             held.open()
         assert first.result(60)["steps"] == 2
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_memories_that_come_slowly_hold_up_nobody_but_their_tenant(fresh_service: Any, tmp_path: Path) -> None:
+    tokens = {name: f"{name} {TOKEN}" for name in ("anne", "bert")}
+    with serving(fresh_service(), tokens=tokens, max_running=1, max_waiting=0) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        anne, bert = (client(server, token=token, patience=0) for token in tokens.values())
+        file = tmp_path / "memory"
+        file.write_bytes(b"".join(bert.export_memory(bert.think(PROMPT, steps=1))))
+        with socket.create_connection((host, int(port)), 5) as raw:
+            head = f"POST /v1/memory/import HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {tokens['anne']}"
+            raw.sendall(f"{head}\r\nContent-Length: 50\r\n\r\nx".encode())
+            wait_for(lambda: server.uploads["anne"].running == 1, 10)
+            assert bert.import_memory(file)["steps"] == 1
+            assert anne.think(PROMPT, steps=2)["steps"] == 2
+            with pytest.raises(ServiceBusy):  # no more files than may work
+                anne.import_memory(file)
+        anne.close()
+        bert.close()
 
 
 @pytest.mark.parametrize(("limit", "status"), [({"deadline": 0.2}, b" 504 "), ({"body_seconds": 0.2}, b" 422 ")])

@@ -67,6 +67,22 @@ async def test_tenants_take_turns_however_many_clients_they_name() -> None:
     assert [tenant for tenant, _ in await order_of(asked)] == ["greedy", "modest", "greedy", "modest"] + ["greedy"] * 2
 
 
+async def test_who_holds_many_turns_gets_no_more_while_others_have_fewer() -> None:
+    turns = Turns(4, 10)
+    long, short = Asked(turns), Asked(turns)
+    await long.ask(*[("greedy", "a")] * 4)
+    await short.ask(*[("modest", "b")] * 3)
+    await long.ask(*[("greedy", "a")] * 4)
+    for task in long.tasks[:2]:
+        task.cancel()
+        await settle()
+    assert short.order == [("modest", "b")] * 2
+    assert long.order == [("greedy", "a")] * 4
+    assert await short.finish() == [None] * 3
+    await long.finish()
+    assert turns.running == turns.waiting == 0
+
+
 async def test_no_more_than_allowed_work_at_a_time() -> None:
     asked = Asked(Turns(3, 10))
     await asked.ask(*[("", "a")] * 5)
@@ -178,3 +194,4 @@ async def test_turns_are_neither_lost_nor_given_twice(
     assert most <= running
     assert turns.running == turns.waiting == 0
     assert turns._lines == {}
+    assert not any(turns._held.values())
