@@ -2,7 +2,9 @@
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import httpx
 
@@ -25,8 +27,9 @@ class Connections(httpx.AsyncBaseTransport):
         """
         self._verify = verify
         self._free = asyncio.Semaphore(most)
-        self._idle: list[httpx.AsyncHTTPTransport] = []  # the last one used is the first to be used again
-        self._all: list[httpx.AsyncHTTPTransport] = []
+        # With the time of their last use; the last one used is the first to be used again.
+        self._idle: deque[tuple[float, httpx.AsyncHTTPTransport]] = deque()
+        self._all: set[httpx.AsyncHTTPTransport] = set()
         self._closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -44,16 +47,17 @@ class Connections(httpx.AsyncBaseTransport):
         if self._closed:
             self._free.release()
             raise RuntimeError("The connections are closed.")
-        one = self._idle.pop() if self._idle else self._opened()
+        one = self._idle.pop()[1] if self._idle else self._opened()
 
-        def give_back() -> None:
-            self._idle.append(one)
+        async def give_back() -> None:
+            self._idle.append((time.monotonic(), one))
             self._free.release()
+            await self._close_old()
 
         try:
             reply = await one.handle_async_request(request)
         except BaseException:
-            give_back()
+            await give_back()
             raise
         assert isinstance(reply.stream, httpx.AsyncByteStream)
         reply.stream = _Body(reply.stream, give_back)
@@ -62,19 +66,27 @@ class Connections(httpx.AsyncBaseTransport):
     async def aclose(self) -> None:
         """Closes all connections; no other is opened from then on."""
         self._closed = True
-        for one in self._all:
+        for one in list(self._all):
+            await one.aclose()
+
+    async def _close_old(self) -> None:
+        """Closes those that will not be used again: the server has closed its ends, and nobody else looks at them."""
+        while self._idle and self._idle[0][0] < time.monotonic() - KEPT_SECONDS:
+            _, one = self._idle.popleft()
+            self._all.remove(one)
             await one.aclose()
 
     def _opened(self) -> httpx.AsyncHTTPTransport:
         limits = httpx.Limits(max_connections=1, keepalive_expiry=KEPT_SECONDS)
-        self._all.append(httpx.AsyncHTTPTransport(verify=self._verify, trust_env=False, limits=limits))
-        return self._all[-1]
+        one = httpx.AsyncHTTPTransport(verify=self._verify, trust_env=False, limits=limits)
+        self._all.add(one)
+        return one
 
 
 class _Body(httpx.AsyncByteStream):
     """The body of a reply, that says when it is closed."""
 
-    def __init__(self, stream: httpx.AsyncByteStream, closed: Callable[[], None]) -> None:
+    def __init__(self, stream: httpx.AsyncByteStream, closed: Callable[[], Awaitable[None]]) -> None:
         self.stream, self.closed = stream, closed
         self._open = True
 
@@ -87,4 +99,4 @@ class _Body(httpx.AsyncByteStream):
         finally:
             if self._open:
                 self._open = False
-                self.closed()
+                await self.closed()

@@ -29,7 +29,7 @@ from langchain_latentmas.errors import (
     UnknownReference,
     WrongModel,
 )
-from langchain_latentmas.service import Chunk
+from langchain_latentmas.service import Chunk, connections
 from langchain_latentmas.service.events import Event
 from langchain_latentmas.service.http import _Said, _Told
 from langchain_latentmas.service.local import LocalService
@@ -355,6 +355,22 @@ def test_a_connection_serves_one_request_after_the_other(server: Server, monkeyp
         assert len(set(ports)) == 1  # with `load`
         asyncio.run(asked(remote))
     assert len(set(ports)) <= 1 + 3
+
+
+async def test_connections_of_a_burst_are_closed_when_it_is_over(
+    server: Server, remote: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thoughts = (remote.athink(messages(question), steps=1) for question in "abcdefgh")
+    await asyncio.gather(*thoughts)
+    ((pool, _),) = remote._async_clients.values()
+    assert len(pool._all) == len(pool._idle) == 8
+    burst = list(pool._all)
+    monkeypatch.setattr(connections, "KEPT_SECONDS", 0.1)
+    await asyncio.sleep(0.2)
+    for question in "ab":
+        await remote.athink(messages(question), steps=1)
+    assert len(pool._all) == len(pool._idle) == 1
+    assert not any(each._pool.connections for each in burst if each not in pool._all)
 
 
 def test_a_client_has_no_more_connections_than_it_may(fresh_service: Any, gate: Any) -> None:
