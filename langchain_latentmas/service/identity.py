@@ -185,7 +185,7 @@ def key_file(path: Path) -> bytes:
         InvalidRequest: If the file holds something else, or others can read it.
     """
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
         fresh = _written(path, secrets.token_hex(KEY_BYTES))
         try:
             os.link(fresh, path)  # unlike a rename, this never replaces the key of a process that was faster

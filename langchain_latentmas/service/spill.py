@@ -19,7 +19,7 @@ from torch import Tensor
 from ..engine.kv import AnyKV
 from ..errors import ServiceClosed, StoreCorrupted
 from .budget import Budget
-from .envelope import MAX_HEADER, OVERHEAD, Envelope, Kind
+from .envelope import MAX_HEADER, OVERHEAD, PRIVATE, Envelope, Kind, private
 from .identity import Signer
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Spill:
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "latentmas-spill")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(PRIVATE, parents=True, exist_ok=True)
         self._alone = FileLock(folder / ".lock", timeout=0, mode=0o600, thread_local=False)
         try:
             self._alone.acquire()
@@ -149,7 +149,7 @@ class Spill:
             header = json.dumps({"id": key, "positions": kv.positions, **self._made_for}).encode()
             tensors = {f"{side}.{i}": t.contiguous() for side, i, t in _tensors(kv)}
             # Not flushed to the disk: what a crash of the machine tears fails its checksum and is rebuilt.
-            with fresh.open("xb") as file:
+            with open(fresh, "xb", opener=private) as file:
                 file.writelines(Envelope(Kind.KV, header, safetensors.save(tensors)).sealed(self._signer))
                 size = file.tell()
             fresh.replace(self._path(key))

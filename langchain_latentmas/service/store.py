@@ -32,7 +32,7 @@ from ..errors import (
     first_fault,
 )
 from .alteration import original
-from .envelope import OVERHEAD, Envelope, Kind
+from .envelope import OVERHEAD, PRIVATE, Envelope, Kind, private
 from .identity import MAX_AGENT, MAX_PARENTS, Signer, memory_id
 from .memory import Recipe, Segment
 
@@ -66,7 +66,7 @@ class FolderStore(BaseStore[str, bytes]):
         """
         self.folder = Path(folder)
         self._inside = os.path.join(folder, "")  # paths are made of strings: `Path` takes longer than the disk
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(PRIVATE, parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS, mode=0o600)
         self._thread_lock, self._depth = threading.RLock(), 0
         self._flushers = ThreadPoolExecutor(FLUSHERS - 1, "latentmas-flush")
@@ -111,7 +111,7 @@ class FolderStore(BaseStore[str, bytes]):
             for key, value in key_value_pairs:
                 path, half = self._path(key), f"{self._inside}.{secrets.token_hex(8)}.part"
                 written.callback(_remove, half)
-                file = written.enter_context(open(half, "xb"))
+                file = written.enter_context(open(half, "xb", opener=private))
                 file.write(value)
                 file.flush()
                 halves.append((file, half, path))
@@ -159,7 +159,7 @@ class FolderStore(BaseStore[str, bytes]):
             Where it lies now.
         """
         aside = self.folder.with_name(f"{self.folder.name}.aside")
-        aside.mkdir(exist_ok=True)
+        aside.mkdir(PRIVATE, exist_ok=True)
         to = aside / key
         if to.exists():
             to = aside / f"{key}.{secrets.token_hex(4)}"

@@ -79,6 +79,7 @@ def test_a_key_file_is_made_once_for_this_user_alone(tmp_path: Path) -> None:
     key = key_file(path)
     assert len(key) == 32
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert key_file(path) == key
     assert [p.name for p in path.parent.iterdir()] == ["key"]
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import stat
 import time
 from pathlib import Path
 from threading import Event
@@ -80,6 +81,15 @@ def test_a_kv_of_other_shapes_is_not_read_whatever_its_header_says(tmp_path: Pat
     with pytest.raises(StoreCorrupted, match="other shapes"):
         disk.get("lat_a", 3).result()
     disk.close()
+
+
+def test_only_its_user_can_read_what_is_spilled(tmp_path: Path) -> None:
+    disk = spill(tmp_path / "kv")
+    disk.put("lat_a", kv())
+    disk.flush()
+    disk.close()
+    assert stat.S_IMODE((tmp_path / "kv").stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "kv").iterdir()} == {0o600}
 
 
 def test_the_limit_holds_and_the_least_recently_read_goes_first(tmp_path: Path) -> None:

@@ -129,6 +129,20 @@ def test_a_folder_keeps_values_and_lists_no_halves(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.part"))  # whoever opens the folder next clears the halves away
 
 
+def test_only_its_user_can_read_a_folder_and_what_is_in_it(tmp_path: Path) -> None:
+    folder, there = tmp_path / "recipes", tmp_path / "there before"
+    there.mkdir(0o755)
+    for path in (folder, there):
+        store = FolderStore(path)
+        store.mset([("a", b"1"), ("b", b"2")])
+        assert stat.S_IMODE((path / "a").stat().st_mode) == 0o600
+        assert stat.S_IMODE(store.set_aside("b").parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(there.stat().st_mode) == 0o755
+    (there / "a").chmod(0o644)  # as an earlier version left it
+    assert FolderStore(there).mget(["a"]) == [b"1"]
+
+
 @pytest.mark.parametrize("key", ["../x", "a/b", "", ".hidden", "a\0b", "/etc/passwd", "x" * 200])
 def test_a_key_never_leaves_the_folder(tmp_path: Path, key: str) -> None:
     store = FolderStore(tmp_path / "store")
