@@ -193,16 +193,20 @@ class Server:
 
     # What is under a route reads like the interface that it serves: see `LatentService`.
 
-    async def health(self) -> Status:
-        """Whether the process is alive."""
+    async def health(self, response: Response) -> Status:
+        """Whether the process is alive; 503 if its device no longer works, which only another process can mend."""
+        if self.service.fault:
+            response.status_code = 503
+            return Status(status="failed")
         return Status(status="ok")
 
     async def ready(self, response: Response) -> Status:
-        """Whether new work is taken; 503 while the server drains."""
+        """Whether new work is taken; 503 while the server drains, or if it is not healthy."""
         if self.guard.draining:
             response.status_code = 503
             return Status(status="draining")
-        return Status(status="ready")
+        healthy = await self.health(response)
+        return Status(status="ready") if healthy.status == "ok" else healthy
 
     async def show_metrics(self) -> Response:
         """Counters in Prometheus' text format."""

@@ -307,9 +307,9 @@ class Done(_Wire):
 
 
 class Status(_Wire):
-    """Of the server: "ok", "ready" or "draining"."""
+    """Of the server: "ok", "ready", "draining" or "failed"."""
 
-    status: Literal["ok", "ready", "draining"]
+    status: Literal["ok", "ready", "draining", "failed"]
 
 
 class Problem(BaseModel):

@@ -731,6 +731,26 @@ def test_draining_lets_what_has_begun_end_and_takes_nothing_new(fresh_service: A
         assert first.result(30)["steps"] == 2
 
 
+def test_a_device_that_no_longer_works_is_told_to_who_watches(
+    fresh_service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("the device is gone")
+
+    service = fresh_service()
+    with serving(service) as server, client(server) as remote:
+        assert [httpx.get(server.address + path).status_code for path in ("/health", "/ready")] == [200, 200]
+        for name in ("step", "renew"):
+            monkeypatch.setattr(service._ticker, name, broken)
+        for _ in range(2):
+            with pytest.raises(EngineFailed, match="the device is gone"):
+                remote.think(PROMPT, steps=1)
+            wait_for(lambda: bool(service.fault))
+        for path in ("/health", "/ready"):
+            reply = httpx.get(server.address + path)
+            assert (reply.status_code, reply.json()) == (503, {"status": "failed"})
+
+
 def test_when_the_drain_is_over_the_rest_is_told(fresh_service: Any, slow: Any) -> None:
     service = fresh_service()
     slow(service)
