@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote_plus, urlsplit
 
 import httpx
 import tenacity
@@ -366,9 +366,9 @@ class HTTPService(LatentService):
     def references(self) -> list[StoredReference]:
         """See `LatentService.references`."""
         listed: list[StoredReference] = []
-        after: int | None = 0
+        after: str | None = ""
         while after is not None:
-            page = self._get(f"/v1/references?after={after}", StoredReply)
+            page = self._get(f"/v1/references?after={quote_plus(after)}", StoredReply)
             listed += [each.stored for each in page.references]
             after = page.next
         return listed

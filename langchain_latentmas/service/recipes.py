@@ -8,6 +8,7 @@ import secrets
 import threading
 import weakref
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, aclosing, suppress
@@ -48,7 +49,7 @@ from .marker import Marker, take_markers
 from .memory import Layout, Lineage, Recipe, Segment
 from .messages import as_openai
 from .retention import Retention
-from .store import DROPPED, PINNED, FolderStore, RecipeStore
+from .store import PINNED, FolderStore, RecipeStore
 
 logger = logging.getLogger(__name__)
 
@@ -345,16 +346,30 @@ class RecipeService(LatentService):
 
     def references(self) -> list[StoredReference]:
         """See `LatentService.references`."""
-        listed = []
-        for key, header in self._retention.headers().items():
-            if header.model != self.model.fingerprint or self._store.marked(key, DROPPED):
-                continue
+        return self.page()[0]
+
+    def page(self, after: str = "", size: int | None = None) -> tuple[list[StoredReference], str]:
+        """A part of `references`.
+
+        Args:
+            after: What the page before returned; "" for the first one.
+            size: How many recipes are looked at; None for all that are left.
+
+        Returns:
+            What can be read of these, and what to ask for the next page with; "" if this was the last one. Whatever
+            comes or goes meanwhile moves no other from page to page.
+        """
+        own = [header for header in self._retention.headers() if header.model == self.model.fingerprint]
+        begin = bisect_right(own, _place(after), key=lambda header: (-header.made, header.id)) if after else 0
+        listed, looked_at = [], own[begin:][:size]
+        for header in looked_at:
             with suppress(UnknownReference, StoreCorrupted):  # it, or what it descends from, is gone by now or damaged
-                ref = self.signed_ref(key, header.agent, header.parents, header.steps)
-                made, used = (datetime.fromtimestamp(at, UTC) for at in (header.made, self._retention.used(key)))
-                pinned = self._store.marked(key, PINNED)
-                listed.append(StoredReference(ref, made, used, self._store.size_of(key), pinned))
-        return sorted(listed, key=lambda stored: stored.made, reverse=True)
+                ref = self.signed_ref(header.id, header.agent, header.parents, header.steps)
+                made, used = (datetime.fromtimestamp(at, UTC) for at in (header.made, self._retention.used(header.id)))
+                pinned = self._store.marked(header.id, PINNED)
+                listed.append(StoredReference(ref, made, used, self._store.size_of(header.id), pinned))
+        more = begin + len(looked_at) < len(own)
+        return listed, f"{looked_at[-1].made!r}/{looked_at[-1].id}" if more else ""
 
     def pin(self, ref: LatentRef, pinned: bool = True) -> None:
         """See `LatentService.pin`."""
@@ -731,6 +746,17 @@ def _as_messages(messages: LanguageModelInput) -> list[dict[str, Any]]:
 def _can_name(agent: object) -> bool:
     # What has no UTF-8, a lone surrogate, could not be stored once the work is done.
     return isinstance(agent, str) and 0 < len(agent) <= MAX_AGENT and agent.encode(errors="replace").decode() == agent
+
+
+def _place(after: str) -> tuple[float, str]:
+    """Where in the order of `RecipeService.page` a page ended."""
+    made, between, key = after.partition("/")
+    try:
+        if not between:
+            raise ValueError
+        return -float(made), key
+    except ValueError:
+        raise InvalidRequest(f"after must be what the page before named as its next, not {after[:80]!r}.") from None
 
 
 def _stored(key: str) -> str:

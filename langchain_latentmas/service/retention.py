@@ -35,16 +35,24 @@ class Retention:
         self.store, self.keep_for = store, keep_for
         self._headers: dict[str, Header] = {}
 
-    def headers(self) -> dict[str, Header]:
-        """By id, all recipes that can be read, of whichever model; those seen before are not read again."""
+    def headers(self) -> list[Header]:
+        """All recipes that can be read and were not dropped, of whichever model, the latest made first.
+
+        Those seen before are not read again.
+        """
         self._read_new()  # what takes long is done before anybody has to wait for the lock
         with self.store.locked():
-            self._read_new()
-            return dict(self._headers)
+            names = self._read_new()
+            there = [header for key, header in self._headers.items() if key + DROPPED not in names]
+        return sorted(there, key=lambda header: (-header.made, header.id))
 
     def used(self, key: str) -> float:
-        """Unix time of a recipe's last use; for a store that is no folder, of when it was made."""
-        return self.store.folder.touched(key + RECIPE) if self.store.folder else self._headers[key].made
+        """Unix time of a recipe's last use; for a store that is no folder, of when it was made.
+
+        Raises:
+            UnknownReference: If it is gone.
+        """
+        return self.store.folder.touched(key + RECIPE) if self.store.folder else self.store.header(key).made
 
     def pin(self, key: str, pinned: bool) -> None:
         """Sets or takes away the mark that spares a recipe from age."""
@@ -65,12 +73,13 @@ class Retention:
         """
         self._read_new()
         with self.store.locked():
-            if self.store.marked(key, PINNED):
+            names = self._read_new()
+            if key + PINNED in names:
                 raise InvalidRequest(f"The memory {key} is pinned; pin(ref, False) first.")
-            if key not in self.headers():
+            if key not in self._headers:
                 return []
             self.store.store.mset([(key + DROPPED, b"")])
-            return self._remove(key for key in self._headers if not self.store.marked(key, DROPPED))
+            return self._remove(other for other in self._headers if other != key and other + DROPPED not in names)
 
     def collect(self) -> list[str]:
         """Removes what grew too old.
@@ -82,11 +91,11 @@ class Retention:
             return []
         self._read_new()
         with self.store.locked():
-            since = time.time() - self.keep_for.total_seconds()
+            names, since = self._read_new(), time.time() - self.keep_for.total_seconds()
             return self._remove(
                 key
-                for key in self.headers()
-                if not self.store.marked(key, DROPPED) and (self.store.marked(key, PINNED) or self.used(key) >= since)
+                for key in self._headers
+                if key + DROPPED not in names and (key + PINNED in names or self.used(key) >= since)
             )
 
     def _remove(self, staying: Iterable[str]) -> list[str]:
@@ -104,15 +113,22 @@ class Retention:
             del self._headers[key]
         return order
 
-    def _read_new(self) -> None:
+    def _read_new(self) -> set[str]:
+        """Takes note of recipes that came and of those that went; returns the names of all that is there."""
         with self.store.locked():
-            found = {key.removesuffix(RECIPE) for key in self.store.store.yield_keys() if key.endswith(RECIPE)}
-        for key in found - self._headers.keys():
+            names = set(self.store.store.yield_keys())
+            found = {name.removesuffix(RECIPE) for name in names if name.endswith(RECIPE)}
+            for key in self._headers.keys() - found:
+                del self._headers[key]
+            new = found - self._headers.keys()
+        read = {}
+        for key in new:
             try:
-                self._headers[key] = self.store.header(key)
+                read[key] = self.store.header(key)
             except UnknownReference:
                 pass
             except StoreCorrupted as error:  # whoever asks for it by its id finds out
                 logger.warning("the recipe of %s is passed over: %s", key, error)
-        for key in self._headers.keys() - found:
-            self._headers.pop(key, None)
+        with self.store.locked():  # what went meanwhile goes the next time
+            self._headers |= read
+        return names

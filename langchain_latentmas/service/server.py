@@ -267,13 +267,11 @@ class Server:
         text, refs = await self._at_once(request, lambda service: service.take_markers(body.text, body.left))
         return MarkersReply(text=text, refs=[WireRef(**ref) for ref in refs])
 
-    async def references(self, request: Request, after: int = 0) -> StoredReply:
-        """Everything of this tenant that can be read, the latest made first; `after` skips as many."""
-        if not 0 <= after < 2**53:
-            raise InvalidRequest(f"after must be 0 or more, not {after}.")
-        stored = await self._at_once(request, lambda service: service.references())
-        page = [Stored.of(each) for each in stored[after : after + PAGE]]
-        return StoredReply(references=page, next=after + PAGE if len(stored) > after + PAGE else None)
+    async def references(self, request: Request, after: str = "") -> StoredReply:
+        """Everything of this tenant that can be read, the latest made first; `after` is the `next` of a page."""
+        async with self._turn(request):  # a large store takes long, and there are not many threads
+            listed, more = await self._at_once(request, lambda service: service.page(after, PAGE))
+        return StoredReply(references=[Stored.of(each) for each in listed], next=more or None)
 
     async def pin(self, request: Request, body: PinRequest) -> Done:
         """Keeps a reference, and all that it descends from, whatever its age; or no longer."""

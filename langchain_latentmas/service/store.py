@@ -129,9 +129,9 @@ class FolderStore(BaseStore[str, bytes]):
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
         """All keys, or those that begin with `prefix`."""
-        for path in sorted(self.folder.iterdir()):
-            if _KEY.fullmatch(path.name) and path.name.startswith(prefix or ""):
-                yield path.name
+        with os.scandir(self.folder) as files:
+            names = sorted(file.name for file in files)
+        yield from (name for name in names if name.startswith(prefix or "") and _KEY.fullmatch(name))
 
     def has(self, key: str) -> bool:
         """Whether there is such a file."""
@@ -143,8 +143,15 @@ class FolderStore(BaseStore[str, bytes]):
             os.utime(self._path(key))
 
     def touched(self, key: str) -> float:
-        """Unix time of its last use."""
-        return os.stat(self._path(key)).st_mtime
+        """Unix time of its last use.
+
+        Raises:
+            UnknownReference: If it is not there.
+        """
+        try:
+            return os.stat(self._path(key)).st_mtime
+        except FileNotFoundError:
+            raise UnknownReference(f"{key} is not in {self.folder}.") from None
 
     def size_of(self, key: str) -> int | None:
         """Bytes of a file; None if it is not there."""

@@ -298,7 +298,7 @@ class StoredReply(_Wire):
     """A page of what `LatentService.references` returns."""
 
     references: list[Stored]
-    next: int | None = None
+    next: str | None = None
     """`after` of the next page; None on the last one."""
 
 

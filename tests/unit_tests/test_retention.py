@@ -1,7 +1,9 @@
 """What stays in a store, and that whatever stays can be read."""
 
 import os
+import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.stores import InMemoryByteStore
 
-from langchain_latentmas.errors import InvalidRequest
+from langchain_latentmas.errors import InvalidRequest, UnknownReference
 from langchain_latentmas.service.retention import Retention
-from langchain_latentmas.service.store import DROPPED, RECIPE, FolderStore, RecipeStore
+from langchain_latentmas.service.store import DROPPED, RECIPE, FolderStore, Header, RecipeStore
 
 from .test_store import recipe, recipe_store
 
@@ -27,6 +29,10 @@ def family(store: RecipeStore) -> dict[str, str]:
     ):
         made[name] = store.put(recipe(steps, parents=tuple(made[parent] for parent in parents))).id
     return made
+
+
+def ids(retention: Retention) -> set[str]:
+    return {header.id for header in retention.headers()}
 
 
 def left(store: RecipeStore, made: dict[str, str]) -> set[str]:
@@ -92,9 +98,62 @@ def test_what_another_process_makes_and_removes_is_seen(tmp_path: Path) -> None:
     store = recipe_store(tmp_path)
     retention = Retention(store)
     made = family(recipe_store(tmp_path))
-    assert set(retention.headers()) == set(made.values())
+    assert ids(retention) == set(made.values())
     Retention(recipe_store(tmp_path)).drop(made["loner"])
-    assert set(retention.headers()) == set(made.values()) - {made["loner"]}
+    assert ids(retention) == set(made.values()) - {made["loner"]}
+
+
+def test_a_memory_that_is_made_while_others_are_read_keeps_its_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = recipe_store(tmp_path)
+    made, retention, header, later = family(store), Retention(store), store.header, list[str]()
+
+    def slow(key: str) -> Header:
+        if not later:
+            later.append(store.put(recipe(9, parents=(made["loner"],))).id)
+            assert later[0] in ids(retention)  # somebody else reads, and is faster
+        return header(key)
+
+    monkeypatch.setattr(store, "header", slow)
+    assert ids(retention) == {*made.values(), *later}
+    assert retention.drop(made["loner"]) == []
+    store.get(made["loner"])
+    assert set(retention.drop(later[0])) == {made["loner"], *later}
+
+
+def test_listing_dropping_and_making_at_once_lose_nothing(tmp_path: Path) -> None:
+    store = recipe_store(tmp_path)
+    retention, kept, errors = Retention(store), list[str](), list[BaseException]()
+    done = threading.Event()
+
+    def lists() -> None:
+        try:
+            while not done.is_set():
+                for header in retention.headers():
+                    with suppress(UnknownReference):
+                        retention.used(header.id)
+        except BaseException as error:
+            errors.append(error)
+
+    listing = [threading.Thread(target=lists, daemon=True) for _ in range(2)]
+    for thread in listing:
+        thread.start()
+    try:
+        for n in range(40):
+            parent = store.put(recipe(spoken=(n,))).id
+            kept.append(store.put(recipe(2, parents=(parent,))).id)
+            retention.drop(parent)
+            if n % 2:
+                retention.drop(kept.pop(0))
+    finally:
+        done.set()
+    for thread in listing:
+        thread.join(60)
+    assert not errors
+    assert ids(retention) == set(kept)
+    for child in kept:
+        assert all(store.get(parent) for parent in store.get(child).parents)
 
 
 def test_what_cannot_be_read_is_passed_over_and_left_where_it_is(tmp_path: Path) -> None:
@@ -103,7 +162,7 @@ def test_what_cannot_be_read_is_passed_over_and_left_where_it_is(tmp_path: Path)
     made = family(store)
     path = tmp_path / (made["loner"] + RECIPE)
     path.write_bytes(path.read_bytes()[:-1])
-    assert set(Retention(store).headers()) == set(made.values()) - {made["loner"]}
+    assert ids(Retention(store)) == set(made.values()) - {made["loner"]}
     assert path.exists()
 
 

@@ -211,6 +211,24 @@ def test_references_are_listed_pinned_and_dropped(fresh_service: Any) -> None:
             remote.drop(kept)
 
 
+def test_a_list_of_references_comes_in_pages_that_nothing_moves(
+    fresh_service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("langchain_latentmas.service.server.PAGE", 3)
+    with serving(fresh_service()) as server, client(server) as remote:
+        made = [remote.think(messages(f"question {n}"), steps=1)["id"] for n in range(8)]
+        assert [each.ref["id"] for each in remote.references()] == made[::-1]
+        first = httpx.get(f"{server.address}/v1/references").json()
+        assert [each["ref"]["id"] for each in first["references"]] == made[:4:-1]
+        remote.think(messages("a later one"), steps=1)
+        remote.drop(remote.references()[1].ref)  # one of the first page
+        second = httpx.get(f"{server.address}/v1/references", params={"after": first["next"]}).json()
+        assert [each["ref"]["id"] for each in second["references"]] == made[4:1:-1]
+        last = httpx.get(f"{server.address}/v1/references", params={"after": second["next"]}).json()
+        assert [each["ref"]["id"] for each in last["references"]] == made[1::-1]
+        assert "next" not in last or last["next"] is None
+
+
 def test_a_memory_moves_to_another_server(remote: LatentService, fresh_service: Any, tmp_path: Path) -> None:
     first = remote.think(PROMPT, steps=3, agent="planner")
     last = say(remote, "And?", [first], max_tokens=3).ref
