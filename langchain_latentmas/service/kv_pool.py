@@ -198,8 +198,11 @@ class KVPool:
                 return
             with self._lock:
                 self.hits["disk"] += 1
-                self.keep(key, kv)
                 del self._coming[key]
+                try:
+                    self.keep(key, kv)
+                except Exception as error:  # such as a disk that takes no more; it is here all the same
+                    logger.warning("the KV of %s is not kept: %s", key, error)
             future.set_result(kv)
 
         reading.add_done_callback(follow)
@@ -228,7 +231,7 @@ class KVPool:
                 try:
                     parts = result.kv.split([recipe.segment.positions for recipe in leg]) if leg[1:] else [result.kv]
                     kept = [self.keep(recipe.id, kv) for recipe, kv in zip(leg, parts, strict=True)]
-                except RuntimeError as error:  # no memory for the copies; the row is gone, so nobody else would tell
+                except Exception as error:  # such as no memory for the copies; the row is gone, so nobody else tells
                     fail(EngineFailed(f"A memory could not be rebuilt ({error}); the same call may succeed later."))
                     return
                 with self._lock:

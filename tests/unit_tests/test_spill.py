@@ -295,6 +295,24 @@ def test_a_spilled_memory_is_bit_by_bit_what_it_was(fresh_service: Fresh, tmp_pa
     assert service.info()["rebuilds"] == 0
 
 
+def test_a_kv_that_cannot_be_kept_is_read_all_the_same(
+    fresh_service: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = fresh_service(store=tmp_path, kv_budget=0, kv_disk_budget="1GiB")
+    ref = service.think("a", steps=2)
+    assert service._pool.disk is not None
+    service._pool.disk.flush()
+    kv = kv_copy(service.memory(ref))
+
+    def full(*_: object) -> None:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(service._pool, "keep", full)
+    for _ in range(2):
+        assert kv_equal(service.memory(ref), kv)
+    assert not service._pool._coming
+
+
 def test_after_a_restart_the_disk_is_warm(fresh_service: Fresh, tmp_path: Path) -> None:
     first = fresh_service(store=tmp_path, kv_budget=0, kv_disk_budget="1GiB")
     refs = refs_of(first)
