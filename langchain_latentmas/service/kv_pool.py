@@ -124,16 +124,17 @@ class KVPool:
         Returns:
             A future of one `Placed` per piece; fails if a recipe is missing or the engine does.
         """
-        lines = {piece.id: self._lineage.line(piece.id) for piece in layout}
-        shifts = {piece.id: piece.start - lines[piece.id][-1].start for piece in layout}
+        lines: dict[str, Layout] = {}
         starts = {piece.id: piece.start for piece in layout}
         anew: set[str] = set()
-        if self.mode == "rebuild":  # whatever stands elsewhere than when it was made, or sees something that does
+        if self.mode == "rebuild" and any(piece.moved or piece.on_moved for piece in layout):
+            # Whatever stands elsewhere than when it was made, or sees something that does.
+            lines = {piece.id: self._lineage.line(piece.id) for piece in layout}
             anew = {key for key, line in lines.items() if any(seen.start != starts[seen.id] for seen in line)}
         if not anew and (here := self._all_here(layout)) is not None:
-            return _done([Placed(kv, piece.start, shifts[piece.id]) for piece, kv in zip(layout, here, strict=True)])
+            return _done([_Place(piece)(kv) for piece, kv in zip(layout, here, strict=True)])
         # The last one first: its rebuild brings back the whole run before it.
-        kvs = {piece.id: self._kv(piece.id) for piece in reversed(layout) if piece.id not in anew}
+        kvs = {piece.id: self._kv(piece) for piece in reversed(layout) if piece.id not in anew}
         placed: dict[str, Future[Placed]] = {}
         for piece in layout:
             if piece.id in anew and unaltered(piece.id):
@@ -141,7 +142,7 @@ class KVPool:
             elif piece.id in anew:
                 placed[piece.id] = self._computed_at(piece, [placed[seen.id] for seen in lines[piece.id][:-1]])
             else:
-                placed[piece.id] = _then(kvs[piece.id], _Place(piece.start, shifts[piece.id]))
+                placed[piece.id] = _then(kvs[piece.id], _Place(piece))
         return _gather(list(placed.values()))
 
     def _all_here(self, layout: Layout) -> list[AnyKV] | None:
@@ -155,10 +156,11 @@ class KVPool:
             self.hits["device"] += len(here)
         return here[::-1]
 
-    def _kv(self, key: str) -> "Future[AnyKV]":
+    def _kv(self, piece: Piece) -> "Future[AnyKV]":
         """A segment's KV where it was computed."""
+        key = piece.id
         if whole := unaltered(key):
-            return _then(self._kv(whole), partial(alter, key=key))
+            return _then(self._kv(piece._replace(id=whole)), partial(alter, key=key))
         with self._lock:
             if key in self._coming:
                 return self._coming[key]
@@ -171,12 +173,12 @@ class KVPool:
                 self.keep(key, kv)
                 return _done(kv)
             if self.disk is not None and key in self.disk:
-                return self._read(key, self.disk)
+                return self._read(piece, self.disk)
             return self._rebuilt(key)
 
-    def _read(self, key: str, disk: Spill) -> "Future[AnyKV]":
+    def _read(self, piece: Piece, disk: Spill) -> "Future[AnyKV]":
         """A segment's KV from the disk, or rebuilt if that fails."""
-        reading = disk.get(key, self._recipe(key).segment.positions)
+        key, reading = piece.id, disk.get(piece.id, piece.positions)
         future = self._coming[key] = Future[AnyKV]()
 
         def follow(_: "Future[AnyKV]") -> None:
@@ -268,7 +270,7 @@ class KVPool:
 
     def _unaltered_at(self, line: Layout, starts: Mapping[str, int]) -> "Future[Placed]":
         """The last segment of an altered memory as it was before, computed anew where a merge puts it."""
-        whole = tuple(Piece(unaltered(piece.id), starts[piece.id], piece.positions) for piece in line)
+        whole = tuple(piece._replace(id=unaltered(piece.id), start=starts[piece.id]) for piece in line)
         return _then(self.place(whole), lambda placed: placed[-1])
 
     def submit(self, row: Row, past: "Future[list[Placed]]", after: Sequence[str] | None = None) -> None:
@@ -348,11 +350,11 @@ class _Alter:
 class _Place:
     """Puts a KV where a layout wants it."""
 
-    def __init__(self, start: int, shift: int) -> None:
-        self.start, self.shift = start, shift
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
 
     def __call__(self, kv: AnyKV) -> Placed:
-        return Placed(kv, self.start, self.shift)
+        return Placed(kv, self.piece.start, self.piece.start - self.piece.own_start)
 
 
 def _done(value: A) -> "Future[A]":

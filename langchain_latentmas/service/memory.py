@@ -12,7 +12,7 @@ from .alteration import unaltered
 from .budget import Budget
 
 MergeMode = Literal["rotate", "rebuild"]
-LINES_KEPT = 1 << 22  # bytes of them, about; all others are worked out again
+LINES_KEPT = 1 << 23  # bytes of them, at most; all others are worked out again
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +67,22 @@ class Recipe:
 
 
 class Piece(NamedTuple):
-    """A segment's place in a memory."""
+    """A segment's place in a memory, and all that has to be known of it there without its recipe."""
 
     id: str
     start: int
     positions: int
+    own_start: int
+    """Where it was computed."""
+    steps: int
+    """Its thoughts."""
+    on_moved: bool
+    """Whether something that it saw when it was computed stood elsewhere than where that was computed itself."""
+
+    @property
+    def moved(self) -> bool:
+        """Whether it stands elsewhere than where it was computed."""
+        return self.start != self.own_start
 
     @property
     def end(self) -> int:
@@ -100,7 +111,7 @@ def merge(lines: Sequence[Layout]) -> Layout:
     end = 0
     for piece in chain(first, *lines):
         if piece.id not in merged:
-            merged[piece.id] = Piece(piece.id, end, piece.positions)
+            merged[piece.id] = piece if piece.start == end else piece._replace(start=end)
             end += piece.positions
     return tuple(merged.values())
 
@@ -115,7 +126,7 @@ class Lineage:
             recipe: Returns the recipe of an id, or raises.
         """
         self._recipe = recipe
-        self._lines: Budget[Layout] = Budget(LINES_KEPT, lambda line: 400 + 8 * len(line))
+        self._lines: Budget[Layout] = Budget(LINES_KEPT, lambda line: 400 + 250 * len(line))  # none shares its pieces
 
     def line(self, key: str) -> Layout:
         """The memory of one id: what it saw when it was made, then its own segment, where that was computed."""
@@ -128,8 +139,8 @@ class Lineage:
             if isinstance(made, list):
                 stack += made
                 continue
-            lines[stack[-1]] = made
-            self._lines.put(stack.pop(), made)
+            lines[stack.pop()] = made
+        self._lines.put(key, lines[key])  # not those of its ancestors: nobody asks for them as often
         return lines[key]
 
     def _made(self, key: str, lines: dict[str, Layout]) -> Layout | list[str]:
@@ -145,7 +156,10 @@ class Lineage:
             how = key.removeprefix(whole)
             return tuple(piece._replace(id=piece.id + how) for piece in lines[whole])
         seen = merge([lines[parent] for parent in recipe.parents])
-        return (*seen, Piece(recipe.id, seen[-1].end if seen else 0, recipe.segment.positions))
+        own, start = recipe.segment, seen[-1].end if seen else 0
+        whole_line = len(recipe.parents) == 1  # then its last piece has looked at all the others
+        on_moved = any(piece.moved or piece.on_moved for piece in (seen[-1:] if whole_line else seen))
+        return (*seen, Piece(recipe.id, start, own.positions, start, len(own.thoughts), on_moved))
 
     def tips(self, keys: Sequence[str]) -> list[str]:
         """Those ids that none of the others descends from, each once, in their order."""

@@ -514,9 +514,7 @@ class RecipeService(LatentService):
             self._recipes.pop(key)
 
     def _merge_of(self, layout: Layout) -> Merge:
-        if all(piece.start == self._lineage.line(piece.id)[-1].start for piece in layout):
-            return "none"
-        return self._moved
+        return self._moved if any(piece.moved for piece in layout) else "none"
 
     def _collect_regularly(self) -> None:
         """The last step of a constructor: what is collected is forgotten everywhere."""
@@ -644,11 +642,10 @@ class _Request:
         """What closes a stream of chunks, once its recipe is stored."""
 
         def chunk(ref: LatentRef) -> Chunk:
-            read = [self.service._recipe(piece.id).segment for piece in self.layout]
             usage = Usage(
                 input_tokens=len(self.prompt_ids),
                 output_tokens=len(result.tokens),
-                latent_steps=sum(len(segment.thoughts) for segment in read),
+                latent_steps=sum(piece.steps for piece in self.layout),
                 positions_read=self.start,
                 merge=self.service._merge_of(self.layout),
             )
