@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -106,8 +107,9 @@ def audit(
     given: dict[str, Any] = {**locals()}
 
     async def work() -> Audit:
-        # Nodes without a coroutine run in the loop's threads: as many as there are questions at a time.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max(1, concurrency)))
+        # Nodes without a coroutine run in the loop's threads, and one that waits for another, as an entrypoint does for
+        # its tasks, keeps its own meanwhile. So there is always one more; how many questions run is bounded elsewhere.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(sys.maxsize))
         return await aaudit(**given)
 
     try:
@@ -135,7 +137,11 @@ async def aaudit(
     about: Mapping[str, Any] | None = None,
     on_answer: Progress | None = None,
 ) -> Audit:
-    """Like `audit`, in the event loop that is running."""
+    """Like `audit`, in the event loop that is running.
+
+    Nodes without a coroutine run in this loop's threads. Where such a node waits for another, as a sync `@entrypoint`
+    does for its sync tasks, give the loop twice `concurrency` of them (`loop.set_default_executor`), or use `audit`.
+    """
     if len(examples) < LEAST:
         raise InvalidRequest(
             f"An audit needs at least {LEAST} examples to tell anything, not {len(examples)}; 100 are better."

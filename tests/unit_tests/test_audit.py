@@ -13,6 +13,7 @@ from langchain_core.globals import set_llm_cache
 from langchain_core.messages import HumanMessage, SystemMessage
 from langgraph.cache.memory import InMemoryCache as NodeCache
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.func import entrypoint, task
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import CachePolicy
 
@@ -235,6 +236,26 @@ def test_no_cache_carries_an_answer_from_one_condition_to_another(service32: Lat
 async def test_it_can_be_called_inside_of_an_event_loop(service32: LatentService) -> None:
     builder = team(service32)
     assert audit(builder, asked(), Grader(builder), conditions=["cut"]).n == N
+
+
+@pytest.mark.parametrize("concurrency", [1, N - 1])
+def test_an_entrypoint_that_waits_for_its_tasks_does_not_wait_for_ever(
+    service32: LatentService, concurrency: int
+) -> None:
+    llm = ChatLatentMAS(service=service32, max_tokens=2)
+
+    @task
+    def plan(question: str) -> str:
+        return llm.invoke(question, steps=2, agent="planner").text
+
+    @entrypoint()
+    def answer(question: str) -> str:
+        planned = plan(question).result(timeout=20)  # type: ignore[call-arg]
+        return llm.invoke(planned, agent="judger").text
+
+    examples = [(f"Question {i}?", "") for i in range(N)]
+    result = audit(answer, examples, lambda said, _: True, conditions=["cut"], concurrency=concurrency)
+    assert not result.edges[0].outcomes["intact"].errors
 
 
 def test_seeded_runs_repeat_themselves(service32: LatentService) -> None:
