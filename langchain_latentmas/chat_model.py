@@ -37,6 +37,15 @@ M = TypeVar("M", bound=AIMessage)
 # Content blocks that repeat a message's tool calls, or hold what a model of another vendor thought before it spoke.
 UNREAD_BLOCKS = ("tool_call", "tool_use", "invalid_tool_call", "reasoning", "thinking", "redacted_thinking")
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+# Where things belong that people give to the model.
+BELONGS = {
+    "steps": "to a call, llm.invoke(..., steps=20), to switch_edges(..., steps=20), or to a LatentAgentNode",
+    "latents": "to a call, llm.invoke(..., latents=[ref])",
+    "agent": "to a call, llm.invoke(..., agent='planner')",
+    "tools": "to llm.bind_tools(...)",
+    "timeout": "to the service, LatentService.load('http://...', deadline=60)",
+    "max_retries": "to the service, LatentService.load('http://...', patience=120)",
+}
 
 
 class Thinker(NamedTuple):
@@ -92,6 +101,10 @@ class ChatLatentMAS(BaseChatModel):
         seed: For the same sample again.
         stop: Strings that end the text, where a call names none.
         marker_text: What is left in a marker's place in a message.
+        streaming: If given, whether `invoke` streams, whoever listens.
+
+    Raises:
+        InvalidRequest: At any other argument; LangChain's `timeout` and `max_retries` are settings of the service.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True)
@@ -107,6 +120,25 @@ class ChatLatentMAS(BaseChatModel):
     seed: int | None = None
     stop: list[str] | None = Field(default=None, alias="stop_sequences")
     marker_text: str = ""
+    streaming: bool = False
+
+    def __init__(self, **given: Any) -> None:
+        """Checks names and values.
+
+        Args:
+            **given: The attributes.
+
+        Raises:
+            InvalidRequest: If one is none.
+        """
+        known = {*type(self).model_fields, *(field.alias for field in type(self).model_fields.values())}
+        if unknown := [name for name in given if name not in known]:
+            hints = "".join(f" {name} belongs {BELONGS[name]}." for name in unknown if name in BELONGS)
+            raise InvalidRequest(
+                f"ChatLatentMAS takes no {', '.join(unknown)}; it takes service, model, device, dtype, "
+                f"{', '.join(SAMPLING)}, stop, marker_text, streaming and what every chat model of LangChain takes.{hints}"
+            )
+        super().__init__(**given)
 
     @classmethod
     def is_lc_serializable(cls) -> bool:

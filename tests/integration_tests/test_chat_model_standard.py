@@ -61,6 +61,11 @@ class TestAsItIs(ChatModelIntegrationTests):
         return {"service": small_service(), "max_tokens": 24}
 
     @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        """Without `timeout` and `max_retries`, which are settings of the service."""
+        return {"temperature": 0, "max_tokens": 100, "stop": []}
+
+    @property
     def supports_anthropic_inputs(self) -> bool:
         return True
 
@@ -135,6 +140,11 @@ class TestScripted(ChatModelIntegrationTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         return {"service": small_service(), "temperature": 1.0}
+
+    @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        """Without `timeout` and `max_retries`, which are settings of the service."""
+        return {"temperature": 0, "max_tokens": 100, "stop": []}
 
     @pytest.fixture(autouse=True)
     def _script(self, monkeypatch: pytest.MonkeyPatch) -> None:

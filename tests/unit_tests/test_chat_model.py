@@ -43,6 +43,11 @@ class TestStandard(ChatModelUnitTests):
         return {"model": "bundled"}
 
     @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        """Without `timeout` and `max_retries`, which are settings of the service."""
+        return {"temperature": 0, "max_tokens": 100, "stop": []}
+
+    @property
     def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
         return {"LATENTMAS_SERVICE": "some-model"}, {}, {"model": "some-model"}
 
@@ -57,6 +62,19 @@ class TestStandard(ChatModelUnitTests):
 @pytest.fixture
 def llm(service32: LatentService) -> ChatLatentMAS:
     return ChatLatentMAS(service=service32, max_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"steps": 3}, r"no steps; .*switch_edges\(\.\.\., steps=20\)"),
+        ({"temprature": 1, "model_kwargs": {}}, "no temprature, model_kwargs; .*temperature"),
+        ({"timeout": 5}, "deadline=60"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        ChatLatentMAS(model="bundled", **given)
 
 
 def test_chunks_add_up_to_the_message(llm: ChatLatentMAS) -> None:
