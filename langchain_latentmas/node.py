@@ -109,7 +109,8 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         """Runs the agent on a graph state; see the class for what it returns.
 
         Raises:
-            InvalidRequest: If `reads` names nobody, the prompt gives no messages, or `configurable.edges` is unknown.
+            InvalidRequest: If `reads` names nobody, the prompt gives no messages, `configurable.edges` is unknown, or
+                the state of the graph has no `latents`.
             LatentMASError: Whatever `LatentService.think` and `LatentService.speak` raise.
         """
         config = ensure_config(config)
@@ -137,6 +138,12 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         return _said(await llm.ainvoke(plan.messages, config, latents=plan.latents, agent=self.name), plan)
 
     def _plan(self, state: Any, config: RunnableConfig) -> _Plan:
+        if _loses_latents(state, config):
+            raise InvalidRequest(
+                f"The state of the graph in which agent {self.name!r} runs has no `latents`: its memory would be lost. "
+                "Derive the state from LatentState, or add `latents: Annotated[list[LatentRef], merge_latents]` to it. "
+                "(A function that calls the agent and hands its memory on by itself passes `latents`, [] for none.)"
+            )
         service = self.service or _service_of_the_run() or shared_service()
         if not isinstance(service, LatentService):
             raise InvalidRequest(f"Agent {self.name!r}: service must be a LatentService, not {type(service).__name__}.")
@@ -216,6 +223,23 @@ def _service_of_the_run() -> Any:
     except (RuntimeError, KeyError):  # called outside of a graph
         return None
     return None if runtime is None else _field(runtime.context, "service")
+
+
+def _loses_latents(state: Any, config: RunnableConfig) -> bool:
+    """Whether the graph around a run drops the references that it returns."""
+    read = config.get("configurable", {}).get("__pregel_read")
+    if read is None or ("latents" in state if isinstance(state, Mapping) else hasattr(state, "latents")):
+        return False
+
+    def has(channel: str) -> bool:
+        try:
+            read(channel)
+        except KeyError:
+            return False
+        return True
+
+    # Only a StateGraph has a channel that leads to the node; tasks of the functional API return what they like.
+    return has(f"branch:to:{node_path(config)[-1]}") and not has("latents")
 
 
 def _said(message: AIMessage, plan: _Plan) -> dict[str, Any]:

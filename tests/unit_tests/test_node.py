@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
-from langgraph.graph import END, START, StateGraph
+from langgraph.func import entrypoint, task
+from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.types import Send
 from pydantic import BaseModel
 from typing_extensions import TypedDict
@@ -185,6 +186,40 @@ def test_same_named_agents_of_a_send_are_all_read(service32: LatentService) -> N
     state = builder.compile().invoke({**ASKED, "topics": ["one", "two", "three"]})
     assert state["latents"][-1]["parents"] == [ref["id"] for ref in state["latents"][:3]]
     assert len({ref["id"] for ref in state["latents"]}) == 4
+
+
+def only(node: Any, state: type = MessagesState) -> Any:
+    builder = StateGraph(state)
+    builder.add_node("planner", node)
+    builder.add_edge(START, "planner")
+    return builder.compile()
+
+
+async def test_a_graph_whose_state_has_no_latents_is_refused(service32: LatentService) -> None:
+    node = LatentAgentNode("planner", "Plan.", service=service32, steps=1)
+    asked: Any = {"messages": ASKED["messages"]}
+    for graph in (only(node), only(only(node), LatentState)):
+        with pytest.raises(InvalidRequest, match="Derive the state from LatentState"):
+            graph.invoke(asked)
+        with pytest.raises(InvalidRequest, match="LatentState"):
+            await graph.ainvoke(asked)
+    assert node.invoke(asked)["latents"]
+    assert only(only(node, LatentState), LatentState).invoke(asked)["latents"]
+
+
+def test_who_calls_an_agent_by_themselves_keep_its_memory_by_themselves(service32: LatentService) -> None:
+    node = LatentAgentNode("planner", "Plan.", service=service32, steps=1)
+    kept = []
+
+    def call(state: Any) -> Any:
+        kept.extend(node.invoke({**state, "latents": []})["latents"])
+        return {}
+
+    only(call).invoke({"messages": ASKED["messages"]})
+    assert [ref["agent"] for ref in kept] == ["planner"]
+    thinking = task(lambda messages: node.invoke({"messages": messages}), name="thinking")
+    flow = entrypoint()(lambda messages: thinking(messages).result())
+    assert flow.invoke(ASKED["messages"])["latents"] == kept
 
 
 class PydanticState(BaseModel):
