@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
@@ -136,7 +136,8 @@ class ChatLatentMAS(BaseChatModel):
             hints = "".join(f" {name} belongs {BELONGS[name]}." for name in unknown if name in BELONGS)
             raise InvalidRequest(
                 f"ChatLatentMAS takes no {', '.join(unknown)}; it takes service, model, device, dtype, "
-                f"{', '.join(SAMPLING)}, stop, marker_text, streaming and what every chat model of LangChain takes.{hints}"
+                f"{', '.join(SAMPLING)}, stop, marker_text, streaming and what every chat model of LangChain "
+                f"takes.{hints}"
             )
         super().__init__(**given)
 
@@ -178,6 +179,34 @@ class ChatLatentMAS(BaseChatModel):
                 f"tool_choice={choice!r} is none of the tools: {', '.join(named) or 'there are none'}."
             )
         return self.bind(tools=described, tool_choice=choice, **kwargs)
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Token ids of a text as it stands, by the model's own tokenizer.
+
+        Raises:
+            InvalidRequest: If the model runs behind a server.
+        """
+        return self.custom_get_token_ids(text) if self.custom_get_token_ids else self._service.token_ids(text)
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """Tokens that a call with these messages prefills, by the model's own chat template.
+
+        A marker counts as what it leaves, `marker_text`; the positions of its memory are `latent_ref["positions"]`.
+
+        Raises:
+            InvalidRequest: If the model runs behind a server, or the template refuses the messages.
+            InvalidReference: If a marker cannot be read.
+        """
+        if not messages:
+            return 0
+        service = self._service
+        read, _ = _without_markers(messages, service, self.marker_text)
+        described = [convert_to_openai_tool(tool) for tool in tools] if tools else None
+        return len(service.token_ids(read, described))
+
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        most = None if self.service is None else self.service.max_positions
+        return None if most is None else ModelProfile(max_input_tokens=most)
 
     @property
     def _service(self) -> LatentService:

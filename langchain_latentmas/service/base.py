@@ -122,10 +122,12 @@ class LatentService(ABC):
     Attributes:
         name: What the model was loaded from.
         chat_template: The chat template in use.
+        max_positions: Most positions of a memory and what is put to it; None if that is not known here.
     """
 
     name: str
     chat_template: str
+    max_positions: int | None = None
 
     @classmethod
     def load(cls, model: str = "bundled", **settings: Any) -> "LatentService":
@@ -397,6 +399,21 @@ class LatentService(ABC):
             InvalidRequest: If this service cannot alter memories, or not that way.
         """
         raise InvalidRequest(f"{type(self).__name__} alters no memories; take a model service in this process.")
+
+    def token_ids(self, messages: LanguageModelInput, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+        """Token ids of a text as it stands, or of messages in the chat template with its generation prompt.
+
+        Args:
+            messages: A string is a text; anything else goes through the template.
+            tools: OpenAI descriptions of functions, for the template to present.
+
+        Raises:
+            InvalidRequest: If the template refuses the messages, or the tokenizer is elsewhere.
+        """
+        raise InvalidRequest(
+            f"{type(self).__name__} has no tokenizer here to count with; load the model in this process, or count with "
+            "langchain_core.messages.utils.count_tokens_approximately."
+        )
 
     def references(self) -> list[StoredReference]:
         """Everything in the store that can be read, the latest made first; what was dropped is not among it.

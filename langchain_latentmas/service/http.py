@@ -156,6 +156,7 @@ class HTTPService(LatentService):
         try:
             info = self.info()
             self.name, self.chat_template = str(info["name"]), str(info["chat_template"])
+            self.max_positions = info.get("max_positions")
         except BaseException as error:
             self._client.close()
             if isinstance(error, KeyError):

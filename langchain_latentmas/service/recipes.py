@@ -155,7 +155,7 @@ class RecipeService(LatentService):
                 for others.
         """
         self.model, self.settings, self._moved = model, settings, moved
-        self.name = model.name
+        self.name, self.max_positions = model.name, model.max_positions
         self.chat_template = settings.chat_template or model.tokenizer.chat_template or ""
         if not self.chat_template:
             raise ModelNotSupported(f"{model.name}: its tokenizer has no chat template; pass chat_template=...")
@@ -456,6 +456,10 @@ class RecipeService(LatentService):
                 "The model's chat template makes no tokens of these messages; it must make at least one."
             )
         return tuple(ids)
+
+    def token_ids(self, messages: LanguageModelInput, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+        """See `LatentService.token_ids`."""
+        return self._token_ids(messages) if isinstance(messages, str) else list(self.encode(messages, "", tools))
 
     def _token_ids(self, text: str) -> list[int]:
         """Token ids of a text as it stands."""

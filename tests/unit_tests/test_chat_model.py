@@ -12,6 +12,7 @@ from langchain_core.messages import (
     ToolMessage,
     message_to_dict,
     messages_from_dict,
+    trim_messages,
 )
 from langchain_core.messages.ai import add_ai_message_chunks
 from langchain_core.runnables import RunnableLambda
@@ -75,6 +76,20 @@ def llm(service32: LatentService) -> ChatLatentMAS:
 def test_what_would_have_no_effect_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidRequest, match=said):
         ChatLatentMAS(model="bundled", **given)
+
+
+def test_tokens_are_counted_as_the_model_reads_them(llm: ChatLatentMAS, service32: LatentService) -> None:
+    messages = [SystemMessage("Plan."), HumanMessage("Hello")]
+    usage = llm.invoke(messages).usage_metadata
+    assert usage is not None
+    assert llm.get_num_tokens_from_messages(messages) == usage["input_tokens"]
+    marker = service32.marker(service32.think("Plan.", steps=2))
+    assert llm.get_num_tokens_from_messages([*messages, HumanMessage(marker)]) == usage["input_tokens"]
+    assert llm.get_token_ids("Hello") == service32.token_ids("Hello")
+    assert llm.profile == {"max_input_tokens": service32.info()["max_positions"]}
+    kept = trim_messages(messages, max_tokens=usage["input_tokens"] - 1, token_counter=llm, strategy="last")
+    assert kept == messages[1:]
+    assert llm.get_num_tokens_from_messages([]) == 0
 
 
 def test_chunks_add_up_to_the_message(llm: ChatLatentMAS) -> None:
