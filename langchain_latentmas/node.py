@@ -1,6 +1,6 @@
 """LatentAgentNode: a LangGraph node that thinks or speaks on top of what other agents thought."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, convert_to_messages
@@ -77,8 +77,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 else the bundled model.
             steps: Latent steps, where it thinks.
             speak: Whether it decodes text.
-            reads: Agents whose memories it reads, in the order in which they are merged; None reads every tip of the
-                state (a reference that no other one there descends from), by agent name.
+            reads: Agents whose memories it reads, in the order in which they are merged: those it has not read yet, or
+                if there are none, those it read last. None reads every tip of the state (a reference that no other one
+                there descends from), by agent name, and so all of a conversation.
             max_tokens: Most tokens to decode, where it speaks.
             temperature: 0 means greedy.
             top_p: Nucleus sampling.
@@ -196,9 +197,11 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         named = {str(message.name) for message in said}
         if unknown := next((agent for agent in self.reads if not left[agent] and agent not in named), None):
             raise self._nobody(unknown, sorted({ref["agent"] for ref in known} | named))
-        # Older ones of a loop among the references count once: the service reads tips only.
+        # Those of a loop that descend from each other count once: the service reads tips only.
+        own = [ref for ref in known if ref["agent"] == self.name]
+        before, last = (ancestry(refs, known) if refs else set[str]() for refs in (own, own[-1:]))
         return (
-            [ref for agent in self.reads for ref in left[agent]],
+            [ref for agent in self.reads for ref in _new(left[agent], before, last)],
             [message for agent in self.reads for message in said if message.name == agent],
         )
 
@@ -240,6 +243,16 @@ def _loses_latents(state: Any, config: RunnableConfig) -> bool:
 
     # Only a StateGraph has a channel that leads to the node; tasks of the functional API return what they like.
     return has(f"branch:to:{node_path(config)[-1]}") and not has("latents")
+
+
+def _new(refs: list[LatentRef], before: Set[str], last: Set[str]) -> list[LatentRef]:
+    """Those of an agent's memories that a reader has not read yet; if there are none, those that it read last.
+
+    So on a thread with several turns it reads what was thought in this one. All that some workers of one name thought
+    side by side is new together.
+    """
+    new = [ref for ref in refs if ref["id"] not in before]
+    return new or [ref for ref in refs if ref["id"] in last] or refs
 
 
 def _said(message: AIMessage, plan: _Plan) -> dict[str, Any]:

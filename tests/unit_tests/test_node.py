@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
+from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.func import entrypoint, task
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.types import Send
@@ -168,6 +169,30 @@ def test_a_bad_agent_is_refused_when_it_is_made(bad: dict[str, Any]) -> None:
 def test_a_prompt_without_messages_is_refused(service32: LatentService) -> None:
     with pytest.raises(InvalidRequest, match="'a'"):
         LatentAgentNode("a", lambda state: [], service=service32).invoke(ASKED)
+
+
+def test_in_a_later_turn_a_named_agent_is_read_as_it_thought_in_that_turn(service32: LatentService) -> None:
+    class State(LatentState):
+        topics: list[str]
+
+    builder = StateGraph(State)
+    worker = LatentAgentNode("worker", lambda task: [HumanMessage(task["topic"])], service=service32, steps=1)
+    how: dict[str, Any] = {"service": service32, "speak": True, "max_tokens": 2}
+    builder.add_node("worker", worker)
+    builder.add_node("judger", LatentAgentNode("judger", "Judge.", reads=["worker"], **how))
+    builder.add_node("again", LatentAgentNode("judger", "Judge again.", reads=["worker"], **how))
+    builder.add_conditional_edges(
+        START, lambda state: [Send("worker", {"topic": topic, "latents": []}) for topic in state["topics"]], ["worker"]
+    )
+    for edge in (("worker", "judger"), ("judger", "again"), ("again", END)):
+        builder.add_edge(*edge)
+    graph, thread = builder.compile(InMemorySaver()), {"configurable": {"thread_id": "1"}}
+    for turn in range(3):
+        topics = [f"{turn} {topic}" for topic in ("one", "two")]
+        refs = graph.invoke({"messages": ASKED["messages"], "topics": topics}, thread)["latents"]
+        thought, (first, second) = [ref["id"] for ref in refs[-4:-2]], refs[-2:]
+        assert first["parents"] == second["parents"] == thought  # also where nothing new has been thought since
+    assert len(refs) == 12
 
 
 def test_same_named_agents_of_a_send_are_all_read(service32: LatentService) -> None:
