@@ -1,6 +1,7 @@
 """The tick: one forward pass that lets every live row take its next step, thinking or speaking."""
 
 import logging
+import math
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -231,7 +232,10 @@ class Ticker:
         slot = self.decoding
         while slot < len(self.rows):
             slot += self._prefill_pass(slot)
-        ready = self._sound([row for row in rows if not row.ids])
+        ready = [row for row in rows if not row.ids]
+        # A thinker is looked at when it is done: what is not finite stays so, and to look takes as long as some calls.
+        done = [row for row in ready if row.sampling is not None or not row.steps]
+        ready = [row for row in ready if row.steps and row.sampling is None] + self._sound(done)
         for row in ready:
             if row.sampling is not None:
                 row.text = TextStream(self.model.tokenizer, row.sampling.stop)
@@ -298,7 +302,9 @@ class Ticker:
                 row.on_step(len(row.thoughts))
         # The last token of a text is fed as well, so that whoever reads the memory finds it whole.
         over = [row for row in rows if row.finish or (row.thinking and len(row.thoughts) == row.steps)]
-        self._sample(self._sound([row for row in speaking if not row.finish]))
+        going_on = [row for row in speaking if not row.finish]
+        sound = self._sound([row for row in going_on if row.sampler is not None])  # there is no sample of NaN
+        self._sample([row for row in going_on if row.sampler is None] + sound)
         for row in self._sound(over):
             self._finish(row)
 
@@ -338,7 +344,8 @@ class Ticker:
         """
         if not rows:
             return []
-        finite = torch.stack([row.hidden for row in rows]).isfinite().all(-1).tolist()
+        sums = torch.stack([row.hidden for row in rows]).sum(-1, dtype=torch.float32).tolist()
+        finite = list(map(math.isfinite, sums))
         for row, sound in zip(rows, finite, strict=True):
             if not sound:
                 self._leave(self.rows.index(row), blank=True)
