@@ -159,6 +159,8 @@ class LanguageModel:
         try:
             # The configuration first: a model that is refused costs no download of weights.
             config = AutoConfig.from_pretrained(name, **source)
+            if quantization is not None and dtype == "auto":  # now it is known
+                quantization_config(quantization, getattr(config, "dtype", None) or "auto")
             if quantized and getattr(config, "quantization_config", None):
                 raise ModelNotSupported(f"{name}: its weights are quantized already; leave quantization=... out.")
             _checked_positions(config.get_text_config(decoder=True), name, max_positions)

@@ -24,13 +24,18 @@ def quantization_config(kind: str, dtype: str | torch.dtype = "auto") -> TorchAo
         dtype: What everything else is to have.
 
     Raises:
-        ModelNotSupported: If it is neither, or torchao does not take this dtype.
+        ModelNotSupported: If it is neither, or torchao does not take this dtype, or overflows in it.
         MissingExtra: If torchao is not installed.
     """
     if kind not in KINDS:
         raise ModelNotSupported(f"Weights cannot be quantized to {kind!r}; take {' or '.join(map(repr, KINDS))}.")
     if dtype in ("float64", "double", torch.float64):
         raise ModelNotSupported("Weights cannot be quantized where all else is float64; take a narrower dtype.")
+    if kind == "int8" and dtype in ("float16", "half", torch.float16):
+        raise ModelNotSupported(
+            "In float16 int8 weights overflow: torchao adds their codes up before it scales them. Take "
+            "dtype='bfloat16', or quantization='fp8'."
+        )
     if not is_torchao_available():
         raise MissingExtra("quantization=... needs torchao 0.15 or newer: pip install 'langchain-latentmas[quant]'")
     from torchao import quantization

@@ -1,12 +1,15 @@
 """Weights in 8 bits: exact in themselves, and never mistaken for the model that they were made of."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from langchain_latentmas import LatentService
+from langchain_latentmas.bundled import MODEL
 from langchain_latentmas.engine import quantization as module
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.errors import InvalidRequest, MissingExtra, ModelNotSupported, WrongModel
@@ -138,9 +141,19 @@ def test_a_loaded_model_is_not_quantized_by_a_setting() -> None:
             LocalService.from_model(service.model.model, service.model.tokenizer, quantization="int8")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kind", [None, "int8", "fp8"])
-def test_16_bits_load_and_are_aligned_in_float32(dtype: str, kind: str | None) -> None:
+@pytest.mark.parametrize("named", [True, False])
+def test_int8_weights_are_refused_in_float16_where_they_overflow(named: bool, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
+    with pytest.raises(ModelNotSupported, match="codes up before it scales"):
+        LatentService.load(str(tmp_path), device="cpu", dtype="float16" if named else "auto", quantization="int8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(None, "bfloat16"), (None, "float16"), ("int8", "bfloat16"), ("fp8", "bfloat16"), ("fp8", "float16")],
+)
+def test_16_bits_load_and_are_aligned_in_float32(kind: str | None, dtype: str) -> None:
     with LatentService.load("bundled", device="cpu", dtype=dtype, quantization=kind) as service:
         assert isinstance(service, LocalService)
         assert service.info()["dtype"] == dtype
