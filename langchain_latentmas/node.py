@@ -1,6 +1,6 @@
 """LatentAgentNode: a LangGraph node that thinks or speaks on top of what other agents thought."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, convert_to_messages
@@ -198,10 +198,10 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         if unknown := next((agent for agent in self.reads if not left[agent] and agent not in named), None):
             raise self._nobody(unknown, sorted({ref["agent"] for ref in known} | named))
         # Those of a loop that descend from each other count once: the service reads tips only.
-        own = [ref for ref in known if ref["agent"] == self.name]
-        before, last = (ancestry(refs, known) if refs else set[str]() for refs in (own, own[-1:]))
+        if own := [ref for ref in known if ref["agent"] == self.name]:
+            left = _new(left, own, known)
         return (
-            [ref for agent in self.reads for ref in _new(left[agent], before, last)],
+            [ref for agent in self.reads for ref in left[agent]],
             [message for agent in self.reads for message in said if message.name == agent],
         )
 
@@ -245,14 +245,25 @@ def _loses_latents(state: Any, config: RunnableConfig) -> bool:
     return has(f"branch:to:{node_path(config)[-1]}") and not has("latents")
 
 
-def _new(refs: list[LatentRef], before: Set[str], last: Set[str]) -> list[LatentRef]:
-    """Those of an agent's memories that a reader has not read yet; if there are none, those that it read last.
+def _new(
+    left: Mapping[str, list[LatentRef]], own: Sequence[LatentRef], known: Sequence[LatentRef]
+) -> dict[str, list[LatentRef]]:
+    """Those of each agent's memories that a reader has not read yet; if there are none, those that it read last.
 
     So on a thread with several turns it reads what was thought in this one. All that some workers of one name thought
     side by side is new together.
+
+    Args:
+        left: The memories by agent.
+        own: The reader's own, in order.
+        known: All of the state.
     """
-    new = [ref for ref in refs if ref["id"] not in before]
-    return new or [ref for ref in refs if ref["id"] in last] or refs
+    before = ancestry(own, known)
+    new = {agent: [ref for ref in refs if ref["id"] not in before] for agent, refs in left.items()}
+    if all(new.values()):
+        return new
+    last = ancestry(own[-1:], known)
+    return {agent: new[agent] or [ref for ref in refs if ref["id"] in last] or refs for agent, refs in left.items()}
 
 
 def _said(message: AIMessage, plan: _Plan) -> dict[str, Any]:

@@ -217,7 +217,9 @@ def _story(
     others: Sequence[str] = (),
 ) -> Problem:
     name, pronoun, item = hero
-    friend = next(f for f, _ in iter(lambda: _name(rng, "train"), None) if f != name and f not in others)
+    friend = name
+    while friend == name or friend in others:
+        friend, _ = _name(rng, "train")
     v = start
     opening = rng.choice(OPENINGS).format(n=name, a=v, i=item)
     question, chain, sentences = [opening], f" {v}", ["Let us go step by step.", opening]

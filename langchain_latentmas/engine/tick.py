@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -115,7 +116,7 @@ class Row:
         """Position after the last prefilled one."""
         return self.start + sum(len(part) for part in self.inputs)
 
-    @property
+    @cached_property
     def end(self) -> int:
         """Position after the last one it can ever write."""
         return self.prefill_end + self.steps + (self.sampling.max_tokens if self.sampling else 0)
@@ -234,8 +235,8 @@ class Ticker:
             slot += self._prefill_pass(slot)
         ready = [row for row in rows if not row.ids]
         # A thinker is looked at when it is done: what is not finite stays so, and to look takes as long as some calls.
-        done = [row for row in ready if row.sampling is not None or not row.steps]
-        ready = [row for row in ready if row.steps and row.sampling is None] + self._sound(done)
+        thinkers = [row for row in ready if row.thinking and row.steps]
+        ready = thinkers + self._sound([row for row in ready if not (row.thinking and row.steps)])
         for row in ready:
             if row.sampling is not None:
                 row.text = TextStream(self.model.tokenizer, row.sampling.stop)

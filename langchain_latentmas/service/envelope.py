@@ -1,7 +1,6 @@
 """The envelope of files in a store: magic, version, header, payload, checksum, signature (docs/store-format.md)."""
 
 import hashlib
-import os
 import struct
 from enum import IntEnum
 from typing import NamedTuple, Self
@@ -15,14 +14,6 @@ MAX_HEADER = 1 << 20  # bytes: a recipe with the most parents there may be has 4
 _START = struct.Struct("<8sHHIQ")  # magic, version, kind, bytes of the header, bytes of the payload
 _DIGEST = hashlib.sha256().digest_size
 OVERHEAD = _START.size + 2 * _DIGEST
-
-
-PRIVATE = 0o700  # mode of a folder: recipes hold prompts, and KV what was made of them
-
-
-def private(path: str, flags: int) -> int:
-    """The opener of a file that only this user can read."""
-    return os.open(path, flags, 0o600)
 
 
 class Kind(IntEnum):

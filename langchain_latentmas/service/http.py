@@ -221,7 +221,7 @@ class HTTPService(LatentService):
         **sampling: Any,
     ) -> Iterator[Chunk]:
         """See `LatentService.speak`."""
-        body = self._speak_request(messages, latents, tools, prefix, agent, sampling)
+        body = self._speak_request(messages, latents, True, tools=tools, prefix=prefix, agent=agent, **sampling)
         spoken = _Spoken(self, body)
 
         def chunks() -> Iterator[Chunk]:
@@ -249,7 +249,7 @@ class HTTPService(LatentService):
         **sampling: Any,
     ) -> AsyncIterator[Chunk]:
         """See `LatentService.aspeak`."""
-        body = self._speak_request(messages, latents, tools, prefix, agent, sampling)
+        body = self._speak_request(messages, latents, True, tools=tools, prefix=prefix, agent=agent, **sampling)
         spoken = _Spoken(self, body)
 
         async def opened() -> tuple[Event, Any]:
@@ -279,32 +279,13 @@ class HTTPService(LatentService):
 
         return chunks()
 
-    def say(
-        self,
-        messages: LanguageModelInput,
-        latents: Sequence[LatentRef] = (),
-        *,
-        tools: Sequence[dict[str, Any]] | None = None,
-        prefix: str = "",
-        agent: str = "agent",
-        **sampling: Any,
-    ) -> Chunk:
+    def say(self, messages: LanguageModelInput, latents: Sequence[LatentRef] = (), **options: Any) -> Chunk:
         """See `LatentService.say`."""
-        body = self._speak_request(messages, latents, tools, prefix, agent, sampling, progress=False)
-        return self._answered("/v1/speak", body, _Said(self))
+        return self._answered("/v1/speak", self._speak_request(messages, latents, False, **options), _Said(self))
 
-    async def asay(
-        self,
-        messages: LanguageModelInput,
-        latents: Sequence[LatentRef] = (),
-        *,
-        tools: Sequence[dict[str, Any]] | None = None,
-        prefix: str = "",
-        agent: str = "agent",
-        **sampling: Any,
-    ) -> Chunk:
+    async def asay(self, messages: LanguageModelInput, latents: Sequence[LatentRef] = (), **options: Any) -> Chunk:
         """See `LatentService.asay`."""
-        body = self._speak_request(messages, latents, tools, prefix, agent, sampling, progress=False)
+        body = self._speak_request(messages, latents, False, **options)
         return await self._aanswered("/v1/speak", body, _Said(self))
 
     def memory(self, ref: LatentRef) -> Memory:
@@ -418,13 +399,14 @@ class HTTPService(LatentService):
         self,
         messages: LanguageModelInput,
         latents: Any,
-        tools: Sequence[dict[str, Any]] | None,
-        prefix: str,
-        agent: str,
-        sampling: Mapping[str, Any],
-        progress: bool = True,
+        progress: bool,
+        /,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+        agent: str = "agent",
+        **values: Any,
     ) -> SpeakRequest:
-        values = dict(sampling)
         stop = values.pop("stop", None)
         stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         try:

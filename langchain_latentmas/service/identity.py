@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InvalidRequest, TamperedReference, first_fault
 from ..state import LatentRef
+from .private import FOLDER, private
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def key_file(path: Path) -> bytes:
         InvalidRequest: If the file holds something else, or others can read it.
     """
     if not path.exists():
-        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(FOLDER, parents=True, exist_ok=True)
         fresh = _written(path, secrets.token_hex(KEY_BYTES))
         try:
             os.link(fresh, path)  # unlike a rename, this never replaces the key of a process that was faster
@@ -256,7 +257,7 @@ def _keys(path: Path) -> list[RetiredKey]:
 def _written(path: Path, text: str) -> Path:
     """A new file beside a path, that only this user can read, flushed to the disk."""
     fresh = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with open(fresh, "x", opener=private) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

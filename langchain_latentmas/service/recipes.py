@@ -49,7 +49,7 @@ from .marker import Marker, take_markers
 from .memory import Layout, Lineage, Recipe, Segment
 from .messages import as_openai
 from .retention import Retention
-from .store import PINNED, FolderStore, RecipeStore
+from .store import PINNED, FolderStore, Header, RecipeStore
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ class RecipeService(LatentService):
         **sampling: Any,
     ) -> Iterator[Chunk]:
         """See `LatentService.speak`."""
-        request = _Request(self, messages, latents, agent, sampling=_sampling(sampling), tools=tools, prefix=prefix)
+        request = self._speaking(messages, latents, tools=tools, prefix=prefix, agent=agent, **sampling)
         with request.room():
             pass  # a store that is full is known at the call
 
@@ -280,7 +280,7 @@ class RecipeService(LatentService):
         **sampling: Any,
     ) -> AsyncIterator[Chunk]:
         """See `LatentService.aspeak`."""
-        request = _Request(self, messages, latents, agent, sampling=_sampling(sampling), tools=tools, prefix=prefix)
+        request = self._speaking(messages, latents, tools=tools, prefix=prefix, agent=agent, **sampling)
         with request.room():
             pass  # a store that is full is known at the call
 
@@ -293,42 +293,36 @@ class RecipeService(LatentService):
 
         return chunks()
 
-    def say(
-        self,
-        messages: LanguageModelInput,
-        latents: Sequence[LatentRef] = (),
-        *,
-        tools: Sequence[dict[str, Any]] | None = None,
-        prefix: str = "",
-        agent: str = "agent",
-        **sampling: Any,
-    ) -> Chunk:
+    def say(self, messages: LanguageModelInput, latents: Sequence[LatentRef] = (), **options: Any) -> Chunk:
         """See `LatentService.say`."""
-        request = _Request(self, messages, latents, agent, sampling=_sampling(sampling), tools=tools, prefix=prefix)
+        request = self._speaking(messages, latents, **options)
         for event in request.events(notify=False):
             if isinstance(event, Result):
                 return request.whole(request.last_chunk(event).result())
         raise AssertionError("a request ends with a result or an error")
 
-    async def asay(
-        self,
-        messages: LanguageModelInput,
-        latents: Sequence[LatentRef] = (),
-        *,
-        tools: Sequence[dict[str, Any]] | None = None,
-        prefix: str = "",
-        agent: str = "agent",
-        **sampling: Any,
-    ) -> Chunk:
+    async def asay(self, messages: LanguageModelInput, latents: Sequence[LatentRef] = (), **options: Any) -> Chunk:
         """See `LatentService.asay`."""
-        how: dict[str, Any] = {"sampling": _sampling(sampling), "tools": tools, "prefix": prefix}
-        begun = partial(_Request, self, messages, latents, agent, **how)
+        begun = partial(self._speaking, messages, latents, **options)
         request = await self._aside(begun, quick=_quick(messages, latents))
         async with aclosing(request.aevents(notify=False)) as events:
             async for event in events:
                 if isinstance(event, Result):
                     return request.whole(await Mailbox.arrival(request.last_chunk(event)))
         raise AssertionError("a request ends with a result or an error")
+
+    def _speaking(
+        self,
+        messages: LanguageModelInput,
+        latents: Sequence[LatentRef],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        prefix: str = "",
+        agent: str = "agent",
+        **sampling: Any,
+    ) -> "_Request":
+        how = _sampling(sampling)
+        return _Request(self, messages, latents, agent, sampling=how, tools=tools, prefix=prefix)
 
     async def _aside(self, call: Callable[[], T], quick: bool) -> T:
         """Calls what needs the store: in a thread of its own, unless it is quick and there is nothing to wait for."""
@@ -360,12 +354,12 @@ class RecipeService(LatentService):
             comes or goes meanwhile moves no other from page to page.
         """
         own = [header for header in self._retention.headers() if header.model == self.model.fingerprint]
-        begin = bisect_right(own, _place(after), key=lambda header: (-header.made, header.id)) if after else 0
+        begin = bisect_right(own, _place(after), key=Header.place) if after else 0
         listed, looked_at = [], own[begin:][:size]
         for header in looked_at:
             with suppress(UnknownReference, StoreCorrupted):  # it, or what it descends from, is gone by now or damaged
                 ref = self.signed_ref(header.id, header.agent, header.parents, header.steps)
-                made, used = (datetime.fromtimestamp(at, UTC) for at in (header.made, self._retention.used(header.id)))
+                made, used = (datetime.fromtimestamp(at, UTC) for at in (header.made, self._retention.used(header)))
                 pinned = self._store.marked(header.id, PINNED)
                 listed.append(StoredReference(ref, made, used, self._store.size_of(header.id), pinned))
         more = begin + len(looked_at) < len(own)

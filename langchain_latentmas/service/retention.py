@@ -40,19 +40,18 @@ class Retention:
 
         Those seen before are not read again.
         """
-        self._read_new()  # what takes long is done before anybody has to wait for the lock
+        names = self._read_new()
         with self.store.locked():
-            names = self._read_new()
             there = [header for key, header in self._headers.items() if key + DROPPED not in names]
-        return sorted(there, key=lambda header: (-header.made, header.id))
+        return sorted(there, key=Header.place)
 
-    def used(self, key: str) -> float:
+    def used(self, header: Header) -> float:
         """Unix time of a recipe's last use; for a store that is no folder, of when it was made.
 
         Raises:
             UnknownReference: If it is gone.
         """
-        return self.store.folder.touched(key + RECIPE) if self.store.folder else self.store.header(key).made
+        return self.store.folder.touched(header.id + RECIPE) if self.store.folder else header.made
 
     def pin(self, key: str, pinned: bool) -> None:
         """Sets or takes away the mark that spares a recipe from age."""
@@ -71,7 +70,7 @@ class Retention:
         Raises:
             InvalidRequest: If it is pinned.
         """
-        self._read_new()
+        self._read_new()  # what takes long is done before anybody has to wait for the lock
         with self.store.locked():
             names = self._read_new()
             if key + PINNED in names:
@@ -94,8 +93,8 @@ class Retention:
             names, since = self._read_new(), time.time() - self.keep_for.total_seconds()
             return self._remove(
                 key
-                for key in self._headers
-                if key + DROPPED not in names and (key + PINNED in names or self.used(key) >= since)
+                for key, header in self._headers.items()
+                if key + DROPPED not in names and (key + PINNED in names or self.used(header) >= since)
             )
 
     def _remove(self, staying: Iterable[str]) -> list[str]:

@@ -454,10 +454,8 @@ _TENSOR_BODY = {
 class _Protocol(H11Protocol):  # and not httptools', whose headers have no bound
     """Ends a connection whose client sends no whole request, or takes nothing of what is sent to it."""
 
-    _head_due: asyncio.TimerHandle | None = None
-    _due: asyncio.TimerHandle | None = None
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._due: dict[str, asyncio.TimerHandle] = {}
         super().connection_made(transport)
         self._watch_head()
         # Writing pauses when the system has no room for more, and goes on when a third of it is free: of the megabytes
@@ -471,42 +469,36 @@ class _Protocol(H11Protocol):  # and not httptools', whose headers have no bound
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._due = self.loop.call_later(self._seconds, self._drop)
+        self._expect("reading", self._drop)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._forget()
+        self._forget("reading")
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._forget()
-        self._forget_head()
-
-    @property
-    def _seconds(self) -> float:
-        assert isinstance(self.config.app, Guard)
-        return self.config.app.settings.body_seconds
+        self._forget("reading", "head")
 
     def _watch_head(self) -> None:
         """Bounds the time to the next head, which shows a token; uvicorn does so only while nothing at all comes."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self._forget_head()
-        elif self._head_due is None:
-            self._head_due = self.loop.call_later(self._seconds, self.timeout_keep_alive_handler)
+            self._forget("head")
+        elif "head" not in self._due:
+            self._expect("head", self.timeout_keep_alive_handler)
 
-    def _forget_head(self) -> None:
-        if self._head_due is not None:
-            self._head_due.cancel()
-            self._head_due = None
+    def _expect(self, what: str, otherwise: Callable[[], None]) -> None:
+        """What the client has to do within `body_seconds`, until `_forget`."""
+        assert isinstance(self.config.app, Guard)
+        self._due[what] = self.loop.call_later(self.config.app.settings.body_seconds, otherwise)
+
+    def _forget(self, *expected: str) -> None:
+        for what in expected:
+            if due := self._due.pop(what, None):
+                due.cancel()
 
     def _drop(self) -> None:
         logger.warning("a client reads nothing; its connection is closed", extra={"fields": {"client": self.client}})
         self.transport.abort()
-
-    def _forget(self) -> None:
-        if self._due is not None:
-            self._due.cancel()
-            self._due = None
 
 
 class _Uvicorn(uvicorn.Server):

@@ -19,8 +19,9 @@ from torch import Tensor
 from ..engine.kv import AnyKV
 from ..errors import ServiceClosed, StoreCorrupted
 from .budget import Budget
-from .envelope import MAX_HEADER, OVERHEAD, PRIVATE, Envelope, Kind, private
+from .envelope import MAX_HEADER, OVERHEAD, Envelope, Kind
 from .identity import Signer
+from .private import FOLDER, private
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Spill:
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "latentmas-spill")
-        folder.mkdir(PRIVATE, parents=True, exist_ok=True)
+        folder.mkdir(FOLDER, parents=True, exist_ok=True)
         self._alone = FileLock(folder / ".lock", timeout=0, mode=0o600, thread_local=False)
         try:
             self._alone.acquire()

@@ -32,9 +32,10 @@ from ..errors import (
     first_fault,
 )
 from .alteration import original
-from .envelope import OVERHEAD, PRIVATE, Envelope, Kind, private
+from .envelope import OVERHEAD, Envelope, Kind
 from .identity import MAX_AGENT, MAX_PARENTS, Signer, memory_id
 from .memory import Recipe, Segment
+from .private import FOLDER, private
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class FolderStore(BaseStore[str, bytes]):
         """
         self.folder = Path(folder)
         self._inside = os.path.join(folder, "")  # paths are made of strings: `Path` takes longer than the disk
-        self.folder.mkdir(PRIVATE, parents=True, exist_ok=True)
+        self.folder.mkdir(FOLDER, parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS, mode=0o600)
         self._thread_lock, self._depth = threading.RLock(), 0
         self._flushers = ThreadPoolExecutor(FLUSHERS - 1, "latentmas-flush")
@@ -166,7 +167,7 @@ class FolderStore(BaseStore[str, bytes]):
             Where it lies now.
         """
         aside = self.folder.with_name(f"{self.folder.name}.aside")
-        aside.mkdir(PRIVATE, exist_ok=True)
+        aside.mkdir(FOLDER, exist_ok=True)
         to = aside / key
         if to.exists():
             to = aside / f"{key}.{secrets.token_hex(4)}"
@@ -252,6 +253,10 @@ class Header(BaseModel):
     """Tokens that were spoken."""
     made: float
     """Unix time."""
+
+    def place(self) -> tuple[float, str]:
+        """Where it stands among others: the latest made come first."""
+        return -self.made, self.id
 
 
 class _Put(NamedTuple):

@@ -132,7 +132,7 @@ def test_listing_dropping_and_making_at_once_lose_nothing(tmp_path: Path) -> Non
             while not done.is_set():
                 for header in retention.headers():
                     with suppress(UnknownReference):
-                        retention.used(header.id)
+                        retention.used(header)
         except BaseException as error:
             errors.append(error)
 
