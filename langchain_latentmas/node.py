@@ -1,7 +1,8 @@
 """LatentAgentNode: a LangGraph node that thinks or speaks on top of what other agents thought."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
@@ -17,7 +18,7 @@ from .service.identity import checked_ref
 from .service.shared import shared_service
 from .state import LatentRef, ancestry, tips
 
-Prompt = str | Runnable[Any, Any] | Callable[[Any], Any]
+Prompt = str | SystemMessage | Runnable[Any, Any] | Callable[[Any], Any] | Callable[[Any], Awaitable[Any]]
 
 
 class _Plan(NamedTuple):
@@ -40,7 +41,8 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
     `{"agent", "step", "steps"}`; the tokens of speaking arrive on `stream_mode="messages"`.
 
     Run with `{"configurable": {"edges": "text"}}`, the same node speaks where it would think, and finds what others
-    said since the last human message at the head of that message, as `name: text`. A mapping such as
+    said since the last human message at the head of that message, as `name: text` (and what they said before it, if the
+    prompt leaves it out and the node has not run since: a human may come in between two agents). A mapping such as
     `{"planner->critic": "text"}` does that to single nodes: the planner speaks and leaves no reference, and whoever
     reads it reads its text, beside the memories of others.
 
@@ -71,8 +73,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
 
         Args:
             name: Its name, in references, messages and `reads`.
-            prompt: A string is the system message in front of the state's messages; a prompt template is filled from
-                the state; a callable gets the state and returns messages.
+            prompt: A string or a `SystemMessage` stands in front of the state's messages; a prompt template is filled
+                from the state; a callable gets the state and returns messages (one that is `async` runs in `ainvoke`
+                only).
             service: The model service; None takes `service` of the graph's runtime context, else `LATENTMAS_SERVICE`,
                 else the bundled model.
             steps: Latent steps, where it thinks.
@@ -88,14 +91,21 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             seed: For the same sample again.
 
         Raises:
-            InvalidRequest: If the name is empty, `steps` is negative, or `max_tokens` below 1.
+            InvalidRequest: If the name is empty, `steps` is negative, `max_tokens` below 1, or one of these, `prompt`,
+                `reads` or `service` is of another type.
         """
-        if not name:
-            raise InvalidRequest("An agent needs a name.")
-        if steps < 0:
-            raise InvalidRequest(f"Agent {name!r}: steps must be 0 or more, not {steps}.")
-        if max_tokens < 1:
-            raise InvalidRequest(f"Agent {name!r}: max_tokens must be at least 1, not {max_tokens}.")
+        if not (name and isinstance(name, str)):
+            raise InvalidRequest(f"An agent needs a name, not {name!r}.")
+        for what, value, least in (("steps", steps, 0), ("max_tokens", max_tokens, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidRequest(f"Agent {name!r}: {what} must be a whole number from {least} on, not {value!r}.")
+        if not (isinstance(prompt, (str, SystemMessage, Runnable)) or callable(prompt)):
+            raise InvalidRequest(
+                f"Agent {name!r}: prompt must be a string, a SystemMessage, a prompt template or a function of the "
+                f"state, not {type(prompt).__name__}."
+            )
+        if isinstance(reads, str):
+            raise InvalidRequest(f"Agent {name!r}: reads must be a list of names: [{reads!r}].")
         if service is not None and not isinstance(service, LatentService):
             raise InvalidRequest(f"Agent {name!r}: service must be a LatentService, not {type(service).__name__}.")
         self.name = name
@@ -115,7 +125,12 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             LatentMASError: Whatever `LatentService.think` and `LatentService.speak` raise.
         """
         config = ensure_config(config)
-        plan = self._plan(input, config)
+        made = self._prompted("invoke", input, config)
+        if inspect.isawaitable(made):
+            if inspect.iscoroutine(made):
+                made.close()
+            raise InvalidRequest(f"The prompt of agent {self.name!r} is async; run the graph with ainvoke or astream.")
+        plan = self._plan(input, config, made)
         if plan.thinks:
             on_step = reporter(str(self.name), self.steps)
             ref = plan.service.think(
@@ -128,7 +143,8 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Like `invoke`, without blocking the event loop."""
         config = ensure_config(config)
-        plan = self._plan(input, config)
+        made = self._prompted("ainvoke", input, config)
+        plan = self._plan(input, config, await made if inspect.isawaitable(made) else made)
         if plan.thinks:
             on_step = reporter(str(self.name), self.steps)
             ref = await plan.service.athink(
@@ -138,21 +154,34 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         llm = self._chat_model(plan)
         return _said(await llm.ainvoke(plan.messages, config, latents=plan.latents, agent=self.name), plan)
 
-    def _plan(self, state: Any, config: RunnableConfig) -> _Plan:
+    def _prompted(self, run: Literal["invoke", "ainvoke"], state: Any, config: RunnableConfig) -> Any:
+        """What the prompt makes of a state; an awaitable of it, where the prompt is async or run so."""
         if _loses_latents(state, config):
             raise InvalidRequest(
                 f"The state of the graph in which agent {self.name!r} runs has no `latents`: its memory would be lost. "
                 "Derive the state from LatentState, or add `latents: Annotated[list[LatentRef], merge_latents]` to it. "
                 "(A function that calls the agent and hands its memory on by itself passes `latents`, [] for none.)"
             )
+        if isinstance(self.prompt, (str, SystemMessage)):
+            system = SystemMessage(self.prompt) if isinstance(self.prompt, str) else self.prompt
+            return [system, *(_field(state, "messages") or [])]
+        if isinstance(self.prompt, Runnable):
+            return getattr(self.prompt, run)(dict(state if isinstance(state, Mapping) else vars(state)), config)
+        return self.prompt(state)
+
+    def _plan(self, state: Any, config: RunnableConfig, made: Any) -> _Plan:
         service = self.service or _service_of_the_run() or shared_service()
         if not isinstance(service, LatentService):
             raise InvalidRequest(f"Agent {self.name!r}: service must be a LatentService, not {type(service).__name__}.")
-        messages = self._prompt_messages(state, config)
+        if isinstance(made, PromptValue):
+            made = made.to_messages()
+        messages = convert_to_messages([("human", made)] if isinstance(made, str) else made)
+        if not messages:
+            raise InvalidRequest(f"The prompt of agent {self.name!r} gives no messages; it must give at least one.")
         leaves_text = runs_as_text(config, str(self.name), *node_path(config)[-1:])
         known = [] if runs_as_text(config) else list(_field(state, "latents") or [])
         try:
-            latents, notes = self._read(known, _field(state, "messages") or [])
+            latents, notes = self._read(known, _field(state, "messages") or [], messages)
             read = ancestry(latents, known) if any(map(_memory_of, messages)) else set()
         except (TypeError, KeyError):  # a checkpoint may be written by others; looking through a long one takes time
             for ref in known:
@@ -162,48 +191,53 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         thinks = not self.speak and not leaves_text
         return _Plan(service, _with_notes(unread, notes), latents, leaves_text, thinks)
 
-    def _prompt_messages(self, state: Any, config: RunnableConfig) -> list[BaseMessage]:
-        made: Any
-        if isinstance(self.prompt, str):
-            made = [SystemMessage(self.prompt), *(_field(state, "messages") or [])]
-        elif isinstance(self.prompt, Runnable):
-            values = state if isinstance(state, Mapping) else vars(state)
-            made = self.prompt.invoke(dict(values), config)
-        else:
-            made = self.prompt(state)
-        if isinstance(made, PromptValue):
-            made = made.to_messages()
-        messages = convert_to_messages([("human", made)] if isinstance(made, str) else made)
-        if not messages:
-            raise InvalidRequest(f"The prompt of agent {self.name!r} gives no messages; it must give at least one.")
-        return messages
-
     def _read(
-        self, known: Sequence[LatentRef], messages: Sequence[BaseMessage]
+        self, known: Sequence[LatentRef], messages: Sequence[BaseMessage], shown: Sequence[BaseMessage]
     ) -> tuple[list[LatentRef], list[AIMessage]]:
-        """What it reads of others: references in the order in which they are merged, and what has none, as text."""
+        """What it reads of others.
+
+        Args:
+            known: References in the state.
+            messages: Those of the state.
+            shown: Those that its prompt gives.
+
+        Returns:
+            References in the order in which they are merged, and texts that stand in no memory: what was said since the
+            last human message, and what was said before that and since it ran last, if its prompt does not show it.
+        """
+        ids = {ref["id"] for ref in known}
+        said = [
+            (i, message)
+            for i, message in enumerate(messages)
+            if isinstance(message, AIMessage) and message.response_metadata.get("agent")
+            if _memory_of(message) not in ids
+        ]
+        own = [ref for ref in known if ref["agent"] == self.name]
         asked = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=-1)
-        said = [m for m in messages[asked + 1 :] if isinstance(m, AIMessage) and m.response_metadata.get("agent")]
-        if said:
-            ids = {ref["id"] for ref in known}
-            said = [message for message in said if _memory_of(message) not in ids]
+        # What it has thought about it does not read again; only its own words tell, where it left no memory.
+        read = asked if own else max((i for i, message in said if message.name == self.name), default=-1)
+        there = {_key(message) for message in shown}
+        new = [message for i, message in said if i > asked or (i > read and _key(message) not in there)]
         if self.reads is None:
-            return sorted(tips(known), key=lambda ref: ref["agent"]), said
+            return sorted(tips(known), key=lambda ref: ref["agent"]), new
         # One pass over the references of the state, of which there may be thousands.
         left: dict[str, list[LatentRef]] = {agent: [] for agent in self.reads}
         for ref in known:
             if ref["agent"] in left:
                 left[ref["agent"]].append(ref)
-        named = {str(message.name) for message in said}
-        if unknown := next((agent for agent in self.reads if not left[agent] and agent not in named), None):
-            raise self._nobody(unknown, sorted({ref["agent"] for ref in known} | named))
+        notes: list[AIMessage] = []
+        for agent in self.reads:
+            theirs = [message for message in new if message.name == agent]
+            if not theirs and not left[agent]:
+                last = next((message for _, message in reversed(said) if message.name == agent), None)
+                if last is None:
+                    raise self._nobody(agent, sorted({ref["agent"] for ref in known} | {str(m.name) for _, m in said}))
+                theirs = [] if _key(last) in there else [last]
+            notes += theirs
         # Those of a loop that descend from each other count once: the service reads tips only.
-        if own := [ref for ref in known if ref["agent"] == self.name]:
+        if own:
             left = _new(left, own, known)
-        return (
-            [ref for agent in self.reads for ref in left[agent]],
-            [message for agent in self.reads for message in said if message.name == agent],
-        )
+        return [ref for agent in self.reads for ref in left[agent]], notes
 
     def _nobody(self, agent: str, known: list[str]) -> InvalidRequest:
         there = ", ".join(known) or "nobody yet"
@@ -283,12 +317,17 @@ def _memory_of(message: BaseMessage) -> str | None:
     return ref.get("id")
 
 
+def _key(message: BaseMessage) -> str | int:
+    """What tells a message from others; the reducer of LangGraph gives each an id."""
+    return message.id or id(message)
+
+
 def _with_notes(messages: list[BaseMessage], notes: Sequence[AIMessage]) -> list[BaseMessage]:
     """Puts what others said at the head of the last human message; chat templates may want roles to alternate."""
     if not notes:
         return messages
-    noted = {note.id for note in notes}
-    messages = [message for message in messages if message.id is None or message.id not in noted]
+    noted = {_key(note) for note in notes}
+    messages = [message for message in messages if _key(message) not in noted]
     text = "\n\n".join(f"{note.name}: {note.text}" for note in notes)
     at = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=None)
     if at is None:

@@ -195,7 +195,8 @@ class LatentService(ABC):
             latents: The memories to read, merged in this order; one that another descends from counts once.
             steps: Latent steps; 0 hands over the prompt's KV alone.
             agent: Who thinks.
-            on_step: Called in the caller's thread with the number of each step taken.
+            on_step: Called in the caller's thread with the number of each step taken; those of a thought that is still
+                known, at once.
 
         Returns:
             The reference of the memory, this segment included.

@@ -210,7 +210,7 @@ class RecipeService(LatentService):
         """See `LatentService.think`."""
         request = _Request(self, messages, latents, agent, steps=steps)
         if (known := request.known()) is not None:
-            return known
+            return _as_if_new(known, on_step)
         for event in request.events(notify=on_step is not None):
             if isinstance(event, Result):
                 return request.kept(event, lambda ref: ref).result()
@@ -235,7 +235,7 @@ class RecipeService(LatentService):
 
         request, known = await self._aside(begun, quick=_quick(messages, latents))
         if known is not None:
-            return known
+            return _as_if_new(known, on_step)
         # Closed here: one that is left to the event loop costs it a task and a wake-up.
         async with aclosing(request.aevents(notify=on_step is not None)) as events:
             async for event in events:
@@ -720,6 +720,14 @@ def _quick(messages: LanguageModelInput, latents: Sequence[LatentRef]) -> bool:
 def _listed(latents: Any) -> list[Any]:
     several = isinstance(latents, Iterable) and not isinstance(latents, Mapping)
     return list(latents) if several else [] if latents is None else [latents]
+
+
+def _as_if_new(known: LatentRef, on_step: Callable[[int], None] | None) -> LatentRef:
+    """A thought that was found, told of step by step, so that a progress bar ends."""
+    if on_step is not None:
+        for step in range(1, known["steps"] + 1):
+            on_step(step)
+    return known
 
 
 def _sampling(values: dict[str, Any]) -> Sampling:

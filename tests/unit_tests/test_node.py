@@ -33,15 +33,31 @@ def text_of(service: LatentService, ref: LatentRef, at: int = -1) -> str:
     [
         "You are a planner.",
         ChatPromptTemplate([("system", "You are a planner."), ("placeholder", "{messages}")]),
+        SystemMessage("You are a planner."),
         lambda state: [SystemMessage("You are a planner."), *state["messages"]],
     ],
-    ids=["string", "template", "callable"],
+    ids=["string", "template", "message", "callable"],
 )
-def test_a_prompt_may_be_a_string_a_template_or_a_callable(service32: LatentService, prompt: Any) -> None:
+async def test_a_prompt_may_be_a_string_a_message_a_template_or_a_callable(
+    service32: LatentService, prompt: Any
+) -> None:
     node = LatentAgentNode("planner", prompt, service=service32, steps=2)
-    read = text_of(service32, node.invoke(ASKED)["latents"][0])
+    thought = node.invoke(ASKED)
+    read = text_of(service32, thought["latents"][0])
     assert "You are a planner." in read
     assert "What is 1 plus 2?" in read
+    assert await node.ainvoke(ASKED) == thought
+
+
+async def test_an_async_prompt_runs_where_there_is_a_loop(service32: LatentService) -> None:
+    async def prompt(state: Any) -> list[Any]:
+        return [SystemMessage("You are a planner."), *state["messages"]]
+
+    node = LatentAgentNode("planner", prompt, service=service32, steps=2)
+    same = LatentAgentNode("planner", "You are a planner.", service=service32, steps=2)
+    assert await node.ainvoke(ASKED) == same.invoke(ASKED)
+    with pytest.raises(InvalidRequest, match=r"'planner' is async; run the graph with ainvoke"):
+        node.invoke(ASKED)
 
 
 def test_a_thinker_returns_a_reference_and_a_speaker_a_message_too(service32: LatentService) -> None:
@@ -120,6 +136,52 @@ def test_text_mode_puts_what_others_said_at_the_head_of_the_question(service32: 
     assert reads.invoke(state, config)["messages"][0].text == spoke["messages"][0].text
 
 
+QUESTION_ONLY = ChatPromptTemplate([("system", "Check."), ("human", "{question}")])
+
+
+@pytest.mark.parametrize("prompt", ["Check.", QUESTION_ONLY], ids=["shows the messages", "does not"])
+@pytest.mark.parametrize("reads", [None, ["planner"]])
+def test_a_human_may_come_in_between_two_agents_that_run_as_text(
+    service32: LatentService, prompt: Any, reads: list[str] | None
+) -> None:
+    class State(LatentState):
+        question: str
+
+    builder = StateGraph(State)
+    for name, spoken, read in (("planner", "Plan.", None), ("critic", prompt, reads)):
+        node = LatentAgentNode(name, spoken, service=service32, max_tokens=4, reads=read)
+        builder.add_node(name, node)
+    builder.add_edge(START, "planner")
+    builder.add_edge("planner", "critic")
+    graph = builder.compile(InMemorySaver(), interrupt_before=["critic"])
+    config: Any = {"configurable": {"edges": "text", "thread_id": "1"}}
+    planned = graph.invoke({**ASKED, "question": "Is it right?"}, config)["messages"][-1]
+    graph.update_state(config, {"messages": [HumanMessage("Make it short.")]})
+    checked = graph.invoke(None, config)["messages"][-1]
+    assert (planned.name, checked.name) == ("planner", "critic")
+    read = text_of(service32, checked.response_metadata["latent_ref"])
+    assert read.count(planned.text) == 1
+    assert ("Make it short." in read) == isinstance(prompt, str)
+    if not isinstance(prompt, str):
+        assert f"planner: {planned.text}\n\nIs it right?" in read
+
+
+def test_words_before_the_question_are_not_read_twice(service32: LatentService) -> None:
+    """What an agent thought about, or spoke after, it does not get as a note again in the next turn."""
+    said = AIMessage("A plan.", name="planner", id="p", response_metadata={"agent": "planner"})
+    again = HumanMessage("And 2 more?", id="q2")
+    critic = LatentAgentNode("critic", QUESTION_ONLY, service=service32, steps=1, max_tokens=2)
+    state: Any = {"messages": [*ASKED["messages"], said], "latents": [], "question": "Right?"}
+    thought = critic.invoke(state)["latents"][0]
+    assert text_of(service32, thought).count("A plan.") == 1
+    later = critic.invoke({**state, "messages": [*state["messages"], again], "latents": [thought]})
+    assert "A plan." not in text_of(service32, later["latents"][0])
+    config: Any = {"configurable": {"edges": "text"}}
+    checked = critic.invoke(state, config)["messages"][0].model_copy(update={"id": "c"})
+    spoke = critic.invoke({**state, "messages": [*state["messages"], checked, again]}, config)["messages"][0]
+    assert "A plan." not in text_of(service32, spoke.response_metadata["latent_ref"])
+
+
 @pytest.mark.parametrize("edges", ["latent", "text"])
 def test_reads_that_names_nobody_is_refused(service32: LatentService, edges: str) -> None:
     node = LatentAgentNode("judger", "Judge.", service=service32, speak=True, reads=["nobody"])
@@ -160,9 +222,26 @@ def test_unknown_edges_are_refused(service32: LatentService) -> None:
         LatentAgentNode("a", "A.", service=service32).invoke(ASKED, {"configurable": {"edges": "other"}})
 
 
-@pytest.mark.parametrize("bad", [{"steps": -1}, {"max_tokens": 0}, {"service": "bundled"}, {"name": ""}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": -1},
+        {"steps": "3"},
+        {"steps": True},
+        {"max_tokens": 0},
+        {"max_tokens": 2.5},
+        {"service": "bundled"},
+        {"name": ""},
+        {"name": None},
+        {"prompt": None},
+        {"prompt": ["You plan."]},
+        {"reads": "planner"},
+    ],
+    ids=str,
+)
 def test_a_bad_agent_is_refused_when_it_is_made(bad: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest):
+    (what,) = bad
+    with pytest.raises(InvalidRequest, match=what):
         LatentAgentNode(**{"name": "a", "prompt": "A.", **bad})
 
 
