@@ -85,7 +85,8 @@ class ChatLatentMAS(BaseChatModel):
     The message it returns has `usage_metadata` with `output_token_details["latent_steps"]`: the thoughts that spoken
     text was read from, or the steps that a marker stands for. A marker's own usage counts no input tokens, although its
     prompt was prefilled: compare costs by output tokens and seconds. `response_metadata` has the model's name, the
-    finish reason, and as `latent_ref` the reference of what was said or thought.
+    finish reason, and as `latent_ref` the reference of what was said or thought; that of a marker says `thought`
+    besides, so that whoever shows `stream_mode="messages"` can leave markers out.
 
     Attributes:
         service: The model service; None takes the shared one of `model`.
@@ -362,7 +363,7 @@ class _Call:
         """The message of a think: a marker."""
         message = kind(content=self.service.marker(ref), name=self.named)
         message.usage_metadata = _usage(0, 0, ref["steps"])
-        message.response_metadata = self._metadata("stop", ref)
+        message.response_metadata = {**self._metadata("stop", ref), "thought": True}
         return message
 
     def _said(self, chunk: Chunk) -> AIMessage:

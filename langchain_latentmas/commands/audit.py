@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..errors import InvalidEdge, InvalidRequest
 from .folder import ANSWERS, run_bars, run_folder
-from .options import AsJson, Model
+from .options import AsJson, LocalModel
 from .session import describe, load, loading, print_json, reported
 from .terminal import headline, open_console, printable
 
@@ -45,7 +45,7 @@ def audit(
         str | None, typer.Option(help="For files: number, letter, exact, or module:function of state and answer.")
     ] = None,
     n: Annotated[int | None, typer.Option("--n", help="Questions; by default 100, or all that there are.")] = None,
-    model: Model = "bundled",
+    model: LocalModel = "bundled",
     arrangement: Annotated[
         Literal["sequential", "hierarchical"], typer.Option(help="For a task: who works on it.")
     ] = "sequential",

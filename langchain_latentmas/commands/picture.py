@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidRequest
-from .options import AsJson, Model
+from .options import AsJson, LocalModel, Model
 from .session import describe, load, loading, print_json, reported
 from .terminal import headline, open_console
 
@@ -77,7 +77,7 @@ def thoughts(
     out: Out,
     task: Task = "relay",
     n: Questions = 40,
-    model: Model = "bundled",
+    model: LocalModel = "bundled",
     arrangement: Annotated[Literal["sequential", "hierarchical"], typer.Option(help="Who works on it.")] = "sequential",
     steps: Annotated[int | None, typer.Option(help="Latent steps of each thinker.")] = None,
     seed: Seed = 0,

@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+import math
 import os
 import random
 import secrets
 import ssl
 import tempfile
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -150,7 +152,7 @@ class HTTPService(LatentService):
         self._extensions = {"timeout": timeout.as_dict()}
         self._async_clients: dict[asyncio.AbstractEventLoop, tuple[Connections, AsyncGenerator[None]]] = {}
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed, self._announced = False, -math.inf
         self._markers: Budget[str] = Budget(MARKERS_KEPT, lambda _: 1)  # by signature of the reference
         self._marked: Budget[LatentRef] = Budget(MARKERS_KEPT, lambda _: 1)  # by marker
         try:
@@ -587,8 +589,16 @@ class HTTPService(LatentService):
             "retry": tenacity.retry_if_exception(self._may_be_mended),
             "wait": _Wait(),
             "stop": tenacity.stop_after_delay(self.settings.patience),
+            "before_sleep": self._announce,
             "reraise": True,
         }
+
+    def _announce(self, retry_state: tenacity.RetryCallState) -> None:
+        """Says once why nothing happens while a server is away; that a queue is full is nothing to be told of."""
+        error, now = retry_state.outcome and retry_state.outcome.exception(), time.monotonic()
+        if not isinstance(error, ServiceBusy) and now >= self._announced + self.settings.patience:
+            self._announced = now
+            logger.warning("%s Trying again for up to %g s.", error, self.settings.patience)
 
     def _may_be_mended(self, error: BaseException) -> bool:
         return isinstance(error, (ServiceBusy, ServiceUnreachable, ServiceClosed)) and not self._closed

@@ -14,7 +14,7 @@ import torch
 from ..engine.kv import KV, AnyKV, Placed
 from ..engine.scheduler import Scheduler
 from ..engine.tick import Result, Row
-from ..errors import EngineFailed, ServiceClosed, StoreCorrupted, UnknownReference
+from ..errors import EngineFailed, LatentMASError, ServiceClosed, StoreCorrupted, UnknownReference
 from .alteration import alter, unaltered
 from .budget import Budget
 from .memory import Layout, Lineage, MergeMode, Piece, Recipe
@@ -233,6 +233,9 @@ class KVPool:
                 try:
                     parts = result.kv.split([recipe.segment.positions for recipe in leg]) if leg[1:] else [result.kv]
                     kept = [self.keep(recipe.id, kv) for recipe, kv in zip(leg, parts, strict=True)]
+                except LatentMASError as error:
+                    fail(error)
+                    return
                 except Exception as error:  # such as no memory for the copies; the row is gone, so nobody else tells
                     fail(EngineFailed(f"A memory could not be rebuilt ({error}); the same call may succeed later."))
                     return

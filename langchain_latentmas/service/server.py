@@ -133,6 +133,7 @@ class Server:
             http=_Protocol,
             h11_max_incomplete_event_size=settings.max_headers,
             ws="none",
+            lifespan="off",  # there is nothing to begin or end, and to break it off logs a traceback
             limit_concurrency=settings.max_connections,
             timeout_graceful_shutdown=int(settings.drain + GRACE),
             ssl_certfile=settings.certificate,
@@ -509,8 +510,8 @@ class _Uvicorn(uvicorn.Server):
         self.server = server
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)  # a second Ctrl-C, that is one while it drains, ends it at once
         self.server.drain()
-        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: Any = None) -> None:
         # Whoever is at work may have to wait for a disk; by itself, asyncio has few more threads than there are cores.

@@ -93,10 +93,11 @@ def test_a_graph_goes_on_when_the_server_is_killed_and_started_again(tmp_path: P
                 assert remote.think(QUESTION, steps=4) == ref
 
 
-def test_sigterm_lets_work_end_and_exits_cleanly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_work_end_and_exits_cleanly(tmp_path: Path, asked: signal.Signals) -> None:
     with Process("--store", str(tmp_path)) as process, client(process, patience=0) as remote:
         # Thinking takes all of its steps, while a text may end at once.
-        stop = lambda step: process.process.send_signal(signal.SIGTERM) if step == 1 else None  # noqa: E731
+        stop = lambda step: process.process.send_signal(asked) if step == 1 else None  # noqa: E731
         ref = remote.think("Count.", steps=1500, on_step=stop)
         assert ref["steps"] == 1500
         assert process.process.wait(60) == 0

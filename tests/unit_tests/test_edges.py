@@ -127,6 +127,8 @@ def test_tokens_and_steps_stream_in_both_modes(builder: StateGraph) -> None:
     assert [e["step"] for mode, e in events if mode == "custom" and e["agent"] == "critic"] == [1, 2, 3]
     spoken = [e[0].text for mode, e in events if mode == "messages" and e[1]["langgraph_node"] == "judger"]
     assert len(spoken) > 2
+    shown = [e for mode, e in events if mode == "messages" and not e[0].response_metadata.get("thought")]
+    assert [e[0].text for e in shown] == spoken  # and no marker
     text: list[Any] = list(graph.stream({"question": "And 3?"}, TEXT, stream_mode=["custom", "messages"]))
     assert not [e for mode, e in text if mode == "custom"]
     assert len([e for mode, e in text if mode == "messages" and e[1]["langgraph_node"] == "planner"]) > 2

@@ -431,12 +431,16 @@ def test_more_steps_than_were_asked_for_are_not_believed(remote: Any) -> None:
     assert told == []
 
 
-def test_nobody_there_is_said_so() -> None:
+def test_nobody_there_is_said_so(caplog: pytest.LogCaptureFixture) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(ServiceUnreachable, match="latentmas serve"):
         LatentService.load(f"http://127.0.0.1:{port}", patience=0)
+    with pytest.raises(ServiceUnreachable):
+        LatentService.load(f"http://127.0.0.1:{port}", patience=1)
+    (told,) = caplog.messages  # however often it tries
+    assert "Is latentmas serve running there? Trying again for up to 1 s." in told
 
 
 @pytest.mark.parametrize("url", ["http://", "http://user:secret@127.0.0.1:1", "http://127.0.0.1:1/?a=b", "http://[::1"])
