@@ -26,6 +26,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from langchain_latentmas import bundled
 from langchain_latentmas.bundled import MODEL
+from langchain_latentmas.bundled.muon import Muon
 from langchain_latentmas.bundled.patterns import APPROVED, Part, latent_pattern, text_pattern
 from langchain_latentmas.bundled.tasks import (
     EXPERTS,
@@ -44,6 +45,7 @@ from langchain_latentmas.bundled.tasks import (
     prompt,
     shared_problem,
 )
+from langchain_latentmas.engine.linear import packable
 
 END = 2
 TOKENS = 2048  # of a latent batch, padding included; a text batch has 3/4 of them
@@ -329,7 +331,8 @@ class Trainer:
         return losses
 
     def _hidden(self, embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        # Where the processor cannot multiply bfloat16, torch does it ten times slower than float32.
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=packable(torch.empty(1, dtype=torch.bfloat16))):
             out = self._body(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         return out.last_hidden_state.float()
 
@@ -392,7 +395,7 @@ def optimize(
     matrices = [p for name, p in parameters if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in parameters if p.ndim != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(matrices, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=RATE, weight_decay=0.01),
         torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     spent = (TimeElapsedColumn(), TimeRemainingColumn())
