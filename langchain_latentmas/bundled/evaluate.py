@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -32,6 +33,7 @@ def figures(folder: Path, n: int, seed: int = 0, sweep: Sequence[int] = SWEEP) -
         for steps in sweep
     }
     found: dict[str, float] = {}
+    torch.set_num_threads(1)  # the service's ticks are small
     with _progress() as progress:
         for name, (task, options) in progress.track(runs.items(), description="asking"):
             # A service of its own for each, so that none finds what another one thought.

@@ -6,10 +6,13 @@ states of the first pass, all at once, as latent thinking will feed them one by 
 """
 
 import math
+import multiprocessing
 import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -469,12 +472,13 @@ def train(
         fit((0 if check else SEED) if seed is None else seed, steps, alignment, second_pass, made)
         if n == 0:
             return
-        torch.set_num_threads(1)  # the service's ticks are small
         if not check:
             Console().print(table(n, {"this model": figures(made, n)}))
             return
         enough = [steps for steps in SWEEP if steps >= bundled.STEPS]  # with fewer, thoughts end within the solution
-        again, shipped = figures(made, n, sweep=enough), figures(out, n, sweep=enough)
+        asked = partial(figures, n=n, sweep=enough)
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as both:
+            again, shipped = both.map(asked, [made, out])
     differences = {name: again[name] - shipped[name] for name in shipped}
     Console().print(table(n, {"shipped": shipped, "this seed": again, "difference": differences}))
     far = [name for name, difference in differences.items() if abs(difference) > WITHIN]

@@ -1,6 +1,7 @@
 """The recipe of the bundled model can be run again."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def test_another_seed_has_to_come_within_two_points(
 ) -> None:
     fitted: list[Any] = []
     monkeypatch.setattr(train, "fit", lambda *how: fitted.append(how))
+    monkeypatch.setattr(train, "ProcessPoolExecutor", lambda most, _: ThreadPoolExecutor(most))
     monkeypatch.setattr(
         evaluate, "figures", lambda folder, n, **_: {"words: single": 100.0 if folder == MODEL else again, "relay": 1.0}
     )
