@@ -1,6 +1,7 @@
 """ChatLatentMAS, the LangChain chat model over a latent service; all speaking goes through it."""
 
 import inspect
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar, cast
@@ -32,6 +33,8 @@ from .service.shared import shared_service
 from .state import LatentRef
 from .tool_calls import ToolCallText, forcing_prefix
 
+logger = logging.getLogger(__name__)
+
 M = TypeVar("M", bound=AIMessage)
 
 # Content blocks that repeat a message's tool calls, or hold what a model of another vendor thought before it spoke.
@@ -59,10 +62,22 @@ class Thinker(NamedTuple):
     """Paths of nodes in subgraphs whose model calls are the node's own output; () is the node itself."""
     depth: int
     """Depth of the node's own graph."""
+    inside: frozenset[str] = frozenset()
+    """Nodes of the subgraphs that were seen in it."""
 
     def speaks_here(self) -> bool:
         """Whether the call comes from an inner node whose text stays inside of the subgraph."""
         return node_path(ensure_config())[self.depth :] not in self.outputs
+
+    def warn_of_hidden(self) -> None:
+        """Says so where the call comes from a graph that nobody saw in the node, and so speaks."""
+        path = node_path(ensure_config())[self.depth :]
+        if path and path[0] not in self.inside:
+            logger.warning(
+                "%r calls the model in a graph or task that switch_edges cannot see (at %r): it speaks there, and %s "
+                "may be text. Let a global or a closure of the node hold that graph, or make it the node.",
+                *(self.name, path[0], self.edges),
+            )
 
 
 THINKER: ContextVar[Thinker | None] = ContextVar("latentmas_thinker", default=None)
@@ -165,11 +180,15 @@ class ChatLatentMAS(BaseChatModel):
             tools: Anything LangChain converts to an OpenAI function description.
             tool_choice: "any" (or True) or a tool's name begins the text with the call, where the template's format is
                 known (`<tool_call>`); None and "auto" leave the choice to the model.
-            **kwargs: Bound as well.
+            **kwargs: Bound as well. `strict` and `parallel_tool_calls`, which some agents pass to every model, ask for
+                what a local model cannot promise; they are left out, and the log says so.
 
         Raises:
             InvalidRequest: If `tool_choice` names no tool.
         """
+        for name in ("strict", "parallel_tool_calls"):
+            if kwargs.pop(name, None) is not None:
+                logger.warning("%s is left out: the model calls tools as its chat template taught it to", name)
         described = [convert_to_openai_tool(tool) for tool in tools]
         if isinstance(tool_choice, dict):
             tool_choice = str(tool_choice.get("function", {}).get("name"))
@@ -208,6 +227,13 @@ class ChatLatentMAS(BaseChatModel):
     def _resolve_model_profile(self) -> ModelProfile | None:
         most = None if self.service is None else self.service.max_positions
         return None if most is None else ModelProfile(max_input_tokens=most)
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        """What is written down of a service: its address, or the name of its model."""
+        if self.service is None or self.model is not None:
+            return {}
+        return {"model": getattr(self.service, "url", self.service.name)}
 
     @property
     def _service(self) -> LatentService:
@@ -300,12 +326,15 @@ class _Call:
         self.named: str | None = given.pop("agent", None)
         tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
         given.pop("ls_structured_output_format", None)  # for tracing only
-        latents: Sequence[LatentRef] = given.pop("latents", ())
+        latents: Sequence[LatentRef] = given.pop("latents", None) or ()
         steps: int | None = given.pop("steps", None)
         thinker, config = THINKER.get(), ensure_config()
         path = node_path(config)
         self.agent = self.named or (thinker and thinker.name) or (path or ("agent",))[-1]
-        self.thinker = None if thinker is None or thinker.speaks_here() else thinker
+        self.thinker = thinker
+        if thinker is not None and thinker.speaks_here():
+            self.thinker = None
+            thinker.warn_of_hidden()
         if steps is not None and not runs_as_text(config, self.agent, *path[-1:]):
             self.thinker = Thinker(self.agent, steps, f"steps={steps}", frozenset(), 0)
         if self.thinker and tools:

@@ -128,9 +128,14 @@ def switch_edges(
         InvalidEdge: If a node or edge does not exist, or a named edge cannot be latent; says why, and the way out.
         InvalidRequest: If the graph is already compiled, or `to` or `steps` is out of range.
     """
-    if isinstance(builder, Pregel):
+    if isinstance(builder, CompiledStateGraph):
         raise InvalidRequest(
             "This graph is compiled already; pass its builder (graph.builder) and compile what returns."
+        )
+    if isinstance(builder, Pregel):
+        raise InvalidRequest(
+            "A workflow of the functional API has no edges to switch; call the model with steps=... in the tasks that "
+            "shall think."
         )
     if not isinstance(builder, StateGraph):
         raise InvalidRequest(f"switch_edges takes a StateGraph, not a {type(builder).__name__}.")
@@ -299,12 +304,15 @@ class _Graph:
         new.branches = type(new.branches)(dict, {k: dict(v) for k, v in new.branches.items()})
         new.compiled = False
         known = frozenset({*switched, *self._latent_inside(), *self._latent_by_themselves()})
+        there = frozenset(self.edges)
         for name, spec in self.builder.nodes.items():
             runnable, cache = _inner(spec.runnable), _uncached(spec.cache_policy)
             edges = {edge: switched[edge] for edge in self.leaving(name) if edge in switched}
             if edges and len(edges) == len(self.leaving(name)):
-                paths = {path for subgraph in self.facts(name).subgraphs for path in _outputs(subgraph)}
-                runnable = _Switched(name, runnable, edges, frozenset({(), *paths}), known)
+                subgraphs = self.facts(name).subgraphs
+                paths = {path for subgraph in subgraphs for path in _outputs(subgraph)}
+                inside = frozenset(node for subgraph in subgraphs for node in subgraph.nodes)
+                runnable = _Switched(name, runnable, edges, frozenset({(), *paths}), inside, known, there)
                 cache = _cached(cache or self.builder._node_defaults.cache_policy, edges)
             new.nodes[name] = dataclasses.replace(spec, runnable=runnable, cache_policy=cache)
         setattr(new, SWITCHED, switched)
@@ -335,15 +343,17 @@ class _Switched(RunnableCallable):
         inner: Runnable,
         edges: dict[Edge, _Setting],
         outputs: frozenset[tuple[str, ...]],
+        inside: frozenset[str],
         known: frozenset[Edge],
+        there: frozenset[Edge],
     ) -> None:
         def thinker(config: RunnableConfig) -> Thinker | None:
             outermost = len(node_path(config)) == 1  # a subgraph may be handed edges of the graphs around it
-            if "text" in edge_modes(config, edges, known if outermost else None).values():
+            if "text" in edge_modes(config, edges, known if outermost else None, there).values():
                 return None
             arrows = ", ".join("->".join(edge) for edge in edges)
             steps = max(setting.steps for setting in edges.values())
-            return Thinker(name, steps, arrows, outputs, len(node_path(config)))
+            return Thinker(name, steps, arrows, outputs, len(node_path(config)), inside)
 
         def call(input: Any, config: RunnableConfig) -> Any:
             token = THINKER.set(thinker(config))
@@ -462,6 +472,7 @@ def _held(at: Any) -> Iterator[Any]:
         yield from (at.__func__, *getattr(at.__self__, "__dict__", {}).values())
     elif isinstance(at, FunctionType):
         yield from (cell.cell_contents for cell in at.__closure__ or () if cell != CellType())
+        yield from (*(at.__defaults__ or ()), *(at.__kwdefaults__ or {}).values())
         if (at.__module__ or "").split(".")[0] not in LIBRARIES:
             yield from (at.__globals__[name] for name in _names(at.__code__) if name in at.__globals__)
     elif isinstance(at, (list, tuple)):
@@ -501,16 +512,21 @@ def _outputs(subgraph: Pregel) -> set[tuple[str, ...]]:
             passed += [target] if target not in passed else []
     paths: set[tuple[str, ...]] = set()
     for name in ending:
-        inner = [path for deeper in graph.facts(name).subgraphs for path in _outputs(deeper)]
+        inner = [path for deeper in _direct(graph.builder.nodes[name].runnable) for path in _outputs(deeper)]
         paths |= {(name,), *((name, *path) for path in inner)}
     return paths
+
+
+def _direct(runnable: Any) -> list[Pregel]:
+    """The subgraphs that a node calls by itself, and not those inside of them."""
+    return _look(_inner(runnable), into_subgraphs=False).subgraphs
 
 
 def _at(subgraph: Pregel, path: tuple[str, ...]) -> Any:
     """The runnable of an inner node."""
     assert isinstance(subgraph, CompiledStateGraph)
     runnable = _inner(subgraph.builder.nodes[path[0]].runnable)
-    for deeper in _look(runnable).subgraphs if path[1:] else ():
+    for deeper in _direct(runnable) if path[1:] else ():
         if path[1:] in _outputs(deeper):
             return _at(deeper, path[1:])
     return runnable

@@ -11,7 +11,12 @@ Mode = Literal["latent", "text"]
 Edge = tuple[str, str]
 
 
-def edge_modes(config: RunnableConfig, edges: Iterable[Edge], known: Iterable[Edge] | None = None) -> dict[Edge, Mode]:
+def edge_modes(
+    config: RunnableConfig,
+    edges: Iterable[Edge],
+    known: Iterable[Edge] | None = None,
+    there: Iterable[Edge] = (),
+) -> dict[Edge, Mode]:
     """What `configurable.edges` makes of latent edges.
 
     Args:
@@ -19,6 +24,7 @@ def edge_modes(config: RunnableConfig, edges: Iterable[Edge], known: Iterable[Ed
             one of them.
         edges: Edges that are latent by themselves.
         known: All that a mapping may name; None lets it name others.
+        there: Others that a mapping may call "text", since they are.
 
     Raises:
         InvalidRequest: If it is none of these, or names another edge.
@@ -26,8 +32,9 @@ def edge_modes(config: RunnableConfig, edges: Iterable[Edge], known: Iterable[Ed
     asked = _asked(config)
     named = asked if isinstance(asked, Mapping) else dict.fromkeys(("->".join(edge) for edge in edges), asked)
     names = None if known is None else ["->".join(edge) for edge in known]
-    for key in named:
-        if names is not None and key not in names:
+    spoken = {"->".join(edge) for edge in there}
+    for key, mode in named.items():
+        if names is not None and key not in names and not (mode == "text" and key in spoken):
             raise InvalidRequest(
                 f"configurable.edges names {key!r}, which is no latent edge of this graph (there are: "
                 f"{', '.join(sorted(names))}); correct it, or switch that edge with switch_edges first."
@@ -61,6 +68,8 @@ def node_path(config: RunnableConfig) -> tuple[str, ...]:
 def _asked(config: RunnableConfig) -> Mode | Mapping[str, Mode]:
     asked = config.get("configurable", {}).get("edges", "latent")
     for key, mode in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
+        if isinstance(asked, Mapping) and not all(str(key).partition("->")):
+            raise InvalidRequest(f"configurable.edges names edges as 'source->target', and {key!r} is none.")
         if mode not in ("latent", "text"):
             raise InvalidRequest(
                 f"configurable.edges must be 'latent', 'text', or a mapping of 'source->target' to these, not {asked!r}"

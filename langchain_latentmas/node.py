@@ -66,7 +66,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int | None = None,
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> None:
         """Describes the agent; nothing is loaded before it runs.
@@ -113,7 +113,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         self.reads = None if reads is None else list(reads)
         self.max_tokens = max_tokens
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        self.sampling["stop_sequences"] = list(stop) if stop else None
+        self.sampling["stop_sequences"] = [stop] if isinstance(stop, str) else list(stop) if stop else None
         self._llm: ChatLatentMAS | None = None
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -173,11 +173,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         service = self.service or _service_of_the_run() or shared_service()
         if not isinstance(service, LatentService):
             raise InvalidRequest(f"Agent {self.name!r}: service must be a LatentService, not {type(service).__name__}.")
-        if isinstance(made, PromptValue):
-            made = made.to_messages()
-        messages = convert_to_messages([("human", made)] if isinstance(made, str) else made)
-        if not messages:
-            raise InvalidRequest(f"The prompt of agent {self.name!r} gives no messages; it must give at least one.")
+        messages = self._messages(made)
         leaves_text = runs_as_text(config, str(self.name), *node_path(config)[-1:])
         known = [] if runs_as_text(config) else list(_field(state, "latents") or [])
         try:
@@ -190,6 +186,24 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         unread = [m for m in messages if _memory_of(m) not in read] if read else messages
         thinks = not self.speak and not leaves_text
         return _Plan(service, _with_notes(unread, notes), latents, leaves_text, thinks)
+
+    def _messages(self, made: Any) -> list[BaseMessage]:
+        """What the prompt made, as messages."""
+        if isinstance(made, PromptValue):
+            made = made.to_messages()
+        if isinstance(made, BaseMessage):
+            made = [made]
+        try:
+            if not isinstance(made, (str, list, tuple)):
+                raise TypeError(f"{type(made).__name__} is none of these")
+            messages = convert_to_messages([("human", made)] if isinstance(made, str) else made)
+        except (TypeError, ValueError, KeyError, NotImplementedError) as error:
+            raise InvalidRequest(
+                f"The prompt of agent {self.name!r} must give messages, or a text for a human one: {error}."
+            ) from error
+        if not messages:
+            raise InvalidRequest(f"The prompt of agent {self.name!r} gives no messages; it must give at least one.")
+        return messages
 
     def _read(
         self, known: Sequence[LatentRef], messages: Sequence[BaseMessage], shown: Sequence[BaseMessage]
@@ -332,5 +346,6 @@ def _with_notes(messages: list[BaseMessage], notes: Sequence[AIMessage]) -> list
     at = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=None)
     if at is None:
         return [*messages, HumanMessage(text)]
-    asked = messages[at]
-    return [*messages[:at], HumanMessage(f"{text}\n\n{asked.text}"), *messages[at + 1 :]]
+    content: Any = messages[at].content
+    content = f"{text}\n\n{content}" if isinstance(content, str) else [f"{text}\n\n", *content]
+    return [*messages[:at], messages[at].model_copy(update={"content": content}), *messages[at + 1 :]]

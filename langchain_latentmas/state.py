@@ -7,6 +7,8 @@ from langchain_core.messages import AnyMessage
 from langgraph.graph.message import add_messages
 from typing_extensions import TypedDict
 
+from .errors import InvalidRequest
+
 
 class LatentRef(TypedDict):
     """A handle of a memory, in plain JSON, a few hundred bytes.
@@ -43,10 +45,18 @@ def merge_latents(left: Sequence[LatentRef] | None, right: Sequence[LatentRef] |
 
     Returns:
         A new list; a reference that is already there (same id and agent) keeps its place and is not repeated.
+
+    Raises:
+        InvalidRequest: If one of them is no list of references.
     """
     refs = [*(left or []), *(right or [])]
-    if len({ref["id"] for ref in refs}) == len(refs):  # the rule, and soon seen: a state may hold thousands
-        return refs
+    try:
+        if len({ref["id"] for ref in refs}) == len(refs):  # the rule, and soon seen: a state may hold thousands
+            return refs
+    except (TypeError, KeyError):
+        raise InvalidRequest(
+            f"`latents` takes a list of references, such as [ref] for one; it got {str(right)[:80]!r}."
+        ) from None
     merged: dict[tuple[str, str], LatentRef] = {}
     for ref in refs:
         merged.setdefault((ref["id"], ref["agent"]), ref)

@@ -17,7 +17,8 @@ _BRACKETS = re.compile(r"\[latent\s([^\[\]]{1,5000})\]")
 _PROOF = re.compile(rf"({ID})\.([0-9a-f]{{8}})\.([0-9a-f]{{32}})")
 _REMAINS = re.compile(
     r"\[latent\s[^\[\]]{1,5000}?\s[0-9]{1,9}\s+steps\s+l\s*a\s*t\s*_"  # the head, as far as the id
-    r"|\[latent\s+\S+\s+[0-9]{1,9}(?:\s+(?:s|st|ste|step|steps(?:\s+(?:l|la|lat))?))?\s*(?:\.{3}|…)?\Z"  # less of it
+    r"|\[latent[^\S\n]+\S+[^\S\n]+[0-9]{1,9}(?:[^\S\n]+(?:s|st|ste|step|steps(?:[^\S\n]+(?:l|la|lat))?))?"  # less of it
+    r"[^\S\n]*(?:\.{3}|…)?(?=\n|\Z)"
     r"|\blat_[0-9a-f]{8,32}\.[0-9a-f]|[0-9a-f]\.[0-9a-f]{8}\.[0-9a-f]{32}\]",  # the tail
     re.IGNORECASE,
 )
@@ -77,7 +78,8 @@ def take_markers(text: str, left: str = "") -> tuple[str, list[Marker]]:
 
     Raises:
         InvalidRequest: If `left` is longer, or there are more than `MAX_MARKERS` markers.
-        TamperedReference: If remains of a marker are in it: a cut or edited one must not pass for text.
+        TamperedReference: If remains of a marker are in it: a cut or edited one must not pass for text. (One that was
+            cut before its number of steps cannot be told from words in brackets, and does.)
     """
     if len(left) > MAX_LEFT:
         raise InvalidRequest(f"At most {MAX_LEFT} characters can be left in a marker's place, not {len(left)}.")

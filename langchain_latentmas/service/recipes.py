@@ -427,22 +427,15 @@ class RecipeService(LatentService):
             InvalidRequest: If there are no messages, or the template or this model cannot take them.
         """
         listed = _as_messages(messages)
+        if self._system_needs_user and all(message["role"] == "system" for message in listed):
+            listed = [*listed, {"role": "user", "content": ""}]
         if tools and "tools" not in self.chat_template:
             raise InvalidRequest(
                 f"The chat template of {self.model.name} presents no tools, so the model would never see them; "
                 "pass chat_template=... that does, or bind none."
             )
-        tokenizer = self.model.tokenizer
         try:
-            text = tokenizer.apply_chat_template(
-                listed,
-                chat_template=self.chat_template,
-                tools=list(tools) if tools else None,
-                tokenize=False,
-                add_generation_prompt=True,
-                **self.settings.template_args,
-            )
-            ids = self._token_ids(text + tag)
+            ids = self._token_ids(self._rendered(listed, tools) + tag)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest(f"The model's chat template refuses these messages: {error}") from error
         if not ids:
@@ -450,6 +443,29 @@ class RecipeService(LatentService):
                 "The model's chat template makes no tokens of these messages; it must make at least one."
             )
         return tuple(ids)
+
+    def _rendered(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> str:
+        return self.model.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self.chat_template,
+            tools=list(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=True,
+            **self.settings.template_args,
+        )
+
+    @cached_property
+    def _system_needs_user(self) -> bool:
+        """Whether the chat template drops, or refuses, a system message that no user message follows.
+
+        Such is what an agent is told when all else that it reads is a memory. Gemma's template puts what the system
+        says into the turn of the user; others look for a user's query.
+        """
+        said = "You are told this."
+        try:
+            return said not in self._rendered([{"role": "system", "content": said}])
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return True
 
     def token_ids(self, messages: LanguageModelInput, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """See `LatentService.token_ids`."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from ..errors import InvalidRequest
 from .base import LatentService
 
 
@@ -40,6 +41,7 @@ def shared_service(name: str | None = None, device: str | None = None, dtype: st
         dtype: Name of a torch dtype, or "auto"; None takes `LATENTMAS_DTYPE`, else "auto".
 
     Raises:
+        InvalidRequest: If a device or a dtype is given for a model that runs elsewhere.
         ModelNotFound: If there is no such model.
         ModelNotSupported: If it cannot think exactly.
     """
@@ -48,7 +50,10 @@ def shared_service(name: str | None = None, device: str | None = None, dtype: st
     with _lock:
         if key not in _services:
             own: dict[str, Any] = {"device": key[1], "dtype": key[2], "store": settings.store}
-            if "://" in key[0]:  # a server has its own; recipes of vLLM are kept here
-                own = {"store": settings.store} if key[0].startswith("vllm+") else {}
+            vllm = key[0].startswith(("vllm:", "vllm+"))
+            if vllm or "://" in key[0]:  # the model is elsewhere; recipes of vLLM are kept here
+                if device or dtype:
+                    raise InvalidRequest(f"{key[0]} takes no device and no dtype here; whoever runs its model says so.")
+                own = {"store": settings.store} if vllm else {}
             _services[key] = LatentService.load(key[0], **own)
         return _services[key]

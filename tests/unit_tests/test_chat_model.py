@@ -132,6 +132,16 @@ def test_the_model_is_serialised_without_its_service(llm: ChatLatentMAS) -> None
     again = loads(dumps(named), valid_namespaces=["langchain_latentmas"], allowed_objects=[ChatLatentMAS])
     assert again.service is None
     assert (again.model, again.max_tokens) == ("bundled", 8)
+    by_name = json.loads(dumps(llm))["kwargs"]  # of its model, since nothing else can be written down
+    assert by_name["model"] == llm.service.name  # type: ignore[union-attr]
+
+
+def test_what_agents_pass_to_every_model_is_left_out_aloud(scripted: Any, caplog: pytest.LogCaptureFixture) -> None:
+    llm = scripted('{"a": 3}}\n</tool_call>')
+    message = llm.bind_tools([Add], tool_choice="any", parallel_tool_calls=False, strict=True).invoke("Add 3.")
+    assert message.tool_calls
+    assert [text.split()[0] for text in caplog.messages] == ["strict", "parallel_tool_calls"]
+    assert llm.invoke("Hello", latents=None).text
 
 
 def test_content_blocks_of_text_are_read_and_pictures_refused(llm: ChatLatentMAS) -> None:

@@ -80,7 +80,21 @@ def test_an_unknown_mode_is_refused(llm: ChatLatentMAS, edges: Any) -> None:
         graph.invoke(ASKED, {"configurable": {"edges": edges}})
 
 
-@pytest.mark.parametrize("key", ["planner->judge", "judger->__end__", "planner", "critic->planner", PLANNER])
+@pytest.mark.parametrize("key", ["planner", "planner->", "->critic", PLANNER, 3])
+def test_a_mode_for_what_is_no_edge_is_refused(llm: ChatLatentMAS, key: Any) -> None:
+    graph = switch_edges(chain(llm), "*").compile()
+    with pytest.raises(InvalidRequest, match=r"names edges as 'source->target', and .* is none"):
+        graph.invoke(ASKED, {"configurable": {"edges": {key: "text"}}})
+
+
+def test_an_edge_that_is_text_may_be_called_so_but_not_latent(llm: ChatLatentMAS) -> None:
+    graph = switch_edges(chain(llm), "*").compile()
+    assert graph.invoke(ASKED, {"configurable": {"edges": {"judger->__end__": "text"}}}) == graph.invoke(ASKED)
+    with pytest.raises(InvalidRequest, match="no latent edge of this graph"):
+        graph.invoke(ASKED, {"configurable": {"edges": {"judger->__end__": "latent"}}})
+
+
+@pytest.mark.parametrize("key", ["planner->judge", "critic->planner"])
 def test_a_mode_for_an_edge_that_is_not_latent_is_refused(llm: ChatLatentMAS, key: Any) -> None:
     graph = switch_edges(chain(llm), "*").compile()
     with pytest.raises(InvalidRequest, match=r"no latent edge of this graph \(there are: critic->judger, planner->cr"):

@@ -12,11 +12,13 @@ from langchain_core.messages import BaseMessage, HumanMessage, message_to_dict
 from langchain_core.output_parsers import JsonOutputParser, StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.func import entrypoint
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.types import Command, RetryPolicy, Send, interrupt
 from typing_extensions import TypedDict
 
 from langchain_latentmas import ChatLatentMAS, LatentService, switch_edges
+from langchain_latentmas import edges as edges_module
 from langchain_latentmas.errors import InvalidEdge, InvalidReference, InvalidRequest
 
 CHAIN = [("planner", "critic"), ("critic", "judger")]
@@ -170,6 +172,62 @@ def test_agents_and_subgraphs_think_at_their_end(llm: ChatLatentMAS) -> None:
     assert [is_marker(m.text) for m in state["messages"]] == [False, False, True, True, False]
 
 
+def ending_in(step: Any) -> Any:
+    return StateGraph(MessagesState).add_sequence([("last", step)]).add_edge(START, "last").compile()
+
+
+class Desk:
+    """Holds an agent where nobody looks for it."""
+
+    __slots__ = ("agent",)
+
+
+@pytest.mark.parametrize("held", ["a default argument", "an object that hides it"])
+def test_an_agent_that_a_node_calls_thinks_or_the_log_says_that_it_speaks(
+    llm: ChatLatentMAS, held: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk = Desk()
+    desk.agent = create_agent(llm, system_prompt="Plan.")  # type: ignore[attr-defined]
+
+    def by_default(state: Any, agent: Any = desk.agent) -> Any:  # type: ignore[attr-defined]
+        return {"messages": agent.invoke(state)["messages"][-1:]}
+
+    def by_hiding(state: Any) -> Any:
+        return {"messages": desk.agent.invoke(state)["messages"][-1:]}  # type: ignore[attr-defined]
+
+    builder = StateGraph(MessagesState)
+    builder.add_node("planner", by_default if held == "a default argument" else by_hiding)
+    builder.add_node("judger", lambda state: {"messages": [llm.invoke(state["messages"])]})
+    builder.add_edge(START, "planner")
+    builder.add_edge("planner", "judger")
+    graph = switch_edges(builder, [("planner", "judger")], steps=2).compile()
+    planned = graph.invoke({"messages": [("human", "Hello")]})["messages"][1]
+    assert is_marker(planned.text) == (held == "a default argument")
+    assert (
+        "'planner' calls the model in a graph or task that switch_edges cannot see (at 'model')" in caplog.text
+    ) == (not is_marker(planned.text))
+
+
+def test_graphs_in_graphs_in_graphs_are_looked_through_once(
+    llm: ChatLatentMAS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    monkeypatch.setattr(
+        edges_module, "_look", lambda *how, look=edges_module._look, **more: (looked.append(1), look(*how, **more))[1]
+    )
+    graph: Any = lambda state: {"messages": [llm.invoke(state["messages"])]}  # noqa: E731
+    for _ in range(8):
+        graph = ending_in(graph)
+    builder = StateGraph(MessagesState)
+    builder.add_node("planner", graph)
+    builder.add_node("judger", lambda state: {"messages": [llm.invoke(state["messages"])]})
+    builder.add_edge(START, "planner")
+    builder.add_edge("planner", "judger")
+    state = switch_edges(builder, "*", steps=2).compile().invoke({"messages": [("human", "Hello")]})
+    assert is_marker(state["messages"][1].text)
+    assert len(looked) < 2000  # and not a hundred thousand
+
+
 def test_parallel_workers_of_a_send_are_merged(llm: ChatLatentMAS) -> None:
     class Topics(TypedDict, total=False):
         topics: list[str]
@@ -298,6 +356,15 @@ def test_one_of_several_receivers_that_needs_text_keeps_the_sender_speaking(llm:
 def test_edges_that_do_not_exist_are_refused(builder: StateGraph, edges: Any, match: str) -> None:
     with pytest.raises(InvalidEdge, match=match):
         switch_edges(builder, edges)
+
+
+def test_a_workflow_of_the_functional_api_is_told_what_to_do_instead() -> None:
+    @entrypoint()
+    def workflow(question: str) -> str:
+        return question
+
+    with pytest.raises(InvalidRequest, match=r"call the model with steps="):
+        switch_edges(workflow, "*")  # type: ignore[call-overload]
 
 
 def test_a_compiled_graph_is_refused(builder: StateGraph) -> None:

@@ -268,6 +268,20 @@ def test_one_shared_service_serves_all_nodes(monkeypatch: pytest.MonkeyPatch, se
     assert loaded == ["some/model"]
 
 
+@pytest.mark.parametrize("name", ["vllm:some/model", "vllm+http://127.0.0.1:1", "http://127.0.0.1:1"])
+def test_a_model_that_runs_elsewhere_is_given_no_device(
+    monkeypatch: pytest.MonkeyPatch, service32: LatentService, name: str
+) -> None:
+    loaded: list[dict[str, Any]] = []
+    monkeypatch.setenv("LATENTMAS_DEVICE", "cuda")  # of the models that run here
+    monkeypatch.setattr(shared, "_services", {})
+    monkeypatch.setattr(LatentService, "load", lambda _, **settings: (loaded.append(settings), service32)[1])
+    ChatLatentMAS(model=name, max_tokens=1).invoke("Hello")
+    assert loaded == [{} if name.startswith("http") else {"store": None}]
+    with pytest.raises(InvalidRequest, match="takes no device"):
+        ChatLatentMAS(model=name, max_tokens=1, device="cpu").invoke("Hello")
+
+
 def test_a_chat_model_says_how_its_model_is_loaded(monkeypatch: pytest.MonkeyPatch, service32: LatentService) -> None:
     loaded: list[tuple[str, Any, Any]] = []
 

@@ -95,9 +95,10 @@ def test_a_marker_cut_at_any_length_is_noticed() -> None:
     marker = str(marker_of())
     head = len("[latent planner 2")
     for length in range(head, len(marker)):
-        for cut in (marker[:length], f"Plan: {marker[:length]}", f"{marker[:length]}...", f"{marker[:length]}{marker}"):
+        cut = marker[:length]
+        for text in (cut, f"Plan: {cut}", f"{cut}...", f"{cut}{marker}", f"planner: {cut}\n\nHow many?"):
             with pytest.raises(TamperedReference, match="cut or edited"):
-                take_markers(cut)
+                take_markers(text)
     for length in range(head):  # nothing tells these from text
         assert take_markers(marker[:length]) == (marker[:length], [])
 

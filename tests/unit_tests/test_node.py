@@ -182,6 +182,37 @@ def test_words_before_the_question_are_not_read_twice(service32: LatentService) 
     assert "A plan." not in text_of(service32, spoke.response_metadata["latent_ref"])
 
 
+def test_pictures_beside_a_question_are_not_lost_where_others_spoke(service32: LatentService) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    asked = HumanMessage([{"type": "text", "text": "What is it?"}, picture], id="q")
+    said = AIMessage("A plan.", name="planner", id="p", response_metadata={"agent": "planner"})
+    node = LatentAgentNode("critic", "Check.", service=service32, max_tokens=2)
+    with pytest.raises(InvalidRequest, match="holds more than text"):
+        node.invoke({"messages": [asked, said], "latents": []}, {"configurable": {"edges": "text"}})
+
+
+@pytest.mark.parametrize("made", [None, 5, {"messages": [HumanMessage("Hi")]}, [5], [{"role": "human"}]], ids=repr)
+def test_a_prompt_that_gives_no_messages_is_refused(service32: LatentService, made: Any) -> None:
+    with pytest.raises(InvalidRequest, match="The prompt of agent 'a' must give messages"):
+        LatentAgentNode("a", lambda state: made, service=service32).invoke(ASKED)
+
+
+def test_a_prompt_may_give_a_text_or_one_message(service32: LatentService) -> None:
+    text, message = (
+        LatentAgentNode("a", lambda state, made=made: made, service=service32, steps=1).invoke(ASKED)
+        for made in ("Hi", HumanMessage("Hi"))
+    )
+    assert text == message
+
+
+def test_stop_may_be_one_string(service32: LatentService) -> None:
+    one, several = (
+        LatentAgentNode("a", "A.", service=service32, speak=True, max_tokens=8, stop=stop).invoke(ASKED)
+        for stop in ("zebra", ["zebra"])
+    )
+    assert one["messages"][0].text == several["messages"][0].text != ""
+
+
 @pytest.mark.parametrize("edges", ["latent", "text"])
 def test_reads_that_names_nobody_is_refused(service32: LatentService, edges: str) -> None:
     node = LatentAgentNode("judger", "Judge.", service=service32, speak=True, reads=["nobody"])

@@ -344,6 +344,33 @@ def test_a_template_that_refuses_is_quoted(fresh_service: Fresh) -> None:
         service.think(PROMPT)
 
 
+GEMMA_LIKE = (
+    "{% if messages[0]['role'] == 'system' %}{% set told = messages[0]['content'] %}{% set rest = messages[1:] %}"
+    "{% else %}{% set told = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}<{{ m['role'] }}>{{ told if loop.first else '' }} {{ m['content'] }}{% endfor %}<model>"
+)
+QUERY = (
+    "{% if messages | selectattr('role', 'equalto', 'user') | list == [] %}{{ raise_exception('No query') }}{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<model>"
+)
+
+
+@pytest.mark.parametrize("template", [GEMMA_LIKE, QUERY], ids=["puts it into the user's turn", "wants a query"])
+def test_an_agent_without_a_question_keeps_its_role_under_any_template(fresh_service: Fresh, template: str) -> None:
+    """What else it reads is a memory: a message that was a marker and nothing else is taken out."""
+    service = fresh_service(chat_template=template)
+    read = service.model.tokenizer.decode(list(service.encode([("system", "You are a judger.")], "")))
+    assert "You are a judger." in read
+    both = [("system", "You are a judger."), ("human", "How many?")]
+    assert "How many?" in service.model.tokenizer.decode(list(service.encode(both, "")))
+
+
+def test_a_system_message_stands_alone_where_the_template_lets_it(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    read = service.model.tokenizer.decode(list(service.encode([("system", "You are a judger.")], "")))
+    assert "user" not in read
+
+
 @pytest.mark.parametrize("top_k", [0, -1, 385])
 def test_a_lens_reads_between_one_and_all_tokens(fresh_service: Fresh, top_k: int) -> None:
     service = fresh_service()

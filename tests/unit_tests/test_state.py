@@ -2,11 +2,14 @@ import json
 import subprocess
 import sys
 from copy import deepcopy
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from langchain_latentmas import LatentRef, LatentService, merge_latents
+from langchain_latentmas.errors import InvalidRequest
 from langchain_latentmas.state import ancestry, tips
 
 from ..support import FIELDS, messages
@@ -58,6 +61,12 @@ def test_merging_leaves_its_arguments_alone(left: list[LatentRef], right: list[L
     assert (left, right) == before
     assert merged is not left
     assert merged is not right
+
+
+@pytest.mark.parametrize("returned", [{"id": "lat_1", "agent": "a"}, "lat_1", ["lat_1"], [None], [{"agent": "a"}]])
+def test_what_is_no_list_of_references_is_refused(returned: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"takes a list of references, such as \[ref\]"):
+        merge_latents([], returned)
 
 
 def test_merging_takes_none_for_an_empty_state() -> None:
