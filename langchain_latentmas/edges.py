@@ -102,6 +102,9 @@ def switch_edges(
     run time `{"configurable": {"edges": "text"}}` runs every edge as text, and a mapping like
     `{"planner->critic": "text"}` single ones.
 
+    A node that calls its model in threads of its own, or in a graph that cannot be seen from the node, speaks there
+    (the latter the log says): hand threads the context (`contextvars.copy_context().run`), or take LangChain's `batch`.
+
     Switch last: edges that are added to the builder afterwards do not make a thinking node speak. LangGraph keeps what
     a node with a `CachePolicy` returned under the node's input alone, so one that ran latent is read as a marker in a
     text run too, and the other way round, until `graph.clear_cache()`. A node that is interrupted and resumed thinks

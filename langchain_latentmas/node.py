@@ -17,6 +17,7 @@ from .service import LatentService
 from .service.identity import checked_ref
 from .service.shared import shared_service
 from .state import LatentRef, ancestry, tips
+from .unread import held, key_of, mark, memory_of, not_yet_read
 
 Prompt = str | SystemMessage | Runnable[Any, Any] | Callable[[Any], Any] | Callable[[Any], Awaitable[Any]]
 
@@ -30,14 +31,17 @@ class _Plan(NamedTuple):
     leaves_text: bool
     """And no reference."""
     thinks: bool
+    conversation: Sequence[BaseMessage]
+    """All that was said before, if its prompt or the memories it reads hold it; else nothing."""
 
 
 class LatentAgentNode(Runnable[Any, dict[str, Any]]):
     """An agent of a latent graph.
 
     A thinking agent returns `{"latents": [ref]}`, a speaking one `{"messages": [AIMessage], "latents": [ref]}`. It
-    reads the memories of others through the references in the state's `latents`, and a text that stands in such a
-    memory is not read a second time from `messages`. Thinking reports its progress on `stream_mode="custom"` as
+    reads the memories of others through the references in the state's `latents`, and what stands in such a memory is
+    not read a second time from `messages`: what an agent said and, under a prompt of words, the conversation before
+    it, but for the last question. Thinking reports its progress on `stream_mode="custom"` as
     `{"agent", "step", "steps"}`; the tokens of speaking arrive on `stream_mode="messages"`.
 
     Run with `{"configurable": {"edges": "text"}}`, the same node speaks where it would think, and finds what others
@@ -45,6 +49,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
     prompt leaves it out and the node has not run since: a human may come in between two agents). A mapping such as
     `{"planner->critic": "text"}` does that to single nodes: the planner speaks and leaves no reference, and whoever
     reads it reads its text, beside the memories of others.
+
+    A `CachePolicy` of LangGraph knows the node's input and nothing of `edges`: what a latent run cached, a text run
+    gets as it is, and so no text. Clear the cache between such runs (`graph.clear_cache()`), or cache no agents.
 
     Example:
         ```python
@@ -176,16 +183,24 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         messages = self._messages(made)
         leaves_text = runs_as_text(config, str(self.name), *node_path(config)[-1:])
         known = [] if runs_as_text(config) else list(_field(state, "latents") or [])
+        conversation: Sequence[BaseMessage] = _field(state, "messages") or []
         try:
-            latents, notes = self._read(known, _field(state, "messages") or [], messages)
-            read = ancestry(latents, known) if any(map(_memory_of, messages)) else set()
+            latents, notes = self._read(known, conversation, messages)
+            read = ancestry(latents, known) if any(map(memory_of, messages)) else set()
         except (TypeError, KeyError):  # a checkpoint may be written by others; looking through a long one takes time
             for ref in known:
                 checked_ref(ref)
             raise
-        unread = [m for m in messages if _memory_of(m) not in read] if read else messages
+        # A prompt of words shows all that was said. What others show is their own choice.
+        whole = isinstance(self.prompt, (str, SystemMessage))
+        if whole:
+            known_already = held(conversation, read)
+            messages = [message for message in messages if key_of(message) not in known_already]
+        else:
+            messages = [message for message in messages if memory_of(message) not in read]
         thinks = not self.speak and not leaves_text
-        return _Plan(service, _with_notes(unread, notes), latents, leaves_text, thinks)
+        shown = conversation if whole and not leaves_text else ()
+        return _Plan(service, _with_notes(messages, notes), latents, leaves_text, thinks, shown)
 
     def _messages(self, made: Any) -> list[BaseMessage]:
         """What the prompt made, as messages."""
@@ -224,14 +239,14 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             (i, message)
             for i, message in enumerate(messages)
             if isinstance(message, AIMessage) and message.response_metadata.get("agent")
-            if _memory_of(message) not in ids
+            if memory_of(message) not in ids
         ]
         own = [ref for ref in known if ref["agent"] == self.name]
         asked = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=-1)
         # What it has thought about it does not read again; only its own words tell, where it left no memory.
         read = asked if own else max((i for i, message in said if message.name == self.name), default=-1)
-        there = {_key(message) for message in shown}
-        new = [message for i, message in said if i > asked or (i > read and _key(message) not in there)]
+        there = {key_of(message) for message in shown}
+        new = [message for i, message in said if i > asked or (i > read and key_of(message) not in there)]
         if self.reads is None:
             return sorted(tips(known), key=lambda ref: ref["agent"]), new
         # One pass over the references of the state, of which there may be thousands.
@@ -246,11 +261,11 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 last = next((message for _, message in reversed(said) if message.name == agent), None)
                 if last is None:
                     raise self._nobody(agent, sorted({ref["agent"] for ref in known} | {str(m.name) for _, m in said}))
-                theirs = [] if _key(last) in there else [last]
+                theirs = [] if key_of(last) in there else [last]
             notes += theirs
         # Those of a loop that descend from each other count once: the service reads tips only.
         if own:
-            left = _new(left, own, known)
+            left = not_yet_read(left, own, known)
         return [ref for agent in self.reads for ref in left[agent]], notes
 
     def _nobody(self, agent: str, known: list[str]) -> InvalidRequest:
@@ -293,30 +308,11 @@ def _loses_latents(state: Any, config: RunnableConfig) -> bool:
     return has(f"branch:to:{node_path(config)[-1]}") and not has("latents")
 
 
-def _new(
-    left: Mapping[str, list[LatentRef]], own: Sequence[LatentRef], known: Sequence[LatentRef]
-) -> dict[str, list[LatentRef]]:
-    """Those of each agent's memories that a reader has not read yet; if there are none, those that it read last.
-
-    So on a thread with several turns it reads what was thought in this one. All that some workers of one name thought
-    side by side is new together.
-
-    Args:
-        left: The memories by agent.
-        own: The reader's own, in order.
-        known: All of the state.
-    """
-    before = ancestry(own, known)
-    new = {agent: [ref for ref in refs if ref["id"] not in before] for agent, refs in left.items()}
-    if all(new.values()):
-        return new
-    last = ancestry(own[-1:], known)
-    return {agent: new[agent] or [ref for ref in refs if ref["id"] in last] or refs for agent, refs in left.items()}
-
-
 def _said(message: AIMessage, plan: _Plan) -> dict[str, Any]:
     if plan.leaves_text:
         return {"messages": [message]}
+    if plan.conversation:
+        mark(message, plan.conversation)
     return {"messages": [message], "latents": [message.response_metadata["latent_ref"]]}
 
 
@@ -325,23 +321,12 @@ def _field(state: Any, name: str) -> Any:
     return state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
 
 
-def _memory_of(message: BaseMessage) -> str | None:
-    """Id of the memory in which the text of a message stands."""
-    ref: Mapping[str, Any] = message.response_metadata.get("latent_ref") or {}
-    return ref.get("id")
-
-
-def _key(message: BaseMessage) -> str | int:
-    """What tells a message from others; the reducer of LangGraph gives each an id."""
-    return message.id or id(message)
-
-
 def _with_notes(messages: list[BaseMessage], notes: Sequence[AIMessage]) -> list[BaseMessage]:
     """Puts what others said at the head of the last human message; chat templates may want roles to alternate."""
     if not notes:
         return messages
-    noted = {_key(note) for note in notes}
-    messages = [message for message in messages if _key(message) not in noted]
+    noted = {key_of(note) for note in notes}
+    messages = [message for message in messages if key_of(message) not in noted]
     text = "\n\n".join(f"{note.name}: {note.text}" for note in notes)
     at = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=None)
     if at is None:

@@ -12,6 +12,7 @@ from langchain_latentmas import ChatLatentMAS, LatentRef, merge_latents
 from langchain_latentmas.errors import InvalidRequest
 from langchain_latentmas.modes import runs_as_text
 from langchain_latentmas.state import ancestry, tips
+from langchain_latentmas.unread import held, key_of, mark, memory_of, not_yet_read
 
 
 class LatentAgentState(AgentState[Any]):
@@ -24,7 +25,8 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
     """Lets an agent of `create_agent` take part in a latent graph.
 
     The agent's `ChatLatentMAS` reads the memories that other agents left in the state's `latents`, and every message
-    it makes leaves its own there. What stands in a memory that is read is not read a second time from the messages.
+    it makes, but for those that call tools, leaves its own there. What stands in a memory that is read is not read a
+    second time from the messages.
     Run with `{"configurable": {"edges": "text"}}`, the agent reads messages alone, speaks, and leaves nothing; with
     `{"planner->judger": "text"}` there, the agent called planner speaks and leaves nothing.
 
@@ -44,8 +46,8 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
             agent: Its name in references, and in `reads` of others.
             steps: Latent steps that it takes instead of speaking, its message is a marker; None lets it speak. An agent
                 that thinks can have no tools, since calling one is speaking.
-            reads: Agents whose memories it reads, in the order in which they are merged; None reads every tip that
-                another agent left, by name.
+            reads: Agents whose memories it reads, in the order in which they are merged: those it has not read yet, or
+                if there are none, those it read last. None reads every tip that another agent left, by name.
         """
         super().__init__()
         self.agent, self.steps, self.reads = agent, steps, reads
@@ -58,13 +60,13 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
         Raises:
             InvalidRequest: If the agent's model is no `ChatLatentMAS`, or `reads` names somebody who left nothing.
         """
-        return self._recorded(handler(self._reading(request)))
+        return self._recorded(handler(self._reading(request)), request.messages)
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ExtendedModelResponse[Any]:
         """Like `wrap_model_call`, for async runs."""
-        return self._recorded(await handler(self._reading(request)))
+        return self._recorded(await handler(self._reading(request)), request.messages)
 
     def _reading(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         if not isinstance(request.model, ChatLatentMAS):
@@ -77,41 +79,46 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
             return request.override(model_settings=settings)
         known: list[LatentRef] = list(request.state.get("latents") or [])  # type: ignore[call-overload]
         said = {message.response_metadata.get("agent") for message in request.messages}
-        latents = self._chosen([ref for ref in known if ref["agent"] != self.agent], said)
-        read = ancestry(latents, known)
-        messages = [message for message in request.messages if not _left_out(message, read, known)]
+        latents = self._chosen(known, said)
+        there = held(request.messages, ancestry(latents, known)) | _thoughts(request.messages, known)
+        messages = [message for message in request.messages if key_of(message) not in there]
         return request.override(messages=messages, model_settings={**settings, "latents": latents})
 
-    def _chosen(self, others: list[LatentRef], said: set[str | None]) -> list[LatentRef]:
+    def _chosen(self, known: list[LatentRef], said: set[str | None]) -> list[LatentRef]:
+        others = [ref for ref in known if ref["agent"] != self.agent]
         if self.reads is None:
             return sorted(tips(others), key=lambda ref: ref["agent"])
+        left = {agent: [ref for ref in others if ref["agent"] == agent] for agent in self.reads}
+        if own := [ref for ref in known if ref["agent"] == self.agent]:
+            left = not_yet_read(left, own, known)
         chosen = []
-        for agent in self.reads:
-            theirs = tips(ref for ref in others if ref["agent"] == agent)
+        for agent, theirs in left.items():
             if not theirs and agent not in said:
                 there = ", ".join(sorted({ref["agent"] for ref in others})) or "nobody yet"
                 raise InvalidRequest(
                     f"Agent {self.agent!r} reads {agent!r}, who left nothing in the state (there: {there}). "
                     "Correct reads=..., or let it run first."
                 )
-            chosen += theirs
+            chosen += tips(theirs)
         return chosen
 
-    def _recorded(self, response: ModelResponse[Any]) -> ExtendedModelResponse[Any]:
-        made = [message for message in response.result if isinstance(message, AIMessage)]
-        refs = [
-            message.response_metadata["latent_ref"] for message in made if "latent_ref" in message.response_metadata
+    def _recorded(self, response: ModelResponse[Any], before: Sequence[AnyMessage]) -> ExtendedModelResponse[Any]:
+        # What calls tools is not for others to read: the memory of what is said after all calls holds it, and them.
+        made = [
+            message
+            for message in response.result
+            if isinstance(message, AIMessage) and "latent_ref" in message.response_metadata and not message.tool_calls
         ]
-        if not refs or runs_as_text(ensure_config(), self.agent):
+        if not made or runs_as_text(ensure_config(), self.agent):
             return ExtendedModelResponse(response)
+        for message in made:
+            mark(message, before)
+        refs = [message.response_metadata["latent_ref"] for message in made]
         return ExtendedModelResponse(response, Command(update={"latents": refs}))
 
 
-def _left_out(message: AnyMessage, read: set[str], known: list[LatentRef]) -> bool:
-    """Whether a memory that is read holds this message, or it is the marker of one that `reads` leaves out.
-
-    A message that calls tools stays beside their answers.
-    """
-    made = (message.response_metadata.get("latent_ref") or {}).get("id")
-    thought = message.text.startswith("[latent ") and any(ref["id"] == made for ref in known)
-    return (made in read or thought) and not getattr(message, "tool_calls", None)
+def _thoughts(messages: Sequence[AnyMessage], known: list[LatentRef]) -> set[str | int]:
+    """Keys of markers whose references are in the state: what `reads` leaves out is not read from the messages."""
+    ids = {ref["id"] for ref in known}
+    thoughts = (message for message in messages if message.text.startswith("[latent "))
+    return {key_of(message) for message in thoughts if memory_of(message) in ids}

@@ -97,7 +97,14 @@ def test_an_agent_with_tools_reads_memories_and_keeps_its_calls(
     assert out["messages"][2].text == "5"
     assert out["messages"][-1].text == "It is 5."
     assert [steps_read(message) for message in out["messages"] if message.type == "ai"] == [4, 4]
-    assert [ref["agent"] for ref in out["latents"]] == ["planner", "solver", "solver"]
+    assert [ref["agent"] for ref in out["latents"]] == ["planner", "solver"]  # and not one for each call
+    judger = create_agent(llm, middleware=[LatentMiddleware("judger")])
+    turns = iter(["Five."])
+    judged = judger.invoke(out)["latents"][-1]
+    prompt = service.memory(judged).segments[-1].prompt_ids
+    read = service.model.tokenizer.decode(list(prompt))  # type: ignore[attr-defined]
+    assert "tool" not in read  # the calls and their answers stand in the memory of what was said after them
+    assert len(prompt) < len(service.memory(out["latents"][-1]).segments[-1].prompt_ids)
 
 
 def test_an_agent_that_thinks_can_have_no_tools(llm: ChatLatentMAS) -> None:

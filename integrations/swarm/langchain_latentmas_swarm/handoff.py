@@ -3,13 +3,15 @@
 from typing import Annotated, Any, NotRequired
 
 from langchain.tools import BaseTool, InjectedToolCallId, tool
-from langchain_core.messages import ToolMessage
+from langchain_core.messages import AIMessage, ToolMessage
+from langchain_core.runnables.config import ensure_config
 from langgraph.prebuilt import InjectedState
 from langgraph.types import Command
 from langgraph_swarm import SwarmState, create_handoff_tool
 from langgraph_swarm.handoff import METADATA_KEY_HANDOFF_DESTINATION
 
 from langchain_latentmas import LatentRef, merge_latents
+from langchain_latentmas.modes import runs_as_text
 
 
 class LatentSwarmState(SwarmState):
@@ -37,10 +39,13 @@ def create_latent_handoff_tool(*, agent_name: str, name: str | None = None, desc
     @tool(stock.name, description=stock.description)
     def handoff(state: Annotated[Any, InjectedState], tool_call_id: Annotated[str, InjectedToolCallId]) -> Command[Any]:
         done = ToolMessage(f"Successfully transferred to {agent_name}", name=stock.name, tool_call_id=tool_call_id)
+        *_, calling = (message for message in state["messages"] if isinstance(message, AIMessage))
+        said = calling.response_metadata  # a call of other tools leaves no memory, but nothing is said after this one
+        ends = "latent_ref" in said and not runs_as_text(ensure_config(), said.get("agent") or "")
         update = {
             "messages": [*state["messages"], done],
             "active_agent": agent_name,
-            "latents": state.get("latents") or [],
+            "latents": merge_latents(state.get("latents"), [said["latent_ref"]] if ends else []),
         }
         return Command(goto=agent_name, graph=Command.PARENT, update=update)
 

@@ -1,0 +1,85 @@
+"""What an agent has not read yet: of the memories of others, and of a conversation that such memories hold."""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
+
+from .state import LatentRef, ancestry
+
+READ = "latent_read"
+"""In `response_metadata` of what an agent said: a digest of all messages before it, where its memory holds them."""
+
+
+def memory_of(message: BaseMessage) -> str | None:
+    """Id of the memory in which the text of a message stands."""
+    ref: Mapping[str, Any] = message.response_metadata.get("latent_ref") or {}
+    return ref.get("id")
+
+
+def key_of(message: BaseMessage) -> str | int:
+    """What tells a message from others; the reducer of LangGraph gives each an id."""
+    return message.id or id(message)
+
+
+def mark(message: AIMessage, before: Sequence[BaseMessage]) -> None:
+    """Notes in a message that was spoken in a conversation what its memory holds.
+
+    Args:
+        message: What was said.
+        before: All messages of the conversation before it: each was in its prompt, or in a memory that was read.
+    """
+    message.response_metadata[READ] = _digest(before)
+
+
+def held(messages: Sequence[BaseMessage], read: Collection[str]) -> set[str | int]:
+    """Keys of messages that memories hold; but for the last question, which every agent is asked itself.
+
+    What calls tools stays beside the answers of these: templates want both or none.
+
+    A conversation that was cut, or edited, since then is another one: of that, only what agents said is held.
+
+    Args:
+        messages: The conversation.
+        read: Ids of the memories that are read, and of all that they descend from.
+    """
+    if not read:
+        return set()
+    found = {key_of(message) for message in messages if memory_of(message) in read}
+    said = (i for i in reversed(range(len(messages))) if READ in messages[i].response_metadata)
+    last = next((i for i in said if memory_of(messages[i]) in read), None)
+    if last is not None and messages[last].response_metadata[READ] == _digest(messages[:last]):
+        found |= {key_of(message) for message in messages[:last]}
+    answered = {m.tool_call_id for m in messages if isinstance(m, ToolMessage) and key_of(m) not in found}
+    asked = next((message for message in reversed(messages) if isinstance(message, HumanMessage)), None)
+    stay: list[BaseMessage] = [] if asked is None else [asked]
+    stay += [m for m in messages if isinstance(m, AIMessage) and any(call["id"] in answered for call in m.tool_calls)]
+    return found - {key_of(message) for message in stay}
+
+
+def not_yet_read(
+    left: Mapping[str, list[LatentRef]], own: Sequence[LatentRef], known: Sequence[LatentRef]
+) -> dict[str, list[LatentRef]]:
+    """Those of each agent's memories that a reader has not read yet; if there are none, those that it read last.
+
+    So on a thread with several turns it reads what was thought in this one. All that some workers of one name thought
+    side by side is new together.
+
+    Args:
+        left: The memories by agent.
+        own: The reader's own, in order.
+        known: All of the state.
+    """
+    before = ancestry(own, known)
+    new = {agent: [ref for ref in refs if ref["id"] not in before] for agent, refs in left.items()}
+    if all(new.values()):
+        return new
+    last = ancestry(own[-1:], known)
+    return {agent: new[agent] or [ref for ref in refs if ref["id"] in last] or refs for agent, refs in left.items()}
+
+
+def _digest(messages: Sequence[BaseMessage]) -> str:
+    parts = [[message.type, message.content, getattr(message, "tool_calls", None)] for message in messages]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
