@@ -19,15 +19,31 @@ HARNESS = Path(harness.__file__)
 MATH_SECONDS = 15.0
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TAIL = 2000  # characters at the end of a text in which an answer is looked for that no \boxed{} marks
-NUMBER = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d/^])"
-MARKED_NUMBER = re.compile(rf"(?:####|answer(?:\s+is)?\s*:?)\s*[*_$€£\s]*({NUMBER})", re.IGNORECASE)
+NUMBER = r"[+-]?(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+|\d+)(?:\.\d+)?(?:e[+-]?\d{1,3}(?![\w.]))?"
+_COMMAND = r"\\(?!text|math|mbox)[a-z]+"
+_VARIABLE = r"(?:[a-z]|[abcxyz]+)(?![a-z'’])"
+_OPERAND = rf"[-+({{]*(?:\.?\d|√|{_COMMAND}|(?![ai][ \t]){_VARIABLE})"
+# A number with the mathematics behind it: in "12\sqrt{3} cm" and "18 - 2" all of it, in "18 - it was 20" the 18 alone.
+EXPRESSION = rf"""
+    (?: {NUMBER} | [+-]?\\(?:[dt]?frac|sqrt|pi)(?![a-z]) )
+    (?:
+        (?: [ \t]*+[-+/^=×·÷±√][ \t]*+ | [ \t]++[*x][ \t]++ | \*\*? | : )(?={_OPERAND})
+        | [ \t]*+(?: {_COMMAND} | (?:sqrt|pi)(?![a-z]) )[ \t]*+
+        | [({{](?={_OPERAND})
+        | [)}}]
+        | \.?\d
+        | [ \t]++\d+/\d
+        | (?<![a-z]){_VARIABLE}
+    )*+
+"""
+MARKED = re.compile(rf"(?:\#\#\#\#|answer(?:\s++is)?+\s*+:?+)[*_$€£\s]*+({EXPRESSION})", re.IGNORECASE | re.VERBOSE)
 
 
 def number(text: str, answer: str) -> bool:
     r"""Whether a text's final number is the right one, however it is written (math-verify).
 
-    The final number is the last \boxed{...}; where there is none, the number behind the last "####" or "answer is";
-    else what math-verify takes for it, as a rule the last one.
+    The final number is the last \boxed{...}; where there is none, the number behind the last "####" or "answer is",
+    with the mathematics that goes on from it; else what math-verify takes for it, as a rule the last one.
 
     Args:
         text: What the agent said.
@@ -39,7 +55,7 @@ def number(text: str, answer: str) -> bool:
     """
     said = boxed(text)
     if said is None:
-        said = (MARKED_NUMBER.findall(text[-TAIL:]) or [None])[-1]
+        said = _marked(text[-TAIL:])
     if said is not None and (ours := _plain_number(said)) is not None and (theirs := _plain_number(answer)) is not None:
         return ours == theirs
     return Mathematics.shared().equal(text[-TAIL:] if said is None else f"\\boxed{{{said}}}", f"\\boxed{{{answer}}}")
@@ -211,10 +227,21 @@ for line in sys.stdin:
 """
 
 
+def _marked(text: str) -> str | None:
+    """The expression behind the last mark, as LaTeX; None where there is none."""
+    found = MARKED.findall(text)
+    if not found:
+        return None
+    said = re.sub(r"\s+[x×]\s+", r" \\times ", found[-1]).replace("**", "^").replace("√", "\\sqrt ")
+    balanced = said.count("(") == said.count(")") and said.count("{") == said.count("}")
+    return said if balanced else said.rstrip(")}")
+
+
 def _plain_number(text: str) -> Fraction | None:
-    """A number without any mathematics to it: `1,234.50`, `$18`, `-3/4`."""
-    bare = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip().strip("$").replace("\\$", "").replace("\\,", "").strip())
-    return Fraction(bare) if re.fullmatch(r"[+-]?\d{1,50}(\.\d{1,50})?", bare) else None
+    """A number without any mathematics to it: `1,234.50`, `$18`, `1.5e3`."""
+    bare = text.strip().strip("$").replace("\\$", "").replace("\\,", "").replace("{,}", ",").strip()
+    bare = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", bare)
+    return Fraction(bare) if re.fullmatch(r"[+-]?\d{1,50}(\.\d{1,50})?([eE][+-]?\d{1,3})?", bare) else None
 
 
 def _choice(said: str, letters: str, options: Sequence[str]) -> str | None:
