@@ -19,7 +19,7 @@ HARNESS = Path(harness.__file__)
 MATH_SECONDS = 15.0
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TAIL = 2000  # characters at the end of a text in which an answer is looked for that no \boxed{} marks
-NUMBER = r"[+-]?(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+|\d+)(?:\.\d+)?(?:e[+-]?\d{1,3}(?![\w.]))?"
+NUMBER = r"[+-]?(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+|\d+)(?:\.\d+)?"
 _COMMAND = r"\\(?!text|math|mbox)[a-z]+"
 _VARIABLE = r"(?:[a-z]|[abcxyz]+)(?![a-z'’])"
 _OPERAND = rf"[-+({{]*(?:\.?\d|√|{_COMMAND}|(?![ai][ \t]){_VARIABLE})"
@@ -37,6 +37,16 @@ EXPRESSION = rf"""
     )*+
 """
 MARKED = re.compile(rf"(?:\#\#\#\#|answer(?:\s++is)?+\s*+:?+)[*_$€£\s]*+({EXPRESSION})", re.IGNORECASE | re.VERBOSE)
+_MARKUP = r"[*_(\[$\s]*+"
+# A letter alone: no part of a word, no article or pronoun ("A beta blocker", "I think"), and not ruled out behind it.
+_CHOSEN = r"""(?x:
+    (?![A-Za-z'’])
+    (?! (?<=[AI])[ \t]++(?!(?:is|because|since|as|and|but|not|or|due|which|if|in|by|for|from|with)\b)[a-z] )
+    (?! [*_)\]]*+\s++(?:
+        (?:is|was)(?: n['’]t | (?:\s++(?:\w+ly|also))*+\s++(?:not|incorrect|wrong|false|out|ruled\s++out) )
+        | can(?: not | ['’]t | \s++be\s++(?:ruled\s++out|excluded|eliminated) )
+    )\b )
+)"""
 
 
 def number(text: str, answer: str) -> bool:
@@ -80,14 +90,16 @@ def chosen(text: str, options: Sequence[str] = ()) -> str | None:
     letters = LETTERS[: len(options) or 26]
     if (said := boxed(text)) is not None:
         return _choice(said, letters, options)
-    tail, one = text[-TAIL:].strip(), rf"[*_(\[$\s]*([{letters}])(?![A-Za-z'’])"
+    tail, one = text[-TAIL:].strip(), rf"(?<![A-Za-z])([{letters}]){_CHOSEN}"
+    asked = r"(?:answer|(?:correct|right|best)\s++(?:option|choice))[*_]*+(?:\s++(?:is|(?:must|would)\s++be))?+\s*+:?+"
     for pattern in (
-        rf"(?i:(?:answer|(?:correct|right|best)\s+(?:option|choice))(?:\s+is|\s+would\s+be)?\s*:?)\s*(?i:option\s*)?{one}",
-        rf"(?m:^)[*_(\[]*([{letters}])[*_)\]]*[.:)]?(?m:$)",
-        rf"(?i:option|choice){one}",
+        rf"(?i:{asked}{_MARKUP}(?:not\s++(?:option\s++)?\w\W++but\s++)?+(?:option{_MARKUP})?+){one}",
+        rf"(?m:^)[*_(\[]*+([{letters}])[*_)\]]*+[.:]?+[ \t]*+(?m:$)",
+        rf"(?i:(?:option|choice|(?:must|should|has\s++to)\s++be){_MARKUP}){one}"
+        rf"|{one}[*_)\]]*+\s++is\s++(?:the\s++)?+(?:right|correct|answer)",
     ):
-        if found := re.findall(pattern, tail):
-            return str(found[-1])
+        if found := list(re.finditer(pattern, tail)):
+            return str(found[-1][found[-1].lastindex or 0])
     said = re.split(r"(?i:answer\s+is:?|answer:)", tail)[-1]
     return _choice(said, letters, options) or _choice(tail.splitlines()[-1] if tail else "", letters, options)
 
@@ -245,12 +257,15 @@ def _plain_number(text: str) -> Fraction | None:
 
 
 def _choice(said: str, letters: str, options: Sequence[str]) -> str | None:
-    """The letter that a short text names: by its option, or by itself, or in front of its option."""
+    """The letter that a short text names: by itself, or by its option, or in front of its option."""
     bare = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", said).strip(" \n\t*_$.")
+    one = rf"(?:(?i:option|choice)\s*+)?+[(\[]?([{letters}{letters.lower()}])"
+    if found := re.fullmatch(rf"{one}[)\].:]?", bare):
+        return found[1].upper()
     named = [letters[i] for i, option in enumerate(options) if _words(option) == _words(bare)]
     if len(named) == 1:
         return named[0]
-    found = re.match(rf"[(\[]?([{letters}{letters.lower()}])(?:[)\].:]|\s*$)", bare)
+    found = re.match(rf"{one}[)\].:]", bare)
     return found[1].upper() if found else None
 
 

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,17 @@ from hypothesis import strategies as st
 
 from langchain_latentmas.errors import GraderFailed
 from langchain_latentmas.evaluation.boxed import boxed
-from langchain_latentmas.evaluation.graders import Checks, Mathematics, chosen, code, exact, letter, number
+from langchain_latentmas.evaluation.graders import (
+    MARKED,
+    TAIL,
+    Checks,
+    Mathematics,
+    chosen,
+    code,
+    exact,
+    letter,
+    number,
+)
 
 DATA = Path(__file__).parent.parent / "data" / "benchmarks"
 
@@ -244,6 +255,19 @@ def test_an_answer_without_an_expression_is_a_failed_grader() -> None:
         ("beta  blocker.", "B"),
         ("The answer is: Beta blocker", "B"),
         ("C. difficile", "D"),
+        ("Option B is incorrect. It must be C.", "C"),
+        ("Option B is clearly not it. Option (C) can be excluded. Option D it is.", "D"),
+        ("**Option C** isn't right, so **B** is the answer.", "B"),
+        ("The answer is not A but C.", "C"),
+        ("The answer isn't A.", None),
+        ("**Answer**: Option B", "B"),
+        ("The answer is **Option B**.", "B"),
+        ("Answer: A, of course", "A"),
+        ("The answer is A because it thins blood.", "A"),
+        ("Answer: A beta blocker", None),
+        ("\\boxed{Option B}", "B"),
+        ("\\boxed{\\text{Option B}}", "B"),
+        ("\\boxed{option (b): Beta blocker}", "B"),
         ("Answer: Z", None),
         ("The answer is a matter of taste.", None),
         ("Can't say.", None),
@@ -254,6 +278,30 @@ def test_an_answer_without_an_expression_is_a_failed_grader() -> None:
 )
 def test_choices_are_read(text: str, choice: str | None) -> None:
     assert chosen(text, ["Aspirin", "Beta blocker", "Codeine", "C. difficile"]) == choice
+
+
+@pytest.mark.parametrize("text", ["\\boxed{B}", "The answer is B", "B", "(b)", "Option B", "A"])
+def test_a_letter_comes_before_an_option_of_the_same_name(text: str) -> None:
+    assert chosen(text, ["O", "A", "B", "AB"]) == text.strip("()}").upper()[-1]
+    assert chosen("\\boxed{AB}", ["O", "A", "B", "AB"]) == "D"
+
+
+def test_a_pronoun_is_no_choice() -> None:
+    assert chosen("Answer: I think B is right") == "B"
+    assert chosen("Answer: I cannot say") is None
+    assert chosen("Answer: I") == "I"
+
+
+@pytest.mark.parametrize(
+    "mark", ["answer", "answer is", "the correct option", "option", "answer is not A but", "####", "\\boxed"]
+)
+@pytest.mark.parametrize("blank", [" ", "\n", " *", "_"])
+def test_long_runs_of_blanks_take_no_time(mark: str, blank: str) -> None:
+    begun = time.process_time()
+    for said in (mark + blank * 100_000, mark + blank * 900 + "." + blank * 900 + "Z"):
+        assert chosen(said, ["Yes", "No"]) is None
+        assert MARKED.findall(said[-TAIL:]) == []
+    assert time.process_time() - begun < 1
 
 
 @pytest.mark.parametrize(
