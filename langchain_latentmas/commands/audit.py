@@ -242,7 +242,7 @@ def _named_graph(path: str) -> Any:
 
 def _pairs(path: Path, n: int | None) -> list[tuple[Any, Any]]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The examples cannot be read: {error}") from error
     if n is not None and n > len(lines):

@@ -143,7 +143,7 @@ def jsonl_task(path: Path, grader: str) -> RowTask:
 
 def _lines(path: Path) -> list[Row]:
     try:
-        written = path.read_text(encoding="utf-8").splitlines()
+        written = path.read_text(encoding="utf-8").split("\n")  # JSON may hold what `str.splitlines` takes for more
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetNotFound(f"{path} cannot be read: {error}") from error
     rows: list[Row] = []
@@ -214,12 +214,14 @@ def _plain_options(options: Sequence[Any]) -> list[str]:
 
 def _letter_of(answer: Any, options: Sequence[str]) -> str:
     """The letter of an answer that is a letter, or the text of one option."""
-    said = str(answer).strip()
+    said = "" if answer is None else str(answer).strip()
+    if not said:
+        raise ValueError("it has no answer")
     if said in options:
         return LETTERS[options.index(said)]
     if (letter := said.strip("().").upper()) in tuple(LETTERS[: len(options)]):
         return letter
-    raise ValueError(f"the answer {said!r} is none of its options" if said else "it has no answer")
+    raise ValueError(f"the answer {said!r} is none of its options")
 
 
 def _first(row: Row, *names: str) -> str:
@@ -241,8 +243,8 @@ def _local_choice(row: Row) -> tuple[str, str]:
     options = _plain_options(list(given.values()) if isinstance(given, dict) else given)
     text = _first(row, "question", "problem", "query", "prompt")
     if not options:
-        return text, _letter_of(row.get("answer") or "", "." * 26)
-    return _with_options(text, options), _letter_of(row.get("answer") or "", options)
+        return text, _letter_of(row.get("answer"), list(LETTERS))
+    return _with_options(text, options), _letter_of(row.get("answer"), options)
 
 
 def _local_code(row: Row) -> tuple[str, str]:

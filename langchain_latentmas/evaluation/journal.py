@@ -28,7 +28,8 @@ class Journal:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.read_text(encoding="utf-8") if path.exists() else ""
-        known = [line for line in map(_read, written.splitlines()) if line is not None]
+        # At newlines alone: `str.splitlines` knows more of them, and `add` leaves some in the strings of a line.
+        known = [line for line in map(_read, written.split("\n")) if line is not None]
         head = json.loads(json.dumps(head))
         if written and not known:
             raise InvalidRequest(f"{path} is there already and no journal of answers; take another file.")

@@ -19,6 +19,7 @@ from langgraph.types import CachePolicy
 
 from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, LatentState, audit, switch_edges
 from langchain_latentmas.auditing import aaudit
+from langchain_latentmas.commands.audit import _pairs
 from langchain_latentmas.errors import (
     EdgeNotCrossed,
     GraderFailed,
@@ -398,3 +399,9 @@ def test_length_classes_hold_all_with_neighbours_of_like_length() -> None:
             assert len(group) > 1
             ordered = sorted(lengths[i] for i in group)
             assert all(b <= 2 * a for a, b in pairwise(ordered))
+
+
+def test_a_line_of_examples_ends_at_a_newline_only(tmp_path: Path) -> None:
+    path, asked = tmp_path / "examples.jsonl", "1\u2028\u2029\x85"
+    path.write_text(json.dumps({"input": asked, "answer": "1"}, ensure_ascii=False) + "\r\n\n", encoding="utf-8")
+    assert _pairs(path, 1) == [({"messages": [("human", asked)]}, "1")]

@@ -230,18 +230,25 @@ def test_own_numbers(write: Callable[..., str]) -> None:
     ]
 
 
+def test_a_line_of_json_ends_at_a_newline_only(tmp_path: Path) -> None:
+    path, answer = tmp_path / "own.jsonl", "1\u2028\u2029\x85"
+    path.write_bytes(
+        b"\r\n".join(json.dumps({"question": answer, "answer": i}, ensure_ascii=False).encode() for i in "ab")
+    )
+    assert [(q.text, q.answer) for q in task_named(str(path), "exact").questions()] == [(answer, "a"), (answer, "b")]
+
+
 def test_own_options(write: Callable[..., str]) -> None:
     rows = [
         {"question": "Where?", "options": ["here", "there"], "answer": "there"},
         {"question": "Where?", "choices": {"A": "here", "B": "there"}, "answer": "b"},
         {"question": "Where?", "options": ["A. here", "B. there"], "answer": "(B)"},
+        {"question": "Where?\nA. here\nB. there", "answer": "b."},
     ]
     for question in task_named(write(*rows), "letter").questions():
         assert (question.text, question.answer) == ("Where?\nA. here\nB. there", "B")
-    assert (
-        task_named(write({"question": "Where?\nA. here\nB. there", "answer": "B"}), "letter").questions()[0].answer
-        == "B"
-    )
+    row = {"question": "How many?", "options": [1, 0], "answer": 0}
+    assert task_named(write(row), "letter").questions()[0].answer == "B"
 
 
 def test_own_code_and_words(write: Callable[..., str]) -> None:
@@ -260,6 +267,9 @@ def test_own_code_and_words(write: Callable[..., str]) -> None:
         ({"answer": "2"}, "number", "own: row 1 .*question or problem"),
         ({"question": "?", "options": ["a", "b"], "answer": "c"}, "letter", "none of its options"),
         ({"question": "?", "options": ["a", "b"]}, "letter", "it has no answer"),
+        ({"question": "?", "options": ["a", ""], "answer": ""}, "letter", "it has no answer"),
+        ({"question": "?"}, "letter", "it has no answer"),
+        ({"question": "?", "answer": "."}, "letter", "none of its options"),
         ({"question": "?", "entry_point": "f"}, "code", "test"),
         ("{", "number", "line 1: this is no JSON"),
         ("[1]", "number", "line 1: this is no JSON object"),

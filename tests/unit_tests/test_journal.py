@@ -5,14 +5,16 @@ import pytest
 from langchain_latentmas.errors import InvalidRequest
 from langchain_latentmas.evaluation.journal import Journal
 
+TEXT = "zwölf\n\r\n\u2028\u2029\x85\x0b\x0c\x1c"  # with all that `str.splitlines` takes for the end of a line
+
 
 def test_lines_are_there_for_the_next_process(tmp_path: Path) -> None:
     path = tmp_path / "new" / "answers.jsonl"
     with Journal(path, {"seed": 1, "about": {"edge": ("a", "b")}}) as journal:
         assert journal.lines == []
-        journal.add({"i": 1, "text": "zwölf\n"})
+        journal.add({"i": 1, "text": TEXT})
     with Journal(path, {"seed": 1, "about": {"edge": ("a", "b")}}) as journal:
-        assert journal.lines == [{"i": 1, "text": "zwölf\n"}]
+        assert journal.lines == [{"i": 1, "text": TEXT}]
 
 
 @pytest.mark.parametrize("cut", [1, 5])
