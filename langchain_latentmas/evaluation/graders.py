@@ -48,6 +48,16 @@ _CHOSEN = r"""(?x:
     )\b )
 )"""
 
+# A function, a class, an import or a constant of a module, with the lines that are indented under it.
+DEFINITION = re.compile(
+    r"""
+    ^(?:@.*\n){0,9}+
+    (?: (?:async[ ]+)?(?:def|class)[ ]+\w | import[ ] | from[ ].*[ ]import[ ] | [A-Z_][A-Z\d_]*[ ]*=(?!=) )
+    .*(?:\n(?:[ \t)\]}].*)?(?=\n|\Z))*+
+    """,
+    re.MULTILINE | re.VERBOSE,
+)
+
 
 def number(text: str, answer: str) -> bool:
     r"""Whether a text's final number is the right one, however it is written (math-verify).
@@ -127,7 +137,7 @@ def code(text: str, tests: Checks, limits: sandbox.Limits | None = None) -> bool
     """Whether a text's program passes its tests; both run in sandboxes, apart from each other.
 
     Args:
-        text: What the agent said: its last fenced block that defines the function, else all of it.
+        text: What the agent said; see `program_of`.
         tests: The tests.
         limits: For each of the two.
 
@@ -147,12 +157,23 @@ def code(text: str, tests: Checks, limits: sandbox.Limits | None = None) -> bool
 
 
 def program_of(text: str, tests: Checks) -> str:
-    """The program in a text: its last fenced block that defines the function, else the text; the stub in front."""
+    """The program in a text: its last fenced block that defines the function, else the text; the stub in front.
+
+    Where that block uses what only other blocks define or import, their definitions and imports come along, but none
+    of their other statements: these may be examples, or a draft.
+    """
     blocks = re.findall(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     defines = re.compile(rf"^(?:async\s+)?def\s+{re.escape(tests.name)}\b|^{re.escape(tests.name)}\s*=", re.MULTILINE)
     whole = [block for block in [text, *blocks] if defines.search(block) and "```" not in block]
     if whole:
-        return f"{tests.stub}\n{whole[-1]}" if _compiles(tests.stub) else whole[-1]
+        program = [tests.stub if _compiles(tests.stub) else "", whole[-1]]
+        known = {name for source in program for part in DEFINITION.findall(source) for name in _defined(part)}
+        parts = [part for block in blocks if block != whole[-1] for part in DEFINITION.findall(block)]
+        helpers = [part for part in parts if not known & _defined(part)]
+        used = set(re.findall(r"(?<![.\w])[^\W\d]\w*", whole[-1]))
+        if any(used & _defined(part) for part in helpers):
+            program[1:1] = helpers
+        return "\n".join(program)
     return tests.stub + (blocks[-1] if blocks else text)
 
 
@@ -271,6 +292,15 @@ def _choice(said: str, letters: str, options: Sequence[str]) -> str | None:
 
 def _words(text: str) -> str:
     return " ".join(text.split()).strip(" .").casefold()
+
+
+def _defined(part: str) -> set[str]:
+    """The names that a `DEFINITION` gives; none for `from math import *`."""
+    head = re.sub(r"[()]|#.*", "", part) if re.match(r"from\b|import\b", part) else ""
+    if head:
+        names = re.split(r"\bimport\b", head, maxsplit=1)[1].split(",")
+        return {name.split()[-1].split(".")[0] for name in names if name.split()}
+    return set(re.findall(r"^(?:async +)?(?:def|class) +(\w+)|^(\w+) *=", part, re.MULTILINE)[0]) - {""}
 
 
 def _compiles(source: str) -> bool:

@@ -11,7 +11,7 @@ import itertools
 import pickle
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 BROKEN = 3
@@ -27,8 +27,32 @@ PLAIN = {
 """Types whose values may cross; unpickling makes no others, so that a value cannot do anything by itself."""
 
 
+VIEWS: dict[type[Iterable[Any]], tuple[str, Callable[[Any], Any]]] = {
+    type({}.keys()): ("keys", lambda items: dict.fromkeys(items).keys()),
+    type({}.values()): ("values", lambda items: dict(enumerate(items)).values()),
+    type({}.items()): ("items", lambda items: dict(items).items()),
+}
+"""What a dictionary shows of itself crosses as a list, and is made again."""
+
+
+class PlainPickler(pickle.Pickler):
+    """Turns what NumPy made into plain data, however deep in a value it is, and takes views of dictionaries along."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        """See `pickle.Pickler`."""
+        if type(obj).__module__ == "numpy":
+            return "value", obj.tolist()
+        if isinstance(obj, tuple(VIEWS)):
+            return next((kind, list(obj)) for view, (kind, _) in VIEWS.items() if isinstance(obj, view))
+        return None
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Makes values of plain types only."""
+
+    def persistent_load(self, pid: Any) -> Any:
+        """See `pickle.Unpickler`."""
+        return {"value": lambda value: value, **dict(VIEWS.values())}[pid[0]](pid[1])
 
     def find_class(self, module: str, name: str) -> Any:
         """See `pickle.Unpickler`."""
@@ -49,8 +73,10 @@ def serve(pipes: Sequence[int], code: str, name: str) -> None:
             if isinstance(value, Iterator):
                 answer = "iterator", list(itertools.islice(value, LONGEST))
             else:
-                answer = "value", value.tolist() if type(value).__module__ == "numpy" else value
-            made = pickle.dumps(answer)
+                answer = "value", value
+            pickled = io.BytesIO()
+            PlainPickler(pickled).dump(answer)
+            made = pickled.getvalue()
             PlainUnpickler(io.BytesIO(made)).load()
         except Exception as error:
             made = pickle.dumps(("raised", (type(error).__name__, str(error)[:1000])))
@@ -71,7 +97,12 @@ def check(pipes: Sequence[int], before: str, tests: str, name: str) -> None:
     def candidate(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        _send(pipes[1], pickle.dumps((args, kwargs)))
+        try:
+            asked = pickle.dumps((args, kwargs))
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            print(f"they call {name} with what cannot cross to it: {error}", file=sys.stderr)
+            sys.exit(BROKEN)
+        _send(pipes[1], asked)
         answer = _receive(pipes[0])
         if answer is None:
             raise AssertionError("the program ended before its tests did")
@@ -91,7 +122,7 @@ def check(pipes: Sequence[int], before: str, tests: str, name: str) -> None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(BROKEN)
     exec(compiled, module)
-    if (whole := module.get("check")) is not None:
+    if (whole := module.get("check")) not in (None, candidate):
         whole(candidate)
     if not calls:
         print(f"they never call {name}", file=sys.stderr)

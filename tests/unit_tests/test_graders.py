@@ -334,6 +334,22 @@ def test_programs_are_found_in_texts(text: str) -> None:
     assert code(text, SORT)
 
 
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        ["import math\ndef key(\n    x,\n) -> int:\n\n    return x // ONE\nprint(order([]))", "ONE = 1", "key=key"],
+        ["from math import (\n    sin,\n    cos as cosine,\n)", "key=lambda x: -cosine(x)"],
+        ["import functools\n@functools.cache\ndef key(x: List[int]):\n    return x", "key=lambda x: key(x)"],
+        ["key=helper\n\ndef sort(x): return None", "reverse=False", "def sort(x): return None\nraise ValueError"],
+        ["import nowhere\nKEY = nowhere.key", "key=None"],
+    ],
+)
+def test_definitions_of_other_blocks_come_along_where_they_are_used(blocks: list[str]) -> None:
+    blocks = [re.sub("^(key|reverse)=.*", r"def order(x): return sorted(x, \g<0>)", block) for block in blocks]
+    text = "".join(f"So:\n```python\n{block}\n```\n" for block in blocks)
+    assert code(text, SORT._replace(stub="from typing import List\n"))
+
+
 def test_what_crosses_from_a_program_to_its_tests_is_plain_data() -> None:
     tests = """
 import collections, decimal, math
@@ -359,9 +375,38 @@ def give(n):
     assert code(program, Checks("give", tests))
 
 
+def test_what_numpy_made_and_views_of_dictionaries_cross_from_anywhere_in_a_value() -> None:
+    tests = """
+mean, rest = give(0)
+assert type(mean) is float and rest == {'std': 0.5, 'all': [[1, 2]], 'ok': True, 'when': [(1, 2)]}
+assert give(1) == {'b', 'a'} and list(give(1)) == ['b', 'a']
+keys, values, items = give(2)
+assert keys == {'b', 'a'} and list(values) == [[1], 2] and sorted(items, key=str) == [('a', 2), ('b', [1])]
+"""
+    program = """
+import numpy as np
+def give(n):
+    d = {'b': [1], 'a': 2}
+    inner = {'std': np.std([1, 2]), 'all': [np.array([1, 2])], 'ok': np.bool_(True), 'when': [tuple(np.array([1, 2]))]}
+    return [(np.mean([1, 2]), inner), d.keys(), (d.keys(), d.values(), d.items())][n]
+"""
+    assert code(program, Checks("give", tests))
+
+
+@pytest.mark.parametrize("tests", ["assert check(2) == 4", "def check(candidate):\n    assert candidate(2) == 4"])
+def test_a_function_may_be_called_check(tests: str) -> None:
+    assert code("def check(x): return 2 * x", Checks("check", tests))
+    assert not code("def check(x): return x", Checks("check", tests))
+
+
 @pytest.mark.parametrize(
     ("tests", "why"),
-    [("assert order(", "SyntaxError"), ("x = 1", "never call order"), ("def test(): order(1)", "never call order")],
+    [
+        ("assert order(lambda: 1) == 1", "cannot cross"),
+        ("assert order(", "SyntaxError"),
+        ("x = 1", "never call order"),
+        ("def test(): order(1)", "never call order"),
+    ],
 )
 def test_broken_tests_are_a_failed_grader(tests: str, why: str) -> None:
     with pytest.raises(GraderFailed, match=why):
