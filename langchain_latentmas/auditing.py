@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,18 +12,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from langchain_core.load import dumps
+from langchain_core.messages import SystemMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 
-from .edges import SWITCHED, _Graph, _inner
+from .chat_model import ChatLatentMAS
+from .edges import SWITCHED, _Graph, _inner, _look
 from .errors import InvalidEdge, InvalidRequest
 from .evaluation.conditions import Grade, Progress, Questions
 from .evaluation.journal import Journal
+from .evaluation.machine import version_of
 from .evaluation.worth import CONDITIONS, Audit, EdgeWorth
 from .modes import Edge
-from .node import LatentAgentNode
+from .node import LatentAgentNode, _field
+from .service import LatentService
+from .service.shared import shared_service
 
 LEAST = 20  # examples; with fewer, McNemar's test can hardly find anything
 
@@ -89,8 +95,8 @@ def audit(
         journal: A file that gets every answer as a line of JSON. If it has some already, these are not asked for
             again; but the intact run is repeated where its memories are needed and gone.
         task: What to call it.
-        about: What the answers depend on beside the questions, in plain JSON, say the model; a journal with another
-            `about`, other examples or another seed is refused.
+        about: What else the answers depend on, in plain JSON, say the grader; a journal with another `about`, of
+            another graph or model, with other examples or another seed is refused.
         on_answer: Called with the name of the run, the answers so far, and how many there will be.
 
     Returns:
@@ -164,7 +170,8 @@ async def aaudit(
     _check_edges(graph, [] if isinstance(named, str) else named)
     compiled = graph.compile() if isinstance(graph, StateGraph) else graph.copy({"checkpointer": None, "cache": None})
     wanted = [name for name in CONDITIONS if name in {"intact", "swapped", *conditions}]
-    with Journal(journal, _head(examples, seed, about)) if journal else nullcontext() as opened:
+    head = journal_head(graph, examples, seed, about, context) if journal else {}
+    with Journal(journal, head) if journal else nullcontext() as opened:
         asked = Questions(compiled, examples, grade, seed, concurrency, config or {}, context, on_answer, opened)
         intact = await asked.intact()
         scopes = asked.scopes(named)
@@ -178,16 +185,68 @@ async def aaudit(
     return Audit.of(task, worths, seed=seed, level=level, about=about)
 
 
-def _head(examples: Sequence[Any], seed: int, about: Mapping[str, Any] | None) -> dict[str, Any]:
-    digest = hashlib.sha256("\n".join(map(dumps, examples)).encode()).hexdigest()
-    return {"journal": "audit", "examples": digest, "seed": seed, "about": dict(about or {})}
+def journal_head(
+    graph: StateGraph | Pregel,
+    examples: Sequence[Any],
+    seed: int,
+    about: Mapping[str, Any] | None = None,
+    context: Any = None,
+) -> dict[str, Any]:
+    """What the answers of an audit depend on, as far as it can be seen without running the graph.
+
+    What functions do is not among it, nodes and prompts that are functions included: who has their source names it in
+    `about`.
+
+    Returns:
+        Plain JSON: what a journal begins with.
+    """
+    seen = _Survey()
+    if isinstance(builder := _builder(graph), StateGraph):
+        seen.look(builder)
+    compiled = graph.compile() if isinstance(graph, StateGraph) else graph
+    of_agents = {id(agent._llm) for agent in seen.agents.values()}  # made by the first run, of the agent's settings
+    models = (llm for llm in _look(compiled).models if id(llm) not in of_agents)
+    llms = [llm for llm in models if isinstance(llm, ChatLatentMAS)]
+    services = [llm._service for llm in llms]
+    services += [agent.service or _field(context, "service") or shared_service() for agent in seen.agents.values()]
+    fingerprints = {str(one.info().get("fingerprint")) for one in services if isinstance(one, LatentService)}
+    shape = [
+        sorted(map(str, seen.edges)),
+        sorted((*edge, setting.steps) for edge, setting in seen.latent.items()),
+        sorted(_digest(llm._identifying_params) for llm in llms),
+        sorted(_digest(_settings(agent)) for agent in seen.agents.values()),
+    ]
+    return {
+        "journal": "audit",
+        "version": version_of("langchain-latentmas"),
+        "models": sorted(fingerprints),
+        "graph": _digest(shape),
+        "examples": hashlib.sha256("\n".join(map(dumps, examples)).encode()).hexdigest(),
+        "seed": seed,
+        "about": dict(about or {}),
+    }
+
+
+def _settings(agent: LatentAgentNode) -> dict[str, Any]:
+    names = ("name", "steps", "speak", "reads", "max_tokens", "sampling")
+    prompt = agent.prompt.content if isinstance(agent.prompt, SystemMessage) else agent.prompt
+    prompt = prompt if isinstance(prompt, (str, list)) else type(prompt).__name__
+    return {**{name: getattr(agent, name) for name in names}, "prompt": prompt}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _builder(graph: StateGraph | Pregel) -> Any:
+    """The builder of a graph; None of one of the functional API, which shows no edges."""
+    return graph if isinstance(graph, StateGraph) else getattr(graph, "builder", None)
 
 
 def _check_edges(graph: StateGraph | Pregel, edges: Sequence[Edge]) -> None:
     """Refuses, before anything runs, edges that do not exist or are not latent, as far as that can be seen."""
-    builder = graph if isinstance(graph, StateGraph) else getattr(graph, "builder", None)
-    if not isinstance(builder, StateGraph):
-        return  # the functional API shows no edges
+    if not isinstance(builder := _builder(graph), StateGraph):
+        return
     seen = _Survey()
     seen.look(builder)
     if not seen.agents and not seen.latent and "latents" not in builder.channels:
@@ -211,17 +270,19 @@ def _check_edges(graph: StateGraph | Pregel, edges: Sequence[Edge]) -> None:
 
 
 class _Survey:
-    """Nodes, agents and switched edges of a graph and its subgraphs."""
+    """Nodes, agents, edges and switched edges of a graph and its subgraphs."""
 
     def __init__(self) -> None:
         self.nodes: list[str] = []
         self.agents: dict[str, LatentAgentNode] = {}
-        self.latent: set[Edge] = set()
+        self.edges: list[Edge] = []
+        self.latent: dict[Edge, Any] = {}
 
     def look(self, builder: StateGraph) -> None:
         """Adds a graph."""
         graph = _Graph(builder)
-        self.latent |= getattr(builder, SWITCHED, {}).keys()
+        self.edges += graph.edges
+        self.latent |= getattr(builder, SWITCHED, {})
         for name, spec in builder.nodes.items():
             self.nodes.append(name)
             if isinstance(node := _inner(spec.runnable), LatentAgentNode):

@@ -1,8 +1,10 @@
 """`latentmas audit`: what is the content of an edge worth?"""
 
+import hashlib
 import importlib
 import json
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -83,6 +85,7 @@ def audit(
             check_path(plot)
         with loading(show=not as_json):
             from ..auditing import audit as run
+            from ..auditing import journal_head
 
             service = None
             if task is not None:
@@ -99,11 +102,14 @@ def audit(
             else:
                 assert graph is not None
                 assert examples is not None
-                built, pairs, grade = _named_graph(graph), _pairs(examples, n), _grader(grader or "number")
-                name, about = graph, {"graph": graph, "examples": str(examples), "grader": grader or "number"}
+                grader = grader or "number"
+                built, pairs, grade = _named_graph(graph), _pairs(examples, n), _grader(grader)
+                name, about = graph, {"graph": graph, "examples": str(examples), "grader": grader}
+                about["sources"] = _sources(graph, *([grader] if ":" in grader else []))
+            head = journal_head(built, pairs, seed, about)
         try:
             with (
-                run_folder(out, "audit", name, [about, len(pairs), seed, level], RESULT) as folder,
+                run_folder(out, "audit", name, [head, level], RESULT) as folder,
                 run_bars(show=not as_json) as on_answer,
             ):
                 journal = folder / ANSWERS
@@ -227,6 +233,22 @@ def _attribute(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InvalidRequest(f"There is no {path}: {error}") from error
+
+
+def _sources(*paths: str) -> str:
+    """A digest of the code behind each `module:name`: its package, and what else is loaded from the working directory.
+
+    Installed packages are left out: the same ones are there the next time, as a rule.
+    """
+    own = {path.partition(":")[0].partition(".")[0] for path in paths}
+    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    digest, here = hashlib.sha256(), Path.cwd()
+    for name, module in sorted(sys.modules.items()):
+        file, package = Path(getattr(module, "__file__", None) or ""), name.partition(".")[0]
+        near = file.is_relative_to(here) and not any(map(file.is_relative_to, installed))
+        if file.is_file() and (package in own or (near and package not in ("__main__", "langchain_latentmas"))):
+            digest.update(f"{name}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _named_graph(path: str) -> Any:

@@ -1,6 +1,7 @@
 """The audit on the bundled model, from Python and from the command line."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,38 @@ def test_the_command_takes_a_graph_of_ones_own(tmp_path: Path, monkeypatch: pyte
     shown = run("audit", "mine:graph", *options, "--grader", "mine:is_right", "--edge", "refiner->judger")
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["edges"][0]["edge"] == "refiner->judger"
+
+
+def test_an_edited_graph_is_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = [{"input": f"Nora has {i} coins. How many coins does Nora have?", "answer": i} for i in range(20)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("edited_part.py").write_text("STEPS = 2\n")
+    Path("edited.py").write_text(
+        "from edited_part import STEPS\n"
+        "from langchain_latentmas.evaluation.task import Relay\n"
+        "from langchain_latentmas.service.shared import shared_service\n"
+        "def graph():\n"
+        "    return Relay().graph(shared_service(), 'sequential', steps=STEPS, max_tokens=8)\n"
+    )
+
+    def latent_steps(*more: str) -> Any:
+        for name in ("edited", "edited_part"):
+            sys.modules.pop(name, None)
+        shown = run("audit", "edited:graph", "--examples", "rows.jsonl", "--conditions", "intact", "--json", *more)
+        return json.loads(shown.stdout)
+
+    first = latent_steps("--out", "out")
+    assert first["edges"][0]["outcomes"]["intact"]["latent_steps"] == 6
+    assert latent_steps("--out", "out") == first
+    latent_steps()
+    (result,) = Path("cache").rglob("audit.json")
+    result.unlink()  # as if it had been interrupted
+    Path("edited_part.py").write_text("STEPS = 0  # edited\n")
+    assert "another run" in latent_steps("--out", "out")["message"]
+    assert latent_steps()["edges"][0]["outcomes"]["intact"]["latent_steps"] == 0
+    assert len(list(Path("cache").rglob("answers.jsonl"))) == 2
 
 
 @pytest.mark.parametrize(

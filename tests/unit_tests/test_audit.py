@@ -18,7 +18,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import CachePolicy
 
 from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, LatentState, audit, switch_edges
-from langchain_latentmas.auditing import aaudit
+from langchain_latentmas.auditing import aaudit, journal_head
 from langchain_latentmas.commands.audit import _pairs
 from langchain_latentmas.errors import (
     EdgeNotCrossed,
@@ -298,6 +298,23 @@ def test_a_run_that_was_cut_short_goes_on_where_it_stopped(fresh_service: Fresh,
         audit(team(service), asked(), grader, **{**options, "about": {"model": "other"}})
     with pytest.raises(InvalidRequest, match="another run"):
         audit(team(service), asked(N + 1), grader, **options)
+
+
+def test_another_graph_does_not_go_on_from_the_answers(service32: LatentService, tmp_path: Path) -> None:
+    journal = tmp_path / "answers.jsonl"
+    builder = team(service32)
+    options: dict[str, Any] = {"journal": journal, "conditions": ["intact"]}
+    audit(builder, asked(), lambda state, i: True, **options)
+    audit(builder, asked(), lambda state, i: True, **options)  # the same one, though its agents have run
+    with pytest.raises(InvalidRequest, match=r"another run \(graph was"):
+        audit(team(service32, temperature=0.5), asked(), lambda state, i: True, **options)
+    llm = ChatLatentMAS(service=service32, max_tokens=2)
+    heads = [
+        journal_head(switch_edges(chain(model), "*", steps=steps), [], 0)["graph"]
+        for model in (llm, llm.model_copy(update={"max_tokens": 3}))
+        for steps in (1, 2)
+    ]
+    assert len(set(heads)) == 4
 
 
 def test_what_fails_is_counted_and_named(service32: LatentService) -> None:
