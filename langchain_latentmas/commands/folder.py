@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, ServiceUnreachable
 
 ANSWERS = "answers.jsonl"
 
@@ -45,6 +45,7 @@ def run_folder(out: Path | None, command: str, name: str, settings: Any, result:
 
     Raises:
         InvalidRequest: If it cannot be written, or another process is at work there.
+        ServiceUnreachable: If the server is gone, with word that the same command goes on.
         typer.Exit: With code 130, if the user interrupts the run.
     """
     folder, lock = _claimed(out or _in_cache(command, name, settings), named=out is not None)
@@ -57,6 +58,8 @@ def run_folder(out: Path | None, command: str, name: str, settings: Any, result:
         console = Console(stderr=True, markup=False, highlight=False)
         console.print(f"Interrupted; the same command goes on from {folder / ANSWERS}.", soft_wrap=True)
         raise typer.Exit(130) from None
+    except ServiceUnreachable as error:
+        raise ServiceUnreachable(f"{error} The same command goes on from {folder / ANSWERS}.") from error
     except OSError as error:
         raise InvalidRequest(f"{folder} cannot be written ({error}); see to it, and call again.") from error
     finally:

@@ -16,12 +16,12 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import merge_configs
 from langgraph.pregel import Pregel
 
-from ..errors import EdgeNotCrossed, GraderFailed, InvalidRequest, NoPartner
+from ..errors import EdgeNotCrossed, GraderFailed, InvalidRequest, NoPartner, ServiceUnreachable
 from ..modes import Edge
 from ..service import LatentService
 from ..service.base import READING
 from ..state import LatentRef
-from .journal import Journal
+from .journal import Journal, is_mended
 from .worth import Answer
 
 CLASS_SIZE, CLASS_RATIO = 8, 2.0
@@ -157,8 +157,20 @@ class Questions:
         return await self.run(scope.name, condition, change)
 
     def _known(self, scope: str, condition: str) -> list[dict[str, Any]]:
-        lines = self.journal.lines if self.journal else []
-        return [line for line in lines if (line["edges"], line["condition"]) == (scope, condition)]
+        """The lines of the journal that stand.
+
+        What failed for want of a grader or a working device is asked again, and if that was the intact run, under all
+        conditions: what would be swapped into the question, and what of it into others, was not known.
+        """
+        lines: dict[int, dict[tuple[str, str], dict[str, Any]]] = defaultdict(dict)
+        for line in self.journal.lines if self.journal else []:
+            if line["condition"] == "intact":
+                lines[line["example"]].clear()
+            lines[line["example"]][line["edges"], line["condition"]] = line
+        standing = [of for of in lines.values() if ("", "intact") in of and not _is_mended(of["", "intact"])]
+        return [
+            of[scope, condition] for of in standing if (scope, condition) in of and not _is_mended(of[scope, condition])
+        ]
 
     def _remember(self, i: int, answer: Answer, watch: _Watch) -> None:
         self.memories[i] = watch.crossings
@@ -192,6 +204,8 @@ class Questions:
             state = await self.graph.ainvoke(
                 copy.deepcopy(asked), merge_configs(self.config, own), context=self.context
             )
+        except ServiceUnreachable:  # its client has waited: the other questions would fail as well
+            raise
         except Exception as raised:
             error = _named(raised)
         finally:
@@ -270,6 +284,11 @@ class Questions:
         if not (missing := self.missing[scope.name]):
             return []
         return [f"swapped: {missing} times the other question had no memory to give, and nothing was read"]
+
+
+def _is_mended(line: Mapping[str, Any]) -> bool:
+    error = line["answer"]["error"]
+    return error.startswith(GRADER) or is_mended(error)
 
 
 def _named(error: Exception) -> str:

@@ -5,7 +5,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ..errors import InvalidRequest
+from ..errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    GraderFailed,
+    InvalidRequest,
+    SandboxUnavailable,
+    ServiceBusy,
+    ServiceClosed,
+    ServiceUnreachable,
+    StoreBusy,
+)
+
+MENDED = (
+    DeadlineExceeded,
+    EngineFailed,
+    GraderFailed,
+    SandboxUnavailable,
+    ServiceBusy,
+    ServiceClosed,
+    ServiceUnreachable,
+    StoreBusy,
+)
+"""What says nothing about a question: a retry may mend it, or whoever mends the grader."""
+
+
+def is_mended(error: str) -> bool:
+    """Whether a question whose journaled error (`Type: message`) this is should be asked again."""
+    return error.split(":")[0] in {kind.__name__ for kind in MENDED}
 
 
 class Journal:

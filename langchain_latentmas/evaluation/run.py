@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableConfig
 
-from ..errors import EngineFailed, InvalidRequest, ServiceClosed
+from ..errors import InvalidRequest, ServiceUnreachable
 from ..service import LatentService
 from . import sandbox
 from .benchmarks import Published, published
-from .journal import Journal
+from .journal import Journal, is_mended
 from .machine import machine, version_of
 from .statistics import paired_bootstrap, wilson
 from .task import Question, Task
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 MODES = ("single", "text", "latent")
 """One agent alone, a team whose edges carry text, a team whose edges carry latent memory."""
 TEAMS = ("sequential", "hierarchical")
-MENDED_BY_A_RETRY = (EngineFailed.__name__, ServiceClosed.__name__)
 PINNED = ("fingerprint", "dtype", "device", "realign", "think_tag", "merge")
 """What of a service its answers and seconds depend on."""
 
@@ -261,7 +260,7 @@ class Evaluation:
 
         Args:
             path: A JSONL file that gets every answer as it comes. If it is there already, the run goes on where it
-                stopped; what failed for want of a working device is asked again.
+                stopped; what failed for want of a working device, server or grader is asked again.
             on_answer: Called after every answer with mode, arrangement, answers so far, and number of questions.
 
         Returns:
@@ -270,6 +269,7 @@ class Evaluation:
         Raises:
             InvalidRequest: If the file was begun with other settings.
             SandboxUnavailable: If the grader has to run code, which cannot be done here.
+            ServiceUnreachable: If the server is gone for longer than its client waits; the answers so far are kept.
         """
         return asyncio.run(self.arun(path, on_answer))
 
@@ -290,7 +290,7 @@ class Evaluation:
         answers = {
             (answer.mode, answer.arrangement, answer.id): answer
             for answer in (Answer(**line) for line in lines if "session" not in line)
-            if not answer.error.startswith(MENDED_BY_A_RETRY)
+            if not is_mended(answer.error)
         }
         pending = {
             cell: [question for question in self.questions if (*cell, question.id) not in answers]
@@ -316,7 +316,7 @@ class Evaluation:
                 await self._warm_up(cell, questions[0])
                 try:
                     await self._ask(cell, questions, keep)
-                except ExceptionGroup as group:  # say, a disk that is full
+                except ExceptionGroup as group:  # say, a disk that is full, or a server that is gone
                     raise group.exceptions[0] from None
         return self._summary(answers, sessions, None if path is None else str(path))
 
@@ -326,9 +326,35 @@ class Evaluation:
         """Puts questions to the graph, `batch` at a time; grades and keeps each answer as it comes."""
         mode, arrangement = cell
         graph = self.graphs[cell].compile()
+        room = asyncio.Semaphore(self.batch)
         graders = asyncio.Semaphore(max(1, (os.cpu_count() or 2) // 2))
         before = self.service.info().get("thoughts", 0)
-        taken = 0
+        config = _config(mode, self.batch)
+        taken, last = 0, time.perf_counter()
+
+        async def ask(question: Question) -> Answer:
+            nonlocal taken, last
+            spent, text, failed = Cost(0, 0, 0), "", ""
+            try:
+                state = await graph.ainvoke(self.task.input(question), config)
+            except ServiceUnreachable:  # its client has waited: the other questions would fail as well
+                raise
+            except Exception as error:
+                failed = _named(error)
+            else:
+                spent, text = cost(state), state["messages"][-1].text
+            taken += spent.latent_steps
+            seconds, last = time.perf_counter() - last, time.perf_counter()
+            return Answer(
+                mode,
+                arrangement,
+                question.id,
+                text=text,
+                output_tokens=spent.output_tokens,
+                latent_steps=spent.latent_steps,
+                seconds=seconds,
+                error=failed,
+            )
 
         async def grade(answer: Answer, question: Question) -> None:
             if not answer.error:
@@ -341,26 +367,14 @@ class Evaluation:
                         answer = replace(answer, error=_named(error))
             keep(answer)
 
-        inputs = [self.task.input(question) for question in questions]
-        config = _config(mode, self.batch)
-        last = time.perf_counter()
-        async with asyncio.TaskGroup() as grading:
-            async for i, state in graph.abatch_as_completed(inputs, config, return_exceptions=True):
-                now = time.perf_counter()
-                answer = Answer(mode, arrangement, questions[i].id, seconds=now - last)
-                last = now
-                if isinstance(state, Exception):
-                    answer = replace(answer, error=_named(state))
-                else:
-                    spent = cost(state)
-                    taken += spent.latent_steps
-                    answer = replace(
-                        answer,
-                        text=state["messages"][-1].text,
-                        output_tokens=spent.output_tokens,
-                        latent_steps=spent.latent_steps,
-                    )
-                grading.create_task(grade(answer, questions[i]))
+        async def one(question: Question) -> None:
+            async with room:
+                answer = await ask(question)
+            await grade(answer, question)  # meanwhile the next one is asked
+
+        async with asyncio.TaskGroup() as tasks:
+            for question in questions:
+                tasks.create_task(one(question))
         if self.service.info().get("thoughts", taken) - before < 0.9 * taken:
             logger.warning(
                 "%s, %s: the service knew some thoughts from before, so that its seconds are too few; "

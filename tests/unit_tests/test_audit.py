@@ -26,6 +26,7 @@ from langchain_latentmas.errors import (
     InvalidEdge,
     InvalidRequest,
     NoPartner,
+    ServiceUnreachable,
 )
 from langchain_latentmas.evaluation.conditions import _length_classes
 
@@ -339,6 +340,53 @@ def test_what_fails_is_counted_and_named(service32: LatentService) -> None:
     errors = {"the grader raised ZeroDivisionError: no such thing": 1, "KeyError: 'five'": 1}
     assert outcomes["intact"].errors == outcomes["cut"].errors == errors
     assert outcomes["intact"].right == N - 2
+
+
+def test_what_failed_for_want_of_a_grader_or_a_device_is_asked_again(service32: LatentService, tmp_path: Path) -> None:
+    journal = tmp_path / "answers.jsonl"
+    options: dict[str, Any] = {"journal": journal, "conditions": ["cut"]}
+    builder = team(service32)
+    right = Grader(builder)
+    fails = {"intact": {3}, "swapped": {5}, "cut": {7}}  # by condition, what the grader cannot take
+    calls: list[int] = []
+
+    def grade(state: Any, i: int) -> bool:
+        calls.append(i)
+        if i in [*fails.values()][(len(calls) - 1) // N]:
+            raise ZeroDivisionError
+        return right(state, i)
+
+    assert audit(builder, asked(), grade, **options).edges[0].outcomes["intact"].right == N - 1
+    lines = journal.read_text().splitlines()
+    failed = json.loads(lines[-1]) | {"answer": {"right": False, "error": "EngineFailed: out of memory"}}
+    journal.write_text("\n".join([*lines[:-1], json.dumps(failed)]) + "\n")
+    mended = audit(builder, asked(), right, **options).edges[0]
+    again = [json.loads(line) for line in journal.read_text().splitlines()[1 + 3 * N :]]
+    third = {("intact", 3), ("swapped", 3), ("cut", 3)}  # nothing of it could be trusted
+    assert {(line["condition"], line["example"]) for line in again} == {
+        *third,
+        ("swapped", 5),
+        ("cut", 7),
+        ("cut", failed["example"]),
+    }
+    assert mended.outcomes["intact"].accuracy == 100
+    assert not any(outcome.errors for outcome in mended.outcomes.values())
+    right.given.clear()
+    assert audit(builder, asked(), right, **options).edges[0] == mended
+    assert right.given == []
+
+
+def test_a_server_that_is_gone_ends_it(service32: LatentService) -> None:
+    builder = team(service32)
+
+    def gone(state: LatentState) -> dict[str, Any]:
+        raise ServiceUnreachable("nobody there")
+
+    builder.add_node("gate", gone)
+    builder.edges.discard(("judger", END))
+    builder.add_edge("judger", "gate")
+    with pytest.raises(ServiceUnreachable):
+        audit(builder, asked(), Grader(team(service32)))
 
 
 def test_a_grader_that_always_raises_ends_it(service32: LatentService) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langgraph.graph import END
 from rich.console import Console
 
 from langchain_latentmas.commands.evaluate import picture
-from langchain_latentmas.errors import InvalidRequest, SandboxUnavailable
+from langchain_latentmas.errors import InvalidRequest, SandboxUnavailable, ServiceUnreachable
 from langchain_latentmas.evaluation import sandbox
 from langchain_latentmas.evaluation.benchmarks import Published, task_named
-from langchain_latentmas.evaluation.journal import Journal
+from langchain_latentmas.evaluation.journal import MENDED, Journal, is_mended
 from langchain_latentmas.evaluation.run import Answer, Comparison, Evaluation, Row, Summary
 from langchain_latentmas.evaluation.task import Question, Split, Words
 from langchain_latentmas.service.local import LocalService
@@ -184,6 +185,40 @@ def test_a_failing_question_is_counted_and_named(fresh: LocalService, tmp_path: 
     assert errors["words-0-0"] == ""
     assert "positions" in errors["words-0-1"]
     assert errors["words-0-2"] == "ZeroDivisionError: what is this?"
+
+
+@pytest.mark.parametrize("error", [*MENDED, "ContextTooLong"], ids=str)
+def test_which_errors_are_asked_again(error: Any) -> None:
+    assert is_mended(f"{getattr(error, '__name__', error)}: why") is (error != "ContextTooLong")
+    assert not is_mended("")
+
+
+class Gone(Words):
+    """The server is gone when one of the questions is to be answered."""
+
+    def graph(self, *args: Any, **options: Any) -> Any:
+        def gate(state: dict[str, Any]) -> dict[str, Any]:
+            if state["messages"][0].text == self.questions(4)[2].text:
+                raise ServiceUnreachable("The server cannot be reached.")
+            return {}
+
+        builder = super().graph(*args, **options)
+        (last,) = [source for source, target in builder.edges if target == END]
+        builder.edges.discard((last, END))
+        builder.add_node("gate", gate)
+        builder.add_edge(last, "gate")
+        builder.add_edge("gate", END)
+        return builder
+
+
+def test_a_server_that_is_gone_ends_the_run_and_the_answers_are_kept(fresh: LocalService, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    one_by_one = {**QUICK, "batch": 1, "modes": ["single"]}
+    with pytest.raises(ServiceUnreachable):
+        Evaluation(fresh, Gone(), **one_by_one).run(path)
+    assert len(lines_of_answers(path)) == 2
+    assert len(Evaluation(fresh, Words(), **one_by_one).run(path).sessions) == 2
+    assert len(lines_of_answers(path)) == 4
 
 
 def test_what_a_retry_can_mend_is_asked_again(fresh: LocalService, tmp_path: Path) -> None:
