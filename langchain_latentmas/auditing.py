@@ -162,9 +162,9 @@ async def aaudit(
         raise InvalidRequest(f"level must lie between 0 and 1, not at {level!r}.")
     if concurrency < 1:
         raise InvalidRequest(f"concurrency must be at least 1, not {concurrency!r}.")
-    named = edges if isinstance(edges, str) else [(str(a), str(b)) for a, b in edges]
-    if isinstance(named, str) and named not in ("all", "each"):
+    if isinstance(edges, str) and edges not in ("all", "each"):
         raise InvalidEdge(f"edges must be 'all', 'each', or pairs of names, not {edges!r}.")
+    named = edges if isinstance(edges, str) else [_edge(edge) for edge in edges]
     if not named:
         raise InvalidEdge("edges names no edge; give pairs of names, 'all' or 'each'.")
     _check_edges(graph, [] if isinstance(named, str) else named)
@@ -241,6 +241,12 @@ def _digest(value: Any) -> str:
 def _builder(graph: StateGraph | Pregel) -> Any:
     """The builder of a graph; None of one of the functional API, which shows no edges."""
     return graph if isinstance(graph, StateGraph) else getattr(graph, "builder", None)
+
+
+def _edge(named: Any) -> Edge:
+    if isinstance(named, str) or not isinstance(named, Sequence) or len(named) != 2:
+        raise InvalidEdge(f"An edge is a pair of names, such as ('planner', 'critic'), not {named!r}.")
+    return str(named[0]), str(named[1])
 
 
 def _check_edges(graph: StateGraph | Pregel, edges: Sequence[Edge]) -> None:

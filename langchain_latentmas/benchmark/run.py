@@ -58,6 +58,12 @@ class Bench:
         self.model, self.repeats, self.graphs = model, repeats, graphs
         self.works = [Work(what, n, length) for what, length, n in product(get_args(What), positions, rows)]
 
+    @property
+    def obstacle(self) -> str:
+        """Why nothing of it can be measured, by the first size; "" if something can."""
+        why = [obstacle(self.model, work, self.repeats) for work in self.works]
+        return why[0] if all(why) else ""
+
     def run(self, progress: Progress) -> dict[str, Any]:
         """Measures everything that fits.
 

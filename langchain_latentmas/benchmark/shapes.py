@@ -84,12 +84,16 @@ def build(shape: str, device: str, dtype: torch.dtype, quantization: str | None 
         **how: `compile` and `pack`, see `LanguageModel`.
 
     Raises:
-        InvalidRequest: If there is no such shape, or it does not fit the device.
+        InvalidRequest: If there is no such shape or device, or the one does not fit the other.
         ModelNotSupported: If there is no such quantization.
         MissingExtra: If torchao is needed and not installed.
     """
     quantized = None if quantization is None else quantization_config(quantization, dtype)
-    needed, free = parameters(shape) * dtype.itemsize, free_bytes(torch.device(device))
+    try:
+        free = free_bytes(torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # no such device; or torch was built without CUDA
+        raise InvalidRequest(f"There is no device {device!r} here ({str(error).splitlines()[0]}).") from error
+    needed = parameters(shape) * dtype.itemsize
     if needed > free:
         raise InvalidRequest(
             f"{shape} takes {in_gb(needed)} in {str(dtype).removeprefix('torch.')}, and {device} has {in_gb(free)} "

@@ -34,6 +34,7 @@ EFFECTS = {
 
 
 def audit(
+    ctx: typer.Context,
     graph: Annotated[
         str | None, typer.Argument(help="module:name of a graph of yours, or of a function that makes one.")
     ] = None,
@@ -77,8 +78,13 @@ def audit(
         edges = _edges(edge, each)
         if (graph is None) == (task is None):
             raise InvalidRequest("Name a graph (module:name, with --examples) or a --task; one of them.")
-        if graph is not None and (examples is None or model != "bundled"):
-            raise InvalidRequest("A graph needs --examples, and brings its own model (or LATENTMAS_SERVICE).")
+        if graph is not None and examples is None:
+            raise InvalidRequest("A graph needs --examples: a .jsonl file whose lines have `input` and `answer`.")
+        named = ctx.get_parameter_source("model")
+        if graph is not None and named is not None and named.name == "COMMANDLINE":
+            raise InvalidRequest(
+                "A graph brings its own model; leave --model out. Agents without one take what LATENTMAS_SERVICE names."
+            )
         if plot is not None:
             from ..evaluation.pictures import check_path
 
@@ -131,12 +137,12 @@ def audit(
         finally:
             if service is not None:
                 service.close()
-        if plot is not None:
-            result.plot(plot)
         if as_json:
             print_json(**result.to_json())
         else:
             open_console().print(picture(result, journal))
+        if plot is not None:
+            result.plot(plot)
 
 
 def picture(result: "Audit", journal: Path) -> RenderableType:
@@ -267,8 +273,8 @@ def _pairs(path: Path, n: int | None) -> list[tuple[Any, Any]]:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The examples cannot be read: {error}") from error
-    if n is not None and n > len(lines):
-        raise InvalidRequest(f"{path} has {len(lines)} examples, not {n}.")
+    if n is not None and not 1 <= n <= len(lines):
+        raise InvalidRequest(f"--n must lie between 1 and the {len(lines)} examples of {path}, not at {n}.")
     pairs = []
     for number, line in enumerate(lines[:n], 1):
         try:

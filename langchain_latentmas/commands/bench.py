@@ -76,6 +76,8 @@ def bench(
             asked = asked or ([1, 32] if cuda else [1])
             whole = Graphs(asked, steps, tokens, concurrent, alone=max(1, concurrent // 8)) if graphs else None
             measuring = Bench(loaded, counts, lengths, repeats, whole)
+            if svg is not None and (why := measuring.obstacle):
+                raise InvalidRequest(f"There is nothing to draw: every size is left out ({why}).")
         with _progress(show=not as_json) as bar:
             result = measuring.run(bar)
         if as_json:
@@ -116,7 +118,7 @@ def _load(
     if shape is not None:
         chosen = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
         named = getattr(torch, chosen, None)
-        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        if not isinstance(named, torch.dtype) or not named.is_floating_point or named.itemsize < 2:
             raise InvalidRequest(f"{dtype!r} is no dtype of weights; take bfloat16, float16 or float32.")
         return build(shape, device, named, quantization, **how)
     source = str(bundled.MODEL) if model == "bundled" else model

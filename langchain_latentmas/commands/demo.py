@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bundled import STEPS
+from ..evaluation.files import check_file
 from .options import AsJson, MaxTokens, Model, Steps
 from .session import describe, load, loading, print_json, progress_bars, reported
 from .terminal import (
@@ -44,6 +45,8 @@ def demo(
 ) -> None:
     """Two teams of agents on the same problems: first as text, then with latent edges."""
     with reported(as_json):
+        if svg is not None:
+            check_file(svg)
         with loading(show=not as_json):
             from .. import demo as shown
 

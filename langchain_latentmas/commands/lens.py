@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidRequest
+from ..evaluation.files import check_file
 from .options import AsJson, MaxTokens, Model
 from .session import describe, load, loading, print_json, reported
 from .terminal import SHADES, headline, open_console, percent, printable, shade, token_text
@@ -36,6 +37,8 @@ def lens(
     with reported(as_json):
         if not question.strip():
             raise InvalidRequest("The question is empty; ask something.")
+        if html is not None:
+            check_file(html)
         with loading(show=not as_json):
             from langchain_core.messages import HumanMessage
 

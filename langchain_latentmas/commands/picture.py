@@ -141,14 +141,13 @@ def bars(
 ) -> None:
     """Output tokens and seconds, text against latent edges."""
     with reported(False):
-        from ..evaluation.pictures import draw_bars
+        from ..evaluation.pictures import check_path, draw_bars
 
+        check_path(out)
         try:
             document = json.loads(summary.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InvalidRequest(f"The evaluation cannot be read: {error}") from error
-        if not isinstance(document, dict) or not {"task", "n", "rows", "model"} <= document.keys():
-            raise InvalidRequest(f"{summary} is not what `latentmas eval --json` prints.")
         draw_bars(document, out)
         open_console().print(Text(f"The picture: {out}", "dim"))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRequest, MissingExtra
+from .files import check_file
 from .worth import CONDITIONS, Audit
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which the colour-blind tell apart; they differ in lightness too.
 BLUE, ORANGE, GREEN, GREY, LIGHT, DARK = "#0072B2", "#E69F00", "#009E73", "#8A8A8A", "#D9D9D9", "#222222"
 OF_CONDITION = dict(zip(CONDITIONS, (BLUE, ORANGE, GREY, GREY, LIGHT, GREEN), strict=True))
-MARKERS = "os^Dv"
+COLOURS, MARKERS = (BLUE, ORANGE, GREEN, GREY), "os^Dv"
 WIDTH, DPI = 8.0, 150  # inches; 1200 pixels, which a README shows at two thirds
 
 
@@ -100,13 +101,20 @@ def draw_bars(summary: Mapping[str, Any], path: str | Path) -> None:
 
     Raises:
         MissingExtra: If matplotlib is not installed.
-        InvalidRequest: If the path ends otherwise, or the document has no row with text or latent edges.
+        InvalidRequest: If the path ends otherwise, or the document is another one, or has no arrangement with both text
+            and latent edges.
     """
-    rows = {(row["arrangement"], row["mode"]): row for row in summary.get("rows", ())}
+    numbers = ("accuracy", "output_tokens", "seconds")
+    try:
+        rows = {(row["arrangement"], row["mode"]): {key: float(row[key]) for key in numbers} for row in summary["rows"]}
+        n, about = summary["n"], f"{summary['task']}, {summary['n']} questions, {summary['model']['name']} model"
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidRequest(
+            f"This is not what `latentmas eval --json` prints ({type(error).__name__}: {error})."
+        ) from error
     teams = [a for a in dict.fromkeys(a for a, _ in rows) if {(a, "text"), (a, "latent")} <= rows.keys()]
     if not teams:
         raise InvalidRequest("There is nothing to compare: no arrangement was run both as text and latent.")
-    n = summary["n"]
     figure = _figure(path, 3.8)
     panels = figure.subplots(1, 2)
     units = (("output_tokens", "output tokens per question"), ("seconds", f"seconds for {n} questions"))
@@ -125,7 +133,6 @@ def draw_bars(summary: Mapping[str, Any], path: str | Path) -> None:
         axes.margins(y=0.24)
         _bare(axes, "bottom", "y")
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside upper right", ncols=2)
-    about = f"{summary['task']}, {n} questions, {summary['model']['name']} model"
     figure.suptitle(about, fontsize=10, x=0.01, ha="left")
     _save(figure, path)
 
@@ -177,17 +184,22 @@ def draw_bench(result: Mapping[str, Any], path: str | Path) -> None:
 
     Raises:
         MissingExtra: If matplotlib is not installed.
-        InvalidRequest: If the path ends otherwise.
+        InvalidRequest: If the path ends otherwise, or nothing was measured.
     """
-    figure = _figure(path, 4.4)
     kinds = list(dict.fromkeys(row["what"] for row in result["rows"]))
+    if not kinds:
+        raise InvalidRequest("There is nothing to draw: no size was measured; take more positions or fewer rows.")
+    figure = _figure(path, 4.4)
     lengths = sorted({row["positions"] for row in result["rows"]})
     titles = {"think": "a thought for every row", "speak": "a token for every row"}
     for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
-        for length, colour in zip(lengths, (BLUE, ORANGE, GREEN, GREY), strict=False):
+        for i, length in enumerate(lengths):
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
             cells = [row for row in result["rows"] if (row["what"], row["positions"]) == (kind, length)]
             at = [row["rows"] for row in cells]
-            axes.plot(at, [row["ms"] for row in cells], color=colour, marker="o", ms=4, label=f"{length:,} positions")
+            axes.plot(
+                at, [row["ms"] for row in cells], color=colour, marker=marker, ms=4, label=f"{length:,} positions"
+            )
             axes.plot(at, [row["full_lm_ms"] for row in cells], color=colour, ls=(0, (4, 3)), lw=1.2)
             axes.plot(at, [row["floor_ms"] for row in cells], color=colour, ls=":", lw=1.2)
         axes.set_xscale("log", base=2)
@@ -227,13 +239,14 @@ def _figure(path: str | Path, height: float) -> "Figure":
 
 
 def check_path(path: str | Path) -> None:
-    """Refuses what no picture can be written to.
+    """Refuses, before the work, what no picture can be written to; makes the folders above it.
 
     Raises:
         MissingExtra: If matplotlib is not installed.
-        InvalidRequest: If the path ends neither in .png nor in .svg.
+        InvalidRequest: If the path ends neither in .png nor in .svg, or cannot be written.
     """
     _figure(path, 1)
+    check_file(path)
 
 
 def _bare(axes: "Axes", kept: str, grid: Any) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -220,8 +221,10 @@ class Evaluation:
         _check("arrangement", arrangements, TEAMS)
         if batch < 1:
             raise InvalidRequest(f"batch must be at least 1, not {batch}.")
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise InvalidRequest(f"temperature must be at least 0 and top_p in (0, 1], not {temperature} and {top_p}.")
+        if not (0 <= temperature < math.inf and 0 < top_p <= 1):
+            raise InvalidRequest(
+                f"temperature must be finite, at least 0, and top_p in (0, 1], not {temperature} and {top_p}."
+            )
         self.service, self.task, self.batch = service, task, batch
         self.questions = task.questions(n, seed)
         self.steps = task.steps if steps is None else steps

@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 from benchmarks.audit_power import BYSTANDER, placebo, placebo_examples, relay_examples, right
 from langchain_latentmas import LatentService, audit
 from langchain_latentmas.cli import app
+from langchain_latentmas.commands.audit import _pairs
+from langchain_latentmas.errors import InvalidRequest
 from langchain_latentmas.evaluation.task import Relay
+from langchain_latentmas.evaluation.worth import Audit
 
 N = 24
 SEEDS = range(4)
@@ -43,7 +46,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_the_command_prints_writes_draws_and_goes_on(tmp_path: Path) -> None:
+def test_the_command_prints_writes_draws_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["audit", "--task", "relay", "--n", "20", "--steps", "4", "--max-tokens", "16", "--out", str(tmp_path)]
     picture = tmp_path / "audit.svg"
     shown = run(*arguments, "--conditions", "swapped,cut", "--plot", str(picture))
@@ -53,6 +56,12 @@ def test_the_command_prints_writes_draws_and_goes_on(tmp_path: Path) -> None:
     assert picture.read_text().startswith("<?xml")
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 3 * 20
+    # A picture that cannot be drawn after all takes nothing away.
+    with monkeypatch.context() as patch:
+        patch.setattr(Audit, "plot", lambda *_: (_ for _ in ()).throw(InvalidRequest("no room")))
+        shown = run(*arguments, "--conditions", "swapped,cut", "--plot", str(picture))
+    assert shown.exit_code == 2
+    assert "content: intact - swapped" in shown.output
     # The same again asks nothing; one condition more asks that one.
     again = run(*arguments, "--conditions", "swapped,cut,zeroed", "--json")
     assert again.exit_code == 0, again.output
@@ -120,11 +129,13 @@ def test_an_edited_graph_is_asked_anew(tmp_path: Path, monkeypatch: pytest.Monke
     ("arguments", "words"),
     [
         ([], "Name a graph"),
-        (["mine:graph"], "--examples"),
+        (["mine:graph"], "A graph needs --examples"),
+        (["mine:graph", "--examples", "x.jsonl", "--model", "bundled"], "brings its own model"),
         (["--task", "relay", "--n", "10"], "at least 20 examples"),
         (["--task", "relay", "--edge", "planner"], "planner->critic"),
         (["--task", "relay", "--edge", "planner->nobody"], "there is no agent"),
         (["--task", "relay", "--plot", "audit.pdf"], ".png or .svg"),
+        (["--task", "relay", "--plot", f"{__file__}/audit.svg"], "cannot be written"),
         (["--task", "nothing"], "no task"),
         (["no_such_module:graph", "--examples", "x.jsonl"], "no_such_module"),
     ],
@@ -133,6 +144,29 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[s
     shown = run("audit", *arguments, "--out", str(tmp_path))
     assert shown.exit_code == 2
     assert words in " ".join(shown.output.split())
+
+
+def test_a_model_of_the_environment_is_for_agents_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTMAS_SERVICE", "a-model")
+    shown = run("audit", "no_such_module:graph", "--examples", "x.jsonl")
+    assert "There is no no_such_module:graph" in " ".join(shown.output.split())
+
+
+@pytest.mark.parametrize("n", [-1, 0, 3])
+def test_so_many_examples_are_refused(tmp_path: Path, n: int) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(2 * (json.dumps({"input": "1 + 1?", "answer": 2}) + "\n"))
+    with pytest.raises(InvalidRequest, match="--n must lie between 1 and the 2 examples"):
+        _pairs(path, n)
+
+
+@pytest.mark.parametrize(
+    "command", [["lens", "What?", "--html"], ["demo", "--svg"], ["picture", "steps"], ["picture", "thoughts"]]
+)
+def test_a_file_that_cannot_be_written_is_told_of_before_the_work(command: list[str]) -> None:
+    shown = run(*command, f"{__file__}/page.svg", "--model", "/no/such/model")
+    assert shown.exit_code == 2
+    assert "cannot be written" in " ".join(shown.output.split())
 
 
 def test_the_lens_is_a_table_and_a_page(tmp_path: Path) -> None:

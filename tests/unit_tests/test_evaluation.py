@@ -277,6 +277,8 @@ def test_a_sample_can_be_drawn_again(fresh: LocalService, tmp_path: Path) -> Non
         ({"batch": 0}, "batch"),
         ({"n": 0}, "at least 1"),
         ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"steps": -1}, "steps"),
         ({"max_tokens": 0}, "max_tokens"),

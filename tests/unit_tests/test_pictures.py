@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from langchain_latentmas.errors import InvalidRequest, MissingExtra
 from langchain_latentmas.evaluation.cloud import Cloud, coverage, overlap
 from langchain_latentmas.evaluation.lens_page import lens_page
-from langchain_latentmas.evaluation.pictures import check_path, draw_bars, draw_steps, draw_thoughts
+from langchain_latentmas.evaluation.pictures import check_path, draw_bars, draw_bench, draw_steps, draw_thoughts
 from langchain_latentmas.evaluation.steps import Point
 
 from .test_worth import audit, edge
@@ -98,6 +98,51 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_bars_need_text_and_latent_of_one_arrangement(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="both as text and latent"):
         draw_bars({**SUMMARY, "rows": SUMMARY["rows"][:2]}, tmp_path / "bars.svg")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {},
+        [],
+        {**SUMMARY, "model": "bundled"},
+        {**SUMMARY, "rows": [{"arrangement": "sequential", "mode": "text"}]},
+        {**SUMMARY, "rows": [{**SUMMARY["rows"][1], "seconds": None}]},
+        {**SUMMARY, "rows": 3},
+    ],
+    ids=str,
+)
+def test_bars_of_another_document_are_refused(tmp_path: Path, document: Any) -> None:
+    with pytest.raises(InvalidRequest, match="not what `latentmas eval"):
+        draw_bars(document, tmp_path / "bars.svg")
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.svg").mkdir()
+    for path in (tmp_path / "file" / "a.svg", tmp_path / "folder.svg"):
+        with pytest.raises(InvalidRequest, match="cannot be written"):
+            check_path(path)
+    check_path(tmp_path / "new" / "a.svg")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "b.svg").write_text("as it was")
+    check_path(tmp_path / "b.svg")
+    assert (tmp_path / "b.svg").read_text() == "as it was"
+
+
+def test_a_bench_draws_every_length_and_refuses_to_draw_nothing(tmp_path: Path) -> None:
+    lengths = [128, 256, 512, 1024, 2048, 4096]
+    rows = [
+        {"what": "think", "rows": n, "positions": length, "ms": 1.0, "full_lm_ms": 2.0, "floor_ms": 0.5}
+        for length in lengths
+        for n in (1, 2)
+    ]
+    about = {"machine": {"device": "cpu", "processor": "CPU"}, "model": {"name": "m", "dtype": "float32"}}
+    draw_bench({**about, "bandwidth_gb_s": 10.0, "rows": rows}, tmp_path / "bench.svg")
+    for length in lengths:
+        assert f"{length:,} positions" in words(tmp_path / "bench.svg")
+    with pytest.raises(InvalidRequest, match="nothing to draw"):
+        draw_bench({**about, "bandwidth_gb_s": 10.0, "rows": []}, tmp_path / "bench.svg")
 
 
 def test_a_cloud_tells_thoughts_from_noise() -> None:
