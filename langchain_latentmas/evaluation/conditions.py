@@ -297,7 +297,7 @@ def _named(error: Exception) -> str:
 
 
 def _length_classes(members: list[tuple[int, int]], edge: str, rng: random.Random) -> list[list[int]]:
-    """Cuts questions into classes of at least two whose lengths differ by a factor of 2 at most.
+    """Cuts questions into as few classes of 2 to 8 as can be, whose lengths differ by a factor of 2 at most.
 
     Args:
         members: Pairs of length and question.
@@ -305,27 +305,28 @@ def _length_classes(members: list[tuple[int, int]], edge: str, rng: random.Rando
         rng: Orders questions of equal length.
 
     Raises:
-        NoPartner: If a question has no other within that factor.
+        NoPartner: If there are no such classes.
     """
     rng.shuffle(members)
     members.sort(key=lambda member: member[0])
-    classes: list[list[tuple[int, int]]] = []
-    for member in members:
-        if classes and len(classes[-1]) < CLASS_SIZE and member[0] <= CLASS_RATIO * classes[-1][0][0]:
-            classes[-1].append(member)
-        else:
-            classes.append([member])
-    for at in reversed(range(len(classes))):  # one that is left over joins its neighbour
-        if len(classes[at]) > 1:
-            continue
-        length, i = classes[at][0]
-        if at and length <= CLASS_RATIO * classes[at - 1][-1][0]:
-            classes[at - 1] += classes.pop(at)
-        elif at + 1 < len(classes) and classes[at + 1][0][0] <= CLASS_RATIO * length:
-            classes[at + 1].insert(0, classes.pop(at)[0])
-        else:
-            raise NoPartner(
-                f"What crosses {edge} on example {i} has {length} positions, and no other example has half to twice as "
-                "many there to swap with. Leave this example out, or add some of its kind."
-            )
-    return [[i for _, i in group] for group in classes]
+    sizes = {0: (0, 0)}  # by the number of questions that are in classes: of how many classes, and the last one's size
+    for end in range(2, len(members) + 1):
+        fitting = [
+            (sizes[end - size][0] + 1, size)
+            for size in range(2, min(CLASS_SIZE, end) + 1)
+            if end - size in sizes and members[end - 1][0] <= CLASS_RATIO * members[end - size][0]
+        ]
+        if fitting:
+            sizes[end] = min(fitting)
+    if (end := max(sizes)) < len(members):
+        length, i = members[end]
+        raise NoPartner(
+            f"What crosses {edge} on example {i} has {length} positions, and of the examples with half to twice as "
+            "many there, none is left to swap with. Leave this example out, or add some of its kind."
+        )
+    classes: list[list[int]] = []
+    while end:
+        size = sizes[end][1]
+        classes.insert(0, [i for _, i in members[end - size : end]])
+        end -= size
+    return classes

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -411,6 +410,9 @@ def test_a_graph_that_always_fails_ends_it(service32: LatentService) -> None:
         ({"concurrency": 0}, InvalidRequest, "concurrency"),
         ({"edges": []}, InvalidEdge, "no edge"),
         ({"edges": "planner->critic"}, InvalidEdge, "pairs"),
+        ({"edges": ("planner", "critic")}, InvalidEdge, "a pair of names"),
+        ({"edges": ["ab"]}, InvalidEdge, "a pair of names"),
+        ({"edges": [("planner", "critic", "judger")]}, InvalidEdge, "a pair of names"),
         ({"edges": [("planner", "nobody")]}, InvalidEdge, "there are: planner, critic, judger"),
         ({"edges": [(START, "planner")]}, InvalidEdge, "not latent"),
         ({"edges": [("judger", END)]}, InvalidEdge, "not latent"),
@@ -461,9 +463,32 @@ def test_length_classes_hold_all_with_neighbours_of_like_length() -> None:
         classes = _length_classes([(length, i) for i, length in enumerate(lengths)], "a->b", rng)
         assert sorted(i for group in classes for i in group) == list(range(len(lengths)))
         for group in classes:
-            assert len(group) > 1
-            ordered = sorted(lengths[i] for i in group)
-            assert all(b <= 2 * a for a, b in pairwise(ordered))
+            assert 2 <= len(group) <= 8
+            assert max(lengths[i] for i in group) <= 2 * min(lengths[i] for i in group)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "classes"),
+    [
+        ([100, 100, 200, 390], [[0, 1], [2, 3]]),
+        ([100, 150, 250, 290, 310], [[0, 1], [2, 3, 4]]),
+        ([100, 199, 201, 390, 401, 700], [[0, 1], [2, 3], [4, 5]]),
+        ([100, 200, 390], 2),
+        ([10, 100, 110], 0),
+        ([100, 110, 500, 2000, 2100], 2),
+    ],
+)
+def test_no_two_of_a_length_class_differ_by_more_than_a_factor_of_two(lengths: list[int], classes: Any) -> None:
+    import random
+
+    def cut() -> list[list[int]]:
+        return _length_classes([(length, i) for i, length in enumerate(lengths)], "a->b", random.Random(0))
+
+    if isinstance(classes, int):
+        with pytest.raises(NoPartner, match=f"example {classes} has {lengths[classes]} positions"):
+            cut()
+    else:
+        assert [sorted(group) for group in cut()] == classes
 
 
 def test_a_line_of_examples_ends_at_a_newline_only(tmp_path: Path) -> None:
