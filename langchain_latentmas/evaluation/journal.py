@@ -54,10 +54,13 @@ class Journal:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        written = path.read_text(encoding="utf-8") if path.exists() else ""
+        written = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""  # cut inside of a letter
         # At newlines alone: `str.splitlines` knows more of them, and `add` leaves some in the strings of a line.
         known = [line for line in map(_read, written.split("\n")) if line is not None]
         head = json.loads(json.dumps(head))
+        if not known and "\n" not in written and written.startswith("{"):  # cut off inside of its head
+            path.write_text("")
+            written = ""
         if written and not known:
             raise InvalidRequest(f"{path} is there already and no journal of answers; take another file.")
         if known and known[0] != head:

@@ -32,6 +32,29 @@ def test_a_line_that_was_cut_off_is_not_counted_and_harms_no_other(tmp_path: Pat
         assert journal.lines == [*complete, {"i": 3}]
 
 
+def test_a_line_that_was_cut_off_inside_of_a_letter_is_not_counted(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with Journal(path, {}) as journal:
+        journal.add({"i": "ö"})
+        journal.add({"i": "ö"})
+    path.write_bytes(path.read_bytes()[:-4])
+    with Journal(path, {}) as journal:
+        journal.add({"i": 3})
+    with Journal(path, {}) as journal:
+        assert journal.lines == [{"i": "ö"}, {"i": 3}]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 13, 14])
+def test_a_journal_that_was_cut_off_inside_of_its_head_is_begun_anew(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "answers.jsonl"
+    Journal(path, {"seed": "one"}).__exit__()
+    path.write_text(path.read_text()[:cut])
+    with Journal(path, {"seed": "two"}) as journal:
+        journal.add({"i": 1})
+    with Journal(path, {"seed": "two"}) as journal:
+        assert journal.lines == [{"i": 1}]
+
+
 @pytest.mark.parametrize("written", ['{"seed": 2}\n', '{"i": 1}\n', "[1, 2]\nnothing\n{}\n"])
 def test_the_journal_of_another_run_is_refused(tmp_path: Path, written: str) -> None:
     path = tmp_path / "answers.jsonl"
