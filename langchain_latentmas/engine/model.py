@@ -175,7 +175,7 @@ class LanguageModel:
             )
         except ModelNotSupported:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
             raise ModelNotFound(
                 f"Cannot load {name!r}: {_first_line(error)} Give a hub id, a folder with config.json, or 'bundled'."
             ) from error

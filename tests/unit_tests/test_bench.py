@@ -319,6 +319,7 @@ def test_graphs_are_measured_where_they_are_asked_for() -> None:
         (("--shape", "Qwen3-0.6B", "--dtype", "float8_e4m3fn"), "no dtype of weights"),
         (("--shape", "Qwen3-0.6B", "--device", "foo"), "no device 'foo'"),
         (("--shape", "Qwen3-0.6B", "--device", "cuda:77"), "no device 'cuda:77'"),
+        ((*TINY_RUN, "--device", "cuda:77"), "Cannot load"),
         ((*TINY_RUN, "--rows", "1", "--positions", "4", "--svg", "none.svg"), "nothing to draw"),
         (("--model", "http://127.0.0.1:8765"), "a server cannot be measured"),
         (("--svg", "bench.gif"), "must end in .png or .svg"),
