@@ -1,4 +1,7 @@
-"""Many graphs against one server: `python -m benchmarks.load`; for the long one, `--graphs 200 --seconds 120`."""
+"""Many graphs against one server: `python -m benchmarks.load`.
+
+The long one: `python -m benchmarks.load --graphs 200 --seconds 120 --warm-up 40 --kv-budget 320MiB`.
+"""
 
 import asyncio
 import os
@@ -125,6 +128,9 @@ def main(
     kv_budget: Annotated[
         str, typer.Option(help="KV that the server keeps: memory grows until it is full, and too little is rebuilt.")
     ] = "160MiB",
+    warm_up: Annotated[
+        float, typer.Option(help="Seconds of the same load before it is measured: until its KV is full, memory grows.")
+    ] = 5,
     seed: Annotated[int, typer.Option(help="Of the questions.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
 ) -> None:
@@ -136,6 +142,8 @@ def main(
             with LatentService.load(address, patience=600) as service:
                 runs = []
                 for load, length in ((Load(1), max(5.0, seconds / 4)), (Load(graphs), seconds)):
+                    if load.graphs > 1 and warm_up > 0:
+                        asyncio.run(Load(graphs).run(service, warm_up, steps, questions))
                     with httpx.Client(base_url=address, timeout=30) as http:
                         before = counters(http)
                         asyncio.run(load.run(service, length, steps, questions))
@@ -179,7 +187,8 @@ def main(
         )
     run = {
         "graph": f"sequential, three thinkers of {steps} steps and a judger, bundled model, one server process",
-        "server": f"{max_running} requests at work, {max_waiting} may wait, {kv_budget} of KV kept",
+        "server": f"{max_running} requests at work, {max_waiting} may wait, {kv_budget} of KV kept, measured after "
+        f"{warm_up:g} s of the same load",
         "machine": machine(),
     }
     show(run, table, as_json=as_json, results={"runs": results})
