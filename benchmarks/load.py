@@ -32,15 +32,19 @@ SAMPLE_SECONDS = 1.0
 
 @dataclass
 class Load:
-    """What a number of graphs did to a server, each starting over when it is done."""
+    """What a number of graphs do to a server, each starting over when it is done, in a window of time."""
 
     graphs: int
-    seconds: float = 0.0
+    seconds: float
+    warm_up: float = 0.0
+    """Seconds of the same load before the window."""
     done: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     memory: list[float] = field(default_factory=list)
     longest: float = 0.0
     cpu_seconds: float = 0.0  # of this process
+    more: Counter[str] = field(default_factory=Counter)  # by how much the server's counters grew
+    counting: bool = False
 
     @property
     def per_second(self) -> float:
@@ -52,33 +56,34 @@ class Load:
         part = max(1, len(self.memory) // 4)
         return sum(self.memory[:part]) / part, sum(self.memory[-part:]) / part
 
-    async def run(self, service: LatentService, seconds: float, steps: int, questions: random.Random) -> None:
+    async def run(self, service: Any, steps: int, questions: random.Random) -> None:
         graph = teams.sequential(service, agents=teams.SEQUENTIAL, steps=steps, max_tokens=24).compile()
-        begun, worked = time.perf_counter(), time.process_time()
+        end = time.perf_counter() + self.warm_up + self.seconds
 
         async def one() -> None:
-            while time.perf_counter() - begun < seconds:
+            while (at := time.perf_counter()) < end:
                 asked = problem(questions, "test").question + f" ({questions.random():.6f})"  # never asked before
-                at = time.perf_counter()
                 try:
                     await graph.ainvoke({"messages": [HumanMessage(asked)], "latents": []})
-                    self.done += 1
+                    self.done += self.counting
                 except Exception as error:  # what a user would have met
                     self.errors[type(error).__name__] += 1
                 self.longest = max(self.longest, time.perf_counter() - at)
 
-        watching = asyncio.create_task(self._watch(service))
-        await asyncio.gather(*(one() for _ in range(self.graphs)))
-        self.seconds, self.cpu_seconds = time.perf_counter() - begun, time.process_time() - worked
-        watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
-
-    async def _watch(self, service: Any) -> None:
         with httpx.Client(base_url=service.url, timeout=30) as http:
-            while True:
-                self.memory.append((await asyncio.to_thread(counters, http))["process_resident_memory_bytes"])
-                await asyncio.sleep(SAMPLE_SECONDS)
+            await asyncio.gather(self._watch(http), *(one() for _ in range(self.graphs)))
+
+    async def _watch(self, http: httpx.Client) -> None:
+        await asyncio.sleep(self.warm_up)
+        before = await asyncio.to_thread(counters, http)
+        begun, worked, self.counting = time.perf_counter(), time.process_time(), True
+        while time.perf_counter() < begun + self.seconds:
+            now = await asyncio.to_thread(counters, http)
+            self.memory.append(now["process_resident_memory_bytes"])
+            await asyncio.sleep(SAMPLE_SECONDS)
+        self.counting = False
+        self.seconds, self.cpu_seconds = time.perf_counter() - begun, time.process_time() - worked
+        self.more = await asyncio.to_thread(counters, http) - before  # those that grew
 
 
 def counters(http: httpx.Client) -> Counter[str]:
@@ -121,7 +126,7 @@ def free_port() -> int:
 
 def main(
     graphs: Annotated[int, typer.Option(help="Graphs at a time.")] = 20,
-    seconds: Annotated[float, typer.Option(help="For how long new ones are begun.")] = 15,
+    seconds: Annotated[float, typer.Option(help="How long it is measured.")] = 15,
     steps: Annotated[int, typer.Option(help="Latent steps of each of the three thinkers.")] = 8,
     max_running: Annotated[int, typer.Option(help="Requests that the server works on at a time.")] = 64,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; fewer make more 429s.")] = 128,
@@ -140,23 +145,18 @@ def main(
         process, address = started(folder, max_running, max_waiting, kv_budget)
         try:
             with LatentService.load(address, patience=600) as service:
-                runs = []
-                for load, length in ((Load(1), max(5.0, seconds / 4)), (Load(graphs), seconds)):
-                    if load.graphs > 1 and warm_up > 0:
-                        asyncio.run(Load(graphs).run(service, warm_up, steps, questions))
-                    with httpx.Client(base_url=address, timeout=30) as http:
-                        before = counters(http)
-                        asyncio.run(load.run(service, length, steps, questions))
-                        more = counters(http) - before  # those that grew
-                    runs.append((load, more))
+                loads = Load(1, max(5.0, seconds / 4)), Load(graphs, seconds, warm_up)
+                for load in loads:
+                    asyncio.run(load.run(service, steps, questions))
         finally:
             process.terminate()
             process.wait(60)
-    alone = runs[0][0]
+    alone = loads[0]
     columns = ("graphs", "seconds", "done", "per second", "times one", "CPU ms each: server, client", "429s retried")
     table = Table(*columns, "errors", "rebuilds", "ticks/s", "MiB")
     results = []
-    for load, more in runs:
+    for load in loads:
+        more = load.more
         refused, rebuilds = int(more["latentmas_refused_total"]), int(more["latentmas_kv_rebuilds_total"])
         ticks = more["latentmas_ticks_total"] / load.seconds
         first, last = load.quarters

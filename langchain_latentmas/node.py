@@ -183,7 +183,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         messages = self._messages(made)
         leaves_text = runs_as_text(config, str(self.name), *node_path(config)[-1:])
         known = [] if runs_as_text(config) else list(_field(state, "latents") or [])
-        conversation: Sequence[BaseMessage] = _field(state, "messages") or []
+        # A prompt of words shows all that was said. What others show is their own choice.
+        whole = isinstance(self.prompt, (str, SystemMessage))
+        conversation: Sequence[BaseMessage] = messages[1:] if whole else _field(state, "messages") or []
         try:
             latents, notes = self._read(known, conversation, messages)
             read = ancestry(latents, known) if any(map(memory_of, messages)) else set()
@@ -191,16 +193,14 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             for ref in known:
                 checked_ref(ref)
             raise
-        # A prompt of words shows all that was said. What others show is their own choice.
-        whole = isinstance(self.prompt, (str, SystemMessage))
         if whole:
             known_already = held(conversation, read)
             messages = [message for message in messages if key_of(message) not in known_already]
         else:
             messages = [message for message in messages if memory_of(message) not in read]
         thinks = not self.speak and not leaves_text
-        shown = conversation if whole and not leaves_text else ()
-        return _Plan(service, _with_notes(messages, notes), latents, leaves_text, thinks, shown)
+        heard = conversation if whole and not leaves_text else ()
+        return _Plan(service, _with_notes(messages, notes), latents, leaves_text, thinks, heard)
 
     def _messages(self, made: Any) -> list[BaseMessage]:
         """What the prompt made, as messages."""

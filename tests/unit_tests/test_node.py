@@ -205,6 +205,12 @@ def test_a_prompt_may_give_a_text_or_one_message(service32: LatentService) -> No
     assert text == message
 
 
+def test_messages_may_be_what_langchain_takes_for_them(service32: LatentService) -> None:
+    node = LatentAgentNode("judger", "Judge.", service=service32, speak=True, max_tokens=4)
+    plain = node.invoke({"messages": [("human", "What is 1 plus 2?")], "latents": []})
+    assert plain["latents"] == node.invoke(ASKED)["latents"]
+
+
 def test_stop_may_be_one_string(service32: LatentService) -> None:
     one, several = (
         LatentAgentNode("a", "A.", service=service32, speak=True, max_tokens=8, stop=stop).invoke(ASKED)
