@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from .chat_model import ChatLatentMAS
 from .edges import SWITCHED, _Graph, _inner, _look
 from .errors import InvalidEdge, InvalidRequest
 from .evaluation.conditions import Grade, Progress, Questions
-from .evaluation.journal import Journal
+from .evaluation.journal import Journal, digest
 from .evaluation.machine import version_of
 from .evaluation.worth import CONDITIONS, Audit, EdgeWorth
 from .modes import Edge
@@ -213,14 +212,14 @@ def journal_head(
     shape = [
         sorted(map(str, seen.edges)),
         sorted((*edge, setting.steps) for edge, setting in seen.latent.items()),
-        sorted(_digest(llm._identifying_params) for llm in llms),
-        sorted(_digest(_settings(agent)) for agent in seen.agents.values()),
+        sorted(digest(llm._identifying_params) for llm in llms),
+        sorted(digest(_settings(agent)) for agent in seen.agents.values()),
     ]
     return {
         "journal": "audit",
         "version": version_of("langchain-latentmas"),
         "models": sorted(fingerprints),
-        "graph": _digest(shape),
+        "graph": digest(shape),
         "examples": hashlib.sha256("\n".join(map(dumps, examples)).encode()).hexdigest(),
         "seed": seed,
         "about": dict(about or {}),
@@ -232,10 +231,6 @@ def _settings(agent: LatentAgentNode) -> dict[str, Any]:
     prompt = agent.prompt.content if isinstance(agent.prompt, SystemMessage) else agent.prompt
     prompt = prompt if isinstance(prompt, (str, list)) else type(prompt).__name__
     return {**{name: getattr(agent, name) for name in names}, "prompt": prompt}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _builder(graph: StateGraph | Pregel) -> Any:

@@ -36,7 +36,9 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 if (grad := matrix.grad) is None:
                     continue
-                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(grad))
+                if not (state := self.state[matrix]):
+                    state["momentum"] = torch.zeros_like(grad)
+                momentum = state["momentum"]
                 momentum.lerp_(grad, 1 - MOMENTUM)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 along = orthogonalized(grad.lerp(momentum, MOMENTUM))

@@ -1,5 +1,6 @@
 """A file that gets every answer as a line of JSON, so that a run of hours is never lost. Imports no torch."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,12 @@ MENDED = (
 def is_mended(error: str) -> bool:
     """Whether a question whose journaled error (`Type: message`) this is should be asked again."""
     return error.split(":")[0] in {kind.__name__ for kind in MENDED}
+
+
+def digest(value: Any) -> str:
+    """What stands in a head for a value too long for it: 16 hex digits. What is no JSON counts as it prints."""
+    plain = json.dumps(value, sort_keys=True, default=_plain, ensure_ascii=False)
+    return hashlib.sha256(plain.encode(errors="replace")).hexdigest()[:16]
 
 
 class Journal:
@@ -85,6 +92,10 @@ class Journal:
 
     def __exit__(self, *exc: object) -> None:
         self._file.close()
+
+
+def _plain(value: object) -> object:
+    return dict(value) if isinstance(value, Mapping) else str(value)
 
 
 def _read(line: str) -> dict[str, Any] | None:

@@ -1,8 +1,6 @@
 """An evaluation: a task under several modes and arrangements, every answer kept, and what they sum up to."""
 
 import asyncio
-import hashlib
-import json
 import logging
 import math
 import os
@@ -21,7 +19,7 @@ from ..errors import InvalidRequest, ServiceUnreachable
 from ..service import LatentService
 from . import sandbox
 from .benchmarks import Published, published
-from .journal import Journal, is_mended
+from .journal import Journal, digest, is_mended
 from .machine import machine, version_of
 from .statistics import paired_bootstrap, wilson
 from .task import Question, Task
@@ -250,8 +248,8 @@ class Evaluation:
             "task": task.name,
             "n": len(self.questions),
             "seed": seed,
-            "questions": _digest(self.questions),
-            "prompts": _digest(task.roles(service)),
+            "questions": digest(self.questions),
+            "prompts": digest(task.roles(service)),
             "model": {name: info[name] for name in PINNED if name in info},
             "steps": self.steps,
             **{name: value for name, value in self.options.items() if name != "seed"},
@@ -438,8 +436,3 @@ def _config(mode: str, batch: int) -> RunnableConfig:
 
 def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:500]}"
-
-
-def _digest(value: Any) -> str:
-    plain = json.dumps(value, sort_keys=True, default=dict, ensure_ascii=False)
-    return hashlib.sha256(plain.encode(errors="replace")).hexdigest()[:16]
