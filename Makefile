@@ -23,7 +23,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s%s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.installed-demo  ## text against latent edges on the bundled model
-	@$(BIN)/latentmas demo $(ARGS)
+	@$(BIN)/python -m langchain_latentmas.cli demo $(ARGS)
 
 test: $(VENV)/.installed-dev  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -40,15 +40,15 @@ test-vllm: $(VLLM)/.installed  ## tests of the vLLM plugin, on the CPU, in an en
 lint: $(VENV)/.installed-dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 format: $(VENV)/.installed-dev  ## put the style right where that can be done by machine
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-demo  ## how fast it is on this machine (under ten minutes); a GPU: sh benchmarks/gpu.sh
-	$(BIN)/latentmas bench $(ARGS)
-	$(BIN)/latentmas bench --shape Qwen3-0.6B --rows "1 8 32" --positions "256 2048" $(ARGS)
+	$(BIN)/python -m langchain_latentmas.cli bench $(ARGS)
+	$(BIN)/python -m langchain_latentmas.cli bench --shape Qwen3-0.6B --rows "1 8 32" --positions "256 2048" $(ARGS)
 	$(BIN)/python -m benchmarks.overhead
 
 tables: $(VENV)/.installed-demo  ## text against latent edges, and converted graphs, as in the README
@@ -66,9 +66,11 @@ clean:  ## remove caches and build outputs (.venv stays)
 drop_half_installed = for info in $(VENV)/lib/python3.*/site-packages/*.dist-info; do \
 	[ -f "$$info/RECORD" ] || rm -rf "$$info"; done
 
-# Made anew when its interpreter does not run: missing, half made, or its base Python is gone.
-$(VENV)/.python: $(if $(shell $(BIN)/python -c 'print("runs")' 2>/dev/null),,FORCE)
-	@$(BIN)/python -c '' 2>/dev/null || { \
+runs := -c 'import sys; assert sys.version_info >= (3, 11); print("runs")'
+
+# Made anew when its interpreter does not run: missing, half made, too old, or its base Python is gone.
+$(VENV)/.python: $(if $(shell $(BIN)/python $(runs) 2>/dev/null),,FORCE)
+	@$(BIN)/python $(runs) >/dev/null 2>&1 || { \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 			|| { echo "$(PYTHON) is no Python 3.11 or newer: name one, as in make PYTHON=python3.12" >&2; exit 1; }; \
 		echo "Creating $(VENV)"; \

@@ -13,7 +13,12 @@ mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1
 
 # Versions that are there stay; only what is missing is installed.
-"$PYTHON" -c 'import langchain_latentmas.cli, langchain_latentmas.demo' 2>/dev/null || "$PYTHON" -m pip install --quiet -e .
+if ! why=$("$PYTHON" -c 'import langchain_latentmas.cli, langchain_latentmas.demo' 2>&1); then
+    "$PYTHON" -m pip install --quiet -e . || { echo "$why" >&2; exit 1; }
+fi
+failed=""
+echo "overhead" >&2
+"$PYTHON" -m benchmarks.overhead --device "$DEVICE" --json >"$OUT/overhead.json" || failed=" overhead"
 
 if [ "$DEVICE" = cpu ]; then
     SHAPES="Qwen3-0.6B"
@@ -26,9 +31,9 @@ for shape in $SHAPES; do
     echo "$shape" >&2
     # shellcheck disable=SC2086  # options are words
     "$PYTHON" -m langchain_latentmas.cli bench --shape "$shape" --device "$DEVICE" $SIZES --json >"$OUT/$shape.json" ||
-        { cat "$OUT/$shape.json" >&2; exit 1; }
+        { cat "$OUT/$shape.json" >&2; mv "$OUT/$shape.json" "$OUT/$shape.failed"; failed="$failed $shape"; }
 done
-echo "overhead" >&2
-"$PYTHON" -m benchmarks.overhead --device "$DEVICE" --json >"$OUT/overhead.json"
+[ -s "$OUT/overhead.json" ] || rm -f "$OUT/overhead.json"
 "$PYTHON" -m benchmarks.summary "$OUT" >"$OUT/summary.txt" || { cat "$OUT/summary.txt" >&2; exit 1; }
 cat "$OUT/summary.txt"
+[ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }

@@ -35,6 +35,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that the state can be imported where torch is not installed.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("langchain-latentmas")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -17,11 +17,10 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 
-from .chat_model import ChatLatentMAS
 from .edges import SWITCHED, _Graph, _inner, _look
 from .errors import InvalidEdge, InvalidRequest
 from .evaluation.conditions import Grade, Progress, Questions
-from .evaluation.journal import Journal, digest
+from .evaluation.journal import Journal, digest, pinned
 from .evaluation.machine import version_of
 from .evaluation.worth import CONDITIONS, Audit, EdgeWorth
 from .modes import Edge
@@ -169,7 +168,7 @@ async def aaudit(
     _check_edges(graph, [] if isinstance(named, str) else named)
     compiled = graph.compile() if isinstance(graph, StateGraph) else graph.copy({"checkpointer": None, "cache": None})
     wanted = [name for name in CONDITIONS if name in {"intact", "swapped", *conditions}]
-    head = journal_head(graph, examples, seed, about, context) if journal else {}
+    head = journal_head(graph, examples, seed, about, context, config) if journal else {}
     with Journal(journal, head) if journal else nullcontext() as opened:
         asked = Questions(compiled, examples, grade, seed, concurrency, config or {}, context, on_answer, opened)
         intact = await asked.intact()
@@ -190,6 +189,7 @@ def journal_head(
     seed: int,
     about: Mapping[str, Any] | None = None,
     context: Any = None,
+    config: RunnableConfig | None = None,
 ) -> dict[str, Any]:
     """What the answers of an audit depend on, as far as it can be seen without running the graph.
 
@@ -203,12 +203,10 @@ def journal_head(
     if isinstance(builder := _builder(graph), StateGraph):
         seen.look(builder)
     compiled = graph.compile() if isinstance(graph, StateGraph) else graph
-    of_agents = {id(agent._llm) for agent in seen.agents.values()}  # made by the first run, of the agent's settings
-    models = (llm for llm in _look(compiled).models if id(llm) not in of_agents)
-    llms = [llm for llm in models if isinstance(llm, ChatLatentMAS)]
+    llms = _look(compiled).ours
     services = [llm._service for llm in llms]
     services += [agent.service or _field(context, "service") or shared_service() for agent in seen.agents.values()]
-    fingerprints = {str(one.info().get("fingerprint")) for one in services if isinstance(one, LatentService)}
+    models = {digest(pinned(one)) for one in services if isinstance(one, LatentService)}
     shape = [
         sorted(map(str, seen.edges)),
         sorted((*edge, setting.steps) for edge, setting in seen.latent.items()),
@@ -218,11 +216,12 @@ def journal_head(
     return {
         "journal": "audit",
         "version": version_of("langchain-latentmas"),
-        "models": sorted(fingerprints),
+        "models": sorted(models),
         "graph": digest(shape),
         "examples": hashlib.sha256("\n".join(map(dumps, examples)).encode()).hexdigest(),
         "seed": seed,
         "about": dict(about or {}),
+        "config": digest((config or {}).get("configurable")),
     }
 
 

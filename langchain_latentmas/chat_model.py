@@ -1,9 +1,11 @@
 """ChatLatentMAS, the LangChain chat model over a latent service; all speaking goes through it."""
 
+import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -17,7 +19,7 @@ from langchain_core.messages import (
     message_chunk_to_message,
 )
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
 from langchain_core.utils import from_env
@@ -29,7 +31,8 @@ from .modes import node_path, runs_as_text
 from .progress import reporter
 from .service import Chunk, LatentService
 from .service.base import READING
-from .service.shared import shared_service
+from .service.marker import OPENING
+from .service.shared import is_loaded, shared_service
 from .state import LatentRef
 from .tool_calls import ToolCallText, forcing_prefix
 
@@ -60,24 +63,33 @@ class Thinker(NamedTuple):
     """Its latent edges, for messages."""
     outputs: frozenset[tuple[str, ...]]
     """Paths of nodes in subgraphs whose model calls are the node's own output; () is the node itself."""
-    depth: int
-    """Depth of the node's own graph."""
+    namespace: str = ""
+    """The node's own `checkpoint_ns`."""
     inside: frozenset[str] = frozenset()
     """Nodes of the subgraphs that were seen in it."""
 
-    def speaks_here(self) -> bool:
+    def speaks_here(self, config: RunnableConfig) -> bool:
         """Whether the call comes from an inner node whose text stays inside of the subgraph."""
-        return node_path(ensure_config())[self.depth :] not in self.outputs
+        return self._below(config) not in self.outputs
 
-    def warn_of_hidden(self) -> None:
+    def warn_of_hidden(self, config: RunnableConfig) -> None:
         """Says so where the call comes from a graph that nobody saw in the node, and so speaks."""
-        path = node_path(ensure_config())[self.depth :]
+        path = self._below(config)
         if path and path[0] not in self.inside:
             logger.warning(
                 "%r calls the model in a graph or task that switch_edges cannot see (at %r): it speaks there, and %s "
                 "may be text. Let a global or a closure of the node hold that graph, or make it the node.",
                 *(self.name, path[0], self.edges),
             )
+
+    def _below(self, config: RunnableConfig) -> tuple[str, ...]:
+        """Path of a call from the node on; a graph that it calls with a thread of its own has its whole path."""
+        namespace = config.get("configurable", {}).get("checkpoint_ns") or ""
+        # A subgraph with a checkpointer of its own drops the ids of tasks.
+        without_ids = "|".join(part.split(":")[0] for part in self.namespace.split("|") if not part.isdigit())
+        own = namespace == self.namespace or namespace.startswith((f"{self.namespace}|", f"{without_ids}|"))
+        path = node_path(config)
+        return path[len(node_path({"configurable": {"checkpoint_ns": self.namespace}})) :] if own else path
 
 
 THINKER: ContextVar[Thinker | None] = ContextVar("latentmas_thinker", default=None)
@@ -220,7 +232,7 @@ class ChatLatentMAS(BaseChatModel):
         if not messages:
             return 0
         service = self._service
-        read, _ = _without_markers(messages, service, self.marker_text)
+        read, _ = without_markers(messages, service, self.marker_text)
         described = [convert_to_openai_tool(tool) for tool in tools] if tools else None
         return len(service.token_ids(read, described))
 
@@ -249,8 +261,8 @@ class ChatLatentMAS(BaseChatModel):
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Key of LangChain's model cache: a call that thinks and one that speaks are not the same."""
-        thinker = THINKER.get()
-        steps = None if thinker is None or thinker.speaks_here() else thinker.steps
+        thinker = _thinker(kwargs.get("agent"), kwargs.get("steps"), ensure_config())
+        steps = thinker and thinker.steps
         reading = READING.get()
         read = f"---{reading.name}" if reading else ""
         return f"{super()._get_llm_string(stop, **kwargs)}---{self._service.name}---{steps}{read}"
@@ -283,7 +295,7 @@ class ChatLatentMAS(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _result(await _Call(self, messages, stop, kwargs).awhole())
+        return _result(await (await _Call.aside(self, messages, stop, kwargs)).awhole())
 
     def _stream(
         self,
@@ -304,7 +316,7 @@ class ChatLatentMAS(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async for generation in _Call(self, messages, stop, kwargs).aparts():
+        async for generation in (await _Call.aside(self, messages, stop, kwargs)).aparts():
             if run_manager:
                 await run_manager.on_llm_new_token(generation.text, chunk=generation)
             yield generation
@@ -328,22 +340,18 @@ class _Call:
         given.pop("ls_structured_output_format", None)  # for tracing only
         latents: Sequence[LatentRef] = given.pop("latents", None) or ()
         steps: int | None = given.pop("steps", None)
-        thinker, config = THINKER.get(), ensure_config()
-        path = node_path(config)
-        self.agent = self.named or (thinker and thinker.name) or (path or ("agent",))[-1]
-        self.thinker = thinker
-        if thinker is not None and thinker.speaks_here():
-            self.thinker = None
-            thinker.warn_of_hidden()
-        if steps is not None and not runs_as_text(config, self.agent, *path[-1:]):
-            self.thinker = Thinker(self.agent, steps, f"steps={steps}", frozenset(), 0)
+        config = ensure_config()
+        self.agent = _agent(self.named, config)
+        self.thinker = _thinker(self.named, steps, config)
+        if self.thinker is None and (around := THINKER.get()):
+            around.warn_of_hidden(config)
         if self.thinker and tools:
             raise InvalidRequest(
                 f"Node {self.agent!r} has tools or structured output bound, which need text, but its edges are latent "
                 f"({self.thinker.edges}); switch these to text, or bind the tools in another node."
             )
         try:
-            self.messages, marked = _without_markers(messages, self.service, llm.marker_text)
+            self.messages, marked = without_markers(messages, self.service, llm.marker_text)
         except InvalidReference as error:
             raise type(error)(f"{self.agent!r} cannot read what it was handed. {error}") from error
         self.latents = [*latents, *marked]
@@ -351,6 +359,16 @@ class _Call:
         self.calls = ToolCallText(prefix) if tools else None
         own = {name: getattr(llm, name) for name in SAMPLING}
         self.sampling = {**own, **given, "stop": stop or llm.stop, "tools": tools, "prefix": prefix}
+
+    @classmethod
+    async def aside(cls, *call: Any) -> "_Call":
+        """Made in a thread of its own, where the service has to be loaded first, or a store or server to be asked."""
+        llm, messages, _, given = call
+        named: str | None = given.get("model")
+        here = (not named and llm.service is not None) or is_loaded(named or llm.model, llm.device, llm.dtype)
+        if here and not any(may_hold_marker(message) for message in messages):
+            return cls(*call)
+        return await asyncio.to_thread(cls, *call)
 
     def whole(self) -> AIMessage:
         """Thinks or speaks, and returns all of it."""
@@ -379,7 +397,9 @@ class _Call:
             ref = await self.service.athink(self.messages, self.latents, **self._thinking)
             yield _last(self._thought(ref, AIMessageChunk))
             return
-        async for chunk in self.service.aspeak(self.messages, self.latents, agent=self.agent, **self.sampling):
+        speak = partial(self.service.aspeak, agent=self.agent, **self.sampling)
+        # In a thread, since it reads recipes and makes tokens of the messages.
+        async for chunk in await asyncio.to_thread(speak, self.messages, self.latents):
             yield self._generation(chunk)
 
     @property
@@ -408,11 +428,13 @@ class _Call:
         text = self.calls.push(chunk.text) if self.calls else chunk.text
         message = AIMessageChunk(content=text, name=self.named)
         if chunk.usage is not None and chunk.ref is not None:
-            if self.calls:
-                rest, calls = self.calls.end()
-                message = AIMessageChunk(content=text + rest, name=self.named, tool_call_chunks=calls)
+            if not self.calls:
+                self._close(message, chunk)
+                return _last(message)
+            # LangChain ends the stream with an empty chunk: what it makes of the last one holds no malformed calls.
+            rest, calls = self.calls.end()
+            message = AIMessageChunk(content=text + rest, name=self.named, tool_call_chunks=calls)
             self._close(message, chunk)
-            return _last(message)
         return ChatGenerationChunk(message=message)
 
     def _close(self, message: AIMessage, last: Chunk) -> None:
@@ -433,6 +455,21 @@ class _Call:
         }
 
 
+def _agent(named: str | None, config: RunnableConfig) -> str:
+    """Who calls: as the call says, else the node that thinks, else the innermost node."""
+    around = THINKER.get()
+    return named or (around and around.name) or (node_path(config) or ("agent",))[-1]
+
+
+def _thinker(named: str | None, steps: int | None, config: RunnableConfig) -> Thinker | None:
+    """How a call thinks; None if it speaks."""
+    agent = _agent(named, config)
+    if steps is not None and not runs_as_text(config, agent, *node_path(config)[-1:]):
+        return Thinker(agent, steps, f"steps={steps}", frozenset())
+    around = THINKER.get()
+    return None if around is None or around.speaks_here(config) else around
+
+
 def _result(message: AIMessage) -> ChatResult:
     return ChatResult(generations=[ChatGeneration(message=message)])
 
@@ -451,8 +488,13 @@ def _usage(read: int, spoken: int, latent_steps: int) -> UsageMetadata:
     )
 
 
-def _without_markers(
-    messages: list[BaseMessage], service: LatentService, left: str
+def may_hold_marker(message: BaseMessage) -> bool:
+    """Whether `without_markers` has to look into a message."""
+    return OPENING in str(message.content) or OPENING in str(getattr(message, "tool_calls", ""))
+
+
+def without_markers(
+    messages: Sequence[BaseMessage], service: LatentService, left: str
 ) -> tuple[list[BaseMessage], list[LatentRef]]:
     """Takes the markers out of messages; a message that was nothing else goes with them, unless it is the only one."""
     kept: list[BaseMessage] = []

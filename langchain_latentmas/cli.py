@@ -1,6 +1,7 @@
 """The command line, `latentmas`: one file per command in `commands/`."""
 
 import logging
+from typing import Annotated
 
 import typer
 
@@ -13,12 +14,23 @@ from .commands.evaluate import evaluate
 from .commands.lens import lens
 from .commands.picture import picture
 from .commands.serve import rotate_key, serve
+from .evaluation.machine import PACKAGES, version_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 
+def _versions(wanted: bool) -> None:
+    if wanted:
+        print("\n".join(f"{name} {version}" for name in PACKAGES if (version := version_of(name))))
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_versions, help="Print versions, for bug reports.")
+    ] = False,
+) -> None:
     """LangGraph agents that pass latent memory instead of text."""
     # Where torchao is installed, transformers imports it, and it says at length what it does not need.
     for name in ("torchao", "torch.utils._pytree"):

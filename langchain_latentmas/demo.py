@@ -168,6 +168,7 @@ def run(
     """
     if mode == "cut":
         options["reads"] = []
+    service.forget_prefixes()  # text and latent teams begin their prompts alike; whoever came second would be faster
     graph: CompiledStateGraph[Any, Any, Any, Any] = Relay().graph(service, arrangement, **options).compile()
     answers, seconds = answer_all(graph, problems, edges="text" if mode == "text" else "latent", on_agent=on_agent)
     return Score.of(arrangement, mode, answers, seconds), answers

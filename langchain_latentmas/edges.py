@@ -2,10 +2,11 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+import dis
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from html import escape
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Literal, NamedTuple, overload
 
 from langchain_core.language_models import BaseChatModel
@@ -25,6 +26,7 @@ from .node import LatentAgentNode
 from .service.shared import SharedSettings
 
 LIBRARIES = {"langchain", "langchain_core", "langgraph", "langsmith"}  # their globals hold none of the user's models
+DEFAULT_ERROR_HANDLER = "__default_error_handler__"  # node that LangGraph's `compile` adds to a builder
 SWITCHED = "_latentmas_edges"  # attribute of a builder that holds its latent edges
 
 
@@ -104,6 +106,8 @@ def switch_edges(
 
     A node that calls its model in threads of its own, or in a graph that cannot be seen from the node, speaks there
     (the latter the log says): hand threads the context (`contextvars.copy_context().run`), or take LangChain's `batch`.
+    Nor does a graph that it calls with a thread of its own hear of `configurable.edges`: LangGraph drops it on the way,
+    so hand it on.
 
     Switch last: edges that are added to the builder afterwards do not make a thinking node speak. LangGraph keeps what
     a node with a `CachePolicy` returned under the node's input alone, so one that ran latent is read as a marker in a
@@ -251,10 +255,11 @@ class _Graph:
             who = "the node that returns Command reads" if made == "command" else "its router reads"
             return f"{who} the text of {source!r}; pass router_reads_text=False if it does not."
         sender, receiver = self.facts(source), self.facts(target)
-        output = self._output(source, sender)
+        ends = self._ends(source)
+        output = self._output(source, sender, ends)
+        if isinstance(_inner(self.builder.nodes[source].runnable), LatentAgentNode):
+            return f"{source!r} is a LatentAgentNode, which hands over references in the state by itself."
         for name, facts in ((source, output), (target, receiver)):
-            if isinstance(_inner(self.builder.nodes[name].runnable), LatentAgentNode):
-                return f"{name!r} is a LatentAgentNode, which reads and writes references in the state by itself."
             if facts.foreign:
                 return f"{name!r} runs another model ({facts.foreign}); give it a ChatLatentMAS."
             if not facts.ours and not trusted:
@@ -266,13 +271,10 @@ class _Graph:
         services = {_service_of(model) for model in (*output.ours, *receiver.ours)}
         if len(services) > 1:
             return f"{target!r} runs another model than {source!r}; give both the same service."
-        if not trusted and (other := self._foreign_after(target)):
+        if not trusted and (other := self._stranger_after(target, services)):
             return f"what {source!r} thought may reach {other!r}, which runs another model; name the edge if not."
-        for subgraph in sender.subgraphs:
-            if not _outputs(subgraph):
-                return (
-                    f"{source!r} is a subgraph whose last node cannot be told; switch the edges inside of it instead."
-                )
+        if not all(ends):
+            return f"{source!r} is a subgraph whose last node cannot be told; switch the edges inside of it instead."
         return None
 
     def facts(self, name: str) -> _Facts:
@@ -280,25 +282,28 @@ class _Graph:
             self._facts[name] = _look(_inner(self.builder.nodes[name].runnable))
         return self._facts[name]
 
-    def _foreign_after(self, name: str) -> str | None:
-        """A node further down that runs a model which cannot read markers."""
+    def _stranger_after(self, name: str, services: set[Hashable]) -> str | None:
+        """A node further down that runs a model which cannot read the markers of these services."""
         queue = [name]
         for at in queue:
-            if at != END and self.facts(at).foreign:
+            if at != END and (self.facts(at).foreign or not services >= set(map(_service_of, self.facts(at).ours))):
                 return at
             queue += [target for _, target in self.leaving(at) if target not in queue]
         return None
 
-    def _output(self, name: str, facts: _Facts) -> _Facts:
-        """What can be seen of the calls that give a node its output: in subgraphs, those of its last nodes."""
-        if not all(map(_outputs, facts.subgraphs)) or not facts.subgraphs:
+    def _ends(self, name: str) -> list[dict[tuple[str, ...], Any]]:
+        """The `_outputs` of each subgraph that a node calls, if something in it calls a model."""
+        return [_outputs(subgraph) for subgraph in _direct(self.builder.nodes[name].runnable)]
+
+    def _output(self, name: str, facts: _Facts, ends: Sequence[Mapping[tuple[str, ...], Any]]) -> _Facts:
+        """What can be seen of the calls that give a node its output: its own, and in subgraphs those of last nodes."""
+        if not ends or not all(ends):
             return facts
-        own = _look(_inner(self.builder.nodes[name].runnable), into_subgraphs=False)
-        for subgraph in facts.subgraphs:
-            for path in _outputs(subgraph):
-                last = _look(_at(subgraph, path))
-                own = _Facts(own.models + last.models, own.tools or last.tools, own.parsers + last.parsers, [])
-        return own
+        looked = [_look(_inner(self.builder.nodes[name].runnable), into_subgraphs=False)]
+        looked += [_look(last, into_subgraphs=False) for outputs in ends for last in outputs.values()]
+        models = [model for each in looked for model in each.models]
+        parsers = [parser for each in looked for parser in each.parsers]
+        return _Facts(models, any(each.tools for each in looked), parsers, [])
 
     def with_edges(self, switched: dict[Edge, _Setting]) -> StateGraph:
         """A copy of the builder in which these edges are latent and all others are not."""
@@ -306,32 +311,39 @@ class _Graph:
         vars(new).update({name: copy.copy(value) for name, value in vars(new).items()})
         new.branches = type(new.branches)(dict, {k: dict(v) for k, v in new.branches.items()})
         new.compiled = False
-        known = frozenset({*switched, *self._latent_inside(), *self._latent_by_themselves()})
-        there = frozenset(self.edges)
+        inside = [_Graph(each.builder) for each in self._subgraphs() if isinstance(each, CompiledStateGraph)]
+        latent = {edge for graph in inside for edge in graph.switched} | switched.keys()
+        known = frozenset(latent | {edge for graph in (self, *inside) for edge in graph._latent_by_themselves()})
+        there = frozenset(edge for graph in (self, *inside) for edge in graph.edges)
         for name, spec in self.builder.nodes.items():
+            if name == DEFAULT_ERROR_HANDLER:  # made by `compile`, and made anew by the next one
+                del new.nodes[name]
+                continue
+            if spec.error_handler_node == DEFAULT_ERROR_HANDLER:
+                spec = dataclasses.replace(spec, error_handler_node=None)
             runnable, cache = _inner(spec.runnable), _uncached(spec.cache_policy)
             edges = {edge: switched[edge] for edge in self.leaving(name) if edge in switched}
             if edges and len(edges) == len(self.leaving(name)):
-                subgraphs = self.facts(name).subgraphs
-                paths = {path for subgraph in subgraphs for path in _outputs(subgraph)}
-                inside = frozenset(node for subgraph in subgraphs for node in subgraph.nodes)
-                runnable = _Switched(name, runnable, edges, frozenset({(), *paths}), inside, known, there)
+                paths = {path for outputs in self._ends(name) for path in outputs}
+                seen = frozenset(node for subgraph in _direct(runnable) for node in subgraph.nodes)
+                runnable = _Switched(name, runnable, edges, frozenset({(), *paths}), seen, known, there)
                 cache = _cached(cache or self.builder._node_defaults.cache_policy, edges)
             new.nodes[name] = dataclasses.replace(spec, runnable=runnable, cache_policy=cache)
         setattr(new, SWITCHED, switched)
         return new
 
     def _latent_by_themselves(self) -> Iterator[Edge]:
-        """Edges of nodes that hand over references without being switched."""
+        """Edges of nodes that hand over references without being switched, by node and by agent."""
         for source, target in self.edges:
-            if source != START and isinstance(_inner(self.builder.nodes[source].runnable), LatentAgentNode):
+            agent = None if source == START else _inner(self.builder.nodes[source].runnable)
+            if isinstance(agent, LatentAgentNode):
                 yield source, target
+                yield str(agent.name), target
 
-    def _latent_inside(self) -> Iterator[Edge]:
-        """Latent edges of all subgraphs that can be seen."""
+    def _subgraphs(self) -> Iterator[Pregel]:
+        """All that can be seen, those inside of others included."""
         for name in self.builder.nodes:
-            for subgraph in self.facts(name).subgraphs:
-                yield from getattr(getattr(subgraph, "builder", None), SWITCHED, ())
+            yield from self.facts(name).subgraphs
 
 
 class _Switched(RunnableCallable):
@@ -356,7 +368,8 @@ class _Switched(RunnableCallable):
                 return None
             arrows = ", ".join("->".join(edge) for edge in edges)
             steps = max(setting.steps for setting in edges.values())
-            return Thinker(name, steps, arrows, outputs, len(node_path(config)), inside)
+            namespace = config.get("configurable", {}).get("checkpoint_ns") or ""
+            return Thinker(name, steps, arrows, outputs, namespace, inside)
 
         def call(input: Any, config: RunnableConfig) -> Any:
             token = THINKER.set(thinker(config))
@@ -428,7 +441,8 @@ class _CacheKey(NamedTuple):
 def _service_of(model: ChatLatentMAS) -> Hashable:
     if model.service is not None:
         return id(model.service)
-    return model.model or SharedSettings().service, model.device, model.dtype
+    shared = SharedSettings()
+    return model.model or shared.service, model.device or shared.device, model.dtype or shared.dtype
 
 
 def _look(root: Any, into_subgraphs: bool = True) -> _Facts:
@@ -454,6 +468,8 @@ def _look(root: Any, into_subgraphs: bool = True) -> _Facts:
         elif isinstance(at, RunnableBinding):
             tools = tools or bool(at.kwargs.get("tools"))
             queue.append(at.bound)
+        elif isinstance(at, LatentAgentNode):
+            continue  # reads and writes references by itself, with a chat model that it makes when it first speaks
         elif isinstance(at, BaseOutputParser):
             parsers += [] if isinstance(at, StrOutputParser) else [type(at).__name__]
         else:
@@ -477,7 +493,7 @@ def _held(at: Any) -> Iterator[Any]:
         yield from (cell.cell_contents for cell in at.__closure__ or () if cell != CellType())
         yield from (*(at.__defaults__ or ()), *(at.__kwdefaults__ or {}).values())
         if (at.__module__ or "").split(".")[0] not in LIBRARIES:
-            yield from (at.__globals__[name] for name in _names(at.__code__) if name in at.__globals__)
+            yield from (_named_by(chain, at.__globals__) for chain in _chains(at.__code__))
     elif isinstance(at, (list, tuple)):
         yield from at
     elif isinstance(at, dict):
@@ -488,18 +504,44 @@ def _held(at: Any) -> Iterator[Any]:
         yield from (called, *getattr(at, "__dict__", {}).values())
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """Names of globals and attributes in a function, and in those defined inside of it."""
-    yield from code.co_names
+def _chains(code: CodeType) -> Iterator[list[str]]:
+    """The globals that a function names, and those defined inside of it, each with the attributes asked of it."""
+    chain: list[str] = []
+    for each in dis.get_instructions(code):
+        if each.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain:
+            chain.append(each.argval)
+            continue
+        if chain:
+            yield chain
+        chain = [each.argval] if each.opname in ("LOAD_GLOBAL", "LOAD_NAME") else []
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from _chains(constant)
 
 
-def _outputs(subgraph: Pregel) -> set[tuple[str, ...]]:
-    """Paths of the nodes in a compiled graph after which it ends, whatever happens; empty if that cannot be told."""
-    if not isinstance(subgraph, CompiledStateGraph):
-        return set()
+def _named_by(chain: Sequence[str], names: Mapping[str, Any]) -> Any:
+    """What a chain of names leads to: through modules, as far as the first thing that is none."""
+    found: Any = None
+    for name in chain:
+        found = names.get(name)
+        if not isinstance(found, ModuleType):
+            return found
+        names = vars(found)
+    return None
+
+
+def _outputs(subgraph: Pregel, around: tuple[Pregel, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The nodes in a compiled graph after which it ends, whatever happens.
+
+    Args:
+        subgraph: The graph.
+        around: Those it lies in.
+
+    Returns:
+        Their runnables by path, those of last nodes in its own subgraphs included; empty if that cannot be told.
+    """
+    if not isinstance(subgraph, CompiledStateGraph) or any(subgraph is other for other in around):
+        return {}
     graph = _Graph(subgraph.builder)
     silent = {name for name in graph.builder.nodes if not graph.leaving(name)}  # they end without an edge that says so
     ending: set[str] = {name for name in silent if graph.facts(name).models}
@@ -511,25 +553,18 @@ def _outputs(subgraph: Pregel) -> set[tuple[str, ...]]:
     for source in passed:
         for _, target in graph.leaving(source):
             if target not in after:
-                return set()
+                return {}
             passed += [target] if target not in passed else []
-    paths: set[tuple[str, ...]] = set()
+    last: dict[tuple[str, ...], Any] = {}
     for name in ending:
-        inner = [path for deeper in _direct(graph.builder.nodes[name].runnable) for path in _outputs(deeper)]
-        paths |= {(name,), *((name, *path) for path in inner)}
-    return paths
+        last[(name,)] = runnable = _inner(graph.builder.nodes[name].runnable)
+        for deeper in _direct(runnable):
+            if not (inner := _outputs(deeper, (*around, subgraph))):
+                return {}
+            last |= {(name, *path): at for path, at in inner.items()}
+    return last
 
 
 def _direct(runnable: Any) -> list[Pregel]:
-    """The subgraphs that a node calls by itself, and not those inside of them."""
-    return _look(_inner(runnable), into_subgraphs=False).subgraphs
-
-
-def _at(subgraph: Pregel, path: tuple[str, ...]) -> Any:
-    """The runnable of an inner node."""
-    assert isinstance(subgraph, CompiledStateGraph)
-    runnable = _inner(subgraph.builder.nodes[path[0]].runnable)
-    for deeper in _direct(runnable) if path[1:] else ():
-        if path[1:] in _outputs(deeper):
-            return _at(deeper, path[1:])
-    return runnable
+    """The subgraphs that a node calls by itself, and not those inside of them; only such as call a model somewhere."""
+    return [each for each in _look(_inner(runnable), into_subgraphs=False).subgraphs if _look(each).models]

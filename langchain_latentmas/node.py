@@ -1,5 +1,6 @@
 """LatentAgentNode: a LangGraph node that thinks or speaks on top of what other agents thought."""
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -9,7 +10,7 @@ from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from langgraph.runtime import Runtime, get_runtime
 
-from .chat_model import ChatLatentMAS
+from .chat_model import ChatLatentMAS, may_hold_marker, without_markers
 from .errors import InvalidRequest
 from .modes import node_path, runs_as_text
 from .progress import reporter
@@ -151,7 +152,12 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         """Like `invoke`, without blocking the event loop."""
         config = ensure_config(config)
         made = self._prompted("ainvoke", input, config)
-        plan = self._plan(input, config, await made if inspect.isawaitable(made) else made)
+        if inspect.isawaitable(made):
+            made = await made
+        if self.service is None or any(map(may_hold_marker, _field(input, "messages") or [])):
+            plan = await asyncio.to_thread(self._plan, input, config, made)  # may load a model, or ask a server
+        else:
+            plan = self._plan(input, config, made)
         if plan.thinks:
             on_step = reporter(str(self.name), self.steps)
             ref = await plan.service.athink(
@@ -199,6 +205,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         else:
             messages = [message for message in messages if memory_of(message) not in read]
         thinks = not self.speak and not leaves_text
+        if thinks:  # whoever speaks does it through a chat model, which takes markers by itself
+            messages, marked = without_markers(messages, service, "")
+            latents = [*latents, *marked]
         heard = conversation if whole and not leaves_text else ()
         return _Plan(service, _with_notes(messages, notes), latents, leaves_text, thinks, heard)
 
@@ -238,13 +247,13 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         said = [
             (i, message)
             for i, message in enumerate(messages)
-            if isinstance(message, AIMessage) and message.response_metadata.get("agent")
+            if isinstance(message, AIMessage) and _speaker(message)
             if memory_of(message) not in ids
         ]
         own = [ref for ref in known if ref["agent"] == self.name]
         asked = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=-1)
         # What it has thought about it does not read again; only its own words tell, where it left no memory.
-        read = asked if own else max((i for i, message in said if message.name == self.name), default=-1)
+        read = asked if own else max((i for i, message in said if _speaker(message) == self.name), default=-1)
         there = {key_of(message) for message in shown}
         new = [message for i, message in said if i > asked or (i > read and key_of(message) not in there)]
         if self.reads is None:
@@ -256,11 +265,11 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 left[ref["agent"]].append(ref)
         notes: list[AIMessage] = []
         for agent in self.reads:
-            theirs = [message for message in new if message.name == agent]
+            theirs = [message for message in new if _speaker(message) == agent]
             if not theirs and not left[agent]:
-                last = next((message for _, message in reversed(said) if message.name == agent), None)
+                last = next((message for _, message in reversed(said) if _speaker(message) == agent), None)
                 if last is None:
-                    raise self._nobody(agent, sorted({ref["agent"] for ref in known} | {str(m.name) for _, m in said}))
+                    raise self._nobody(agent, sorted({ref["agent"] for ref in known} | {_speaker(m) for _, m in said}))
                 theirs = [] if key_of(last) in there else [last]
             notes += theirs
         # Those of a loop that descend from each other count once: the service reads tips only.
@@ -308,7 +317,13 @@ def _loses_latents(state: Any, config: RunnableConfig) -> bool:
     return has(f"branch:to:{node_path(config)[-1]}") and not has("latents")
 
 
+def _speaker(message: BaseMessage) -> str:
+    """Name of the agent that said a message, "" if none did; LangChain drops `name` where somebody listens."""
+    return str(message.response_metadata.get("agent") or "")
+
+
 def _said(message: AIMessage, plan: _Plan) -> dict[str, Any]:
+    message.name = _speaker(message)
     if plan.leaves_text:
         return {"messages": [message]}
     if plan.conversation:
@@ -327,7 +342,7 @@ def _with_notes(messages: list[BaseMessage], notes: Sequence[AIMessage]) -> list
         return messages
     noted = {key_of(note) for note in notes}
     messages = [message for message in messages if key_of(message) not in noted]
-    text = "\n\n".join(f"{note.name}: {note.text}" for note in notes)
+    text = "\n\n".join(f"{_speaker(note)}: {note.text}" for note in notes)
     at = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=None)
     if at is None:
         return [*messages, HumanMessage(text)]

@@ -1,7 +1,6 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may touch the network
-os.environ.pop("LATENTMAS_SERVICE", None)
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -17,6 +16,8 @@ from langchain_latentmas.service.local import LocalService
 
 from .support import PARITY
 
+for name in [name for name in os.environ if name.startswith("LATENTMAS_")]:
+    del os.environ[name]
 settings.register_profile(
     "latentmas",
     deadline=None,

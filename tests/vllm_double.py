@@ -30,7 +30,7 @@ class VLLMDouble:
     ) -> None:
         self.model, self.latent, self.align = model, latent, Alignment.of(model, realign=True)
         self.requests: list[dict[str, Any]] = []
-        self.answers: list[httpx.Response] = []
+        self.answers: list[httpx.Response | Exception] = []
         self.open = 0
         self.hold = asyncio.Event()
         self.hold.set()
@@ -68,7 +68,10 @@ class VLLMDouble:
         body = json.loads(request.content)
         self.requests.append(body)
         if self.answers:
-            return self.answers.pop(0)
+            answer = self.answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
         if len(body["prompt"]) + body["max_tokens"] > self.model_card["max_model_len"]:  # type: ignore[operator]
             return problem(400, "This model's maximum context length is 512 tokens.")
         if body.get("stream"):

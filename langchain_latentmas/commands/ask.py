@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..bundled import STEPS
 from ..errors import InvalidRequest
-from .options import AsJson, MaxTokens, Model, Steps
+from .options import AsJson, MaxTokens, Model, Options, Steps
 from .session import describe, load, loading, print_json, reported
 from .terminal import headline, lens_strip, open_console, open_grid, printable
 
@@ -29,6 +29,7 @@ def ask(
     steps: Steps = STEPS,
     edges: Annotated[Literal["latent", "text"], typer.Option(help="What the agents pass on.")] = "latent",
     max_tokens: MaxTokens = 256,
+    option: Options = None,
     as_json: AsJson = False,
 ) -> None:
     """A team of agents on your own question."""
@@ -41,7 +42,7 @@ def ask(
             from .. import demo as shown
             from .. import teams
 
-            loaded = load(model)
+            loaded = load(model, option)
         with loaded as service:
             # The bundled judger was trained to know the question from the others alone.
             builder = teams.ARRANGEMENTS[arrangement](

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..errors import InvalidEdge, InvalidRequest
 from .folder import ANSWERS, run_bars, run_folder
-from .options import AsJson, LocalModel
+from .options import AsJson, LocalModel, Options
 from .session import describe, load, loading, print_json, reported
 from .terminal import headline, open_console, printable
 
@@ -68,6 +68,7 @@ def audit(
         Path | None, typer.Option(help="Folder for answers.jsonl and audit.json; a run that is there goes on.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw a picture: a .png or .svg file.")] = None,
+    option: Options = None,
     as_json: AsJson = False,
 ) -> None:
     """What the content of latent edges is worth: a graph with its edges intact, swapped, zeroed, noisy, cut, as text.
@@ -81,9 +82,10 @@ def audit(
         if graph is not None and examples is None:
             raise InvalidRequest("A graph needs --examples: a .jsonl file whose lines have `input` and `answer`.")
         named = ctx.get_parameter_source("model")
-        if graph is not None and named is not None and named.name == "COMMANDLINE":
+        if graph is not None and (option or (named is not None and named.name == "COMMANDLINE")):
             raise InvalidRequest(
-                "A graph brings its own model; leave --model out. Agents without one take what LATENTMAS_SERVICE names."
+                "A graph brings its own model; leave --model and --option out. Agents without one take what "
+                "LATENTMAS_SERVICE names."
             )
         if plot is not None:
             from ..evaluation.pictures import check_path
@@ -99,7 +101,7 @@ def audit(
 
                 asked = task_named(task, grader)
                 questions = asked.questions(n, seed)  # a data set that is not there is found before the model is loaded
-                service = load(model)
+                service = load(model, option)
                 built: Any = asked.graph(service, arrangement, steps=steps, max_tokens=max_tokens)
                 pairs: list[tuple[Any, Any]] = [(asked.input(question), question) for question in questions]
                 grade: Callable[[Any, Any], bool] = lambda state, question: asked.grade(_text(state), question)  # noqa: E731
@@ -303,6 +305,7 @@ def _grader(name: str) -> Callable[[Any, Any], bool]:
     }
     if name not in known:
         raise InvalidRequest(f"There is no grader {name!r}; take one of {', '.join(known)}, or module:function.")
+    graders.check_installed(name)
     return lambda state, answer: known[name](_text(state), str(answer))
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..bundled import STEPS
 from ..evaluation.files import check_file
-from .options import AsJson, MaxTokens, Model, Steps
+from .options import AsJson, MaxTokens, Model, Options, Steps
 from .session import describe, load, loading, print_json, progress_bars, reported
 from .terminal import (
     SHADES,
@@ -40,6 +40,7 @@ def demo(
     steps: Steps = STEPS,
     seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
     max_tokens: MaxTokens = 256,
+    option: Options = None,
     as_json: AsJson = False,
     svg: Annotated[Path | None, typer.Option(help="Also write the picture to this file.")] = None,
 ) -> None:
@@ -51,7 +52,7 @@ def demo(
             from .. import demo as shown
 
             problems = shown.held_out(n, seed)
-            loaded = load(model)
+            loaded = load(model, option)
         options: dict[str, Any] = {"steps": steps, "max_tokens": max_tokens}
         with loaded as service:
             # One other problem first, so that nobody's seconds include what is done once in a process.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..service.vllm_server import Server
 
 STEPS, TOKENS = 4, 8
+LARGE_BLOCK = 32  # positions; a reader computes anew what lies in a memory's last, unfinished block
 MARKS = {True: ("ok", "green"), False: ("fails", "bold red"), None: ("note", "yellow")}
 
 
@@ -109,13 +110,13 @@ def _facts(server: "Server") -> "Any":
     yield Finding("plugin", True, f"latentmas-vllm {facts['latentmas_vllm']}")
     yield Finding("LATENT", True, f"token {facts['latent_token_id']} of {facts['architecture']}, {facts['alignment']}")
     yield Finding("version", True, f"vLLM {facts['vllm']}; the plugin runs with {facts.get('vllm_supported', '?')}")
-    caching = facts["prefix_caching"]
-    yield Finding(
-        "prefix caching",
-        caching or None,
-        f"in blocks of {facts['block_size']} positions" if caching else "off: works, but every agent computes all anew",
-        "" if caching else "--enable-prefix-caching",
-    )
+    caching, block = facts["prefix_caching"], facts["block_size"]
+    said, way_out = f"in blocks of {block} positions", ""
+    if not caching:
+        said, way_out = "off: works, but every agent computes all anew", "--enable-prefix-caching"
+    elif block > LARGE_BLOCK:
+        said, way_out = f"{said}: works, but readers think up to {block} thoughts again", f"--block-size {LARGE_BLOCK}"
+    yield Finding("prefix caching", None if way_out else True, said, way_out)
     lens = facts["max_logprobs"] != 0
     yield Finding(
         "lens", lens or None, f"up to {facts['max_logprobs']} tokens a step", "" if lens else "--max-logprobs 20"

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .folder import ANSWERS, run_bars, run_folder
-from .options import AsJson, Model
+from .options import AsJson, Model, Options
 from .session import describe, load, loading, print_json, reported
 from .terminal import headline, open_console
 
@@ -48,6 +48,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder for answers.jsonl and summary.json; a run that is there already goes on."),
     ] = None,
+    option: Options = None,
     as_json: AsJson = False,
 ) -> None:
     """Single agent, team over text, team over latent edges: accuracy and cost on a task.
@@ -61,7 +62,7 @@ def evaluate(
 
             asked = task_named(task, grader)
             asked.questions(n, seed)  # a data set that is not there is found before the model is loaded
-            loaded = load(model)
+            loaded = load(model, option)
         with loaded as service:
             evaluation = Evaluation(
                 service,

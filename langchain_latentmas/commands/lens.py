@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..errors import InvalidRequest
 from ..evaluation.files import check_file
-from .options import AsJson, MaxTokens, Model
+from .options import AsJson, MaxTokens, Model, Options
 from .session import describe, load, loading, print_json, reported
 from .terminal import SHADES, headline, open_console, percent, printable, shade, token_text
 
@@ -30,6 +30,7 @@ def lens(
     steps: Annotated[int | None, typer.Option(help="Latent steps of each thinker.")] = None,
     top_k: Annotated[int, typer.Option(help="Tokens per step.")] = 3,
     max_tokens: MaxTokens = 256,
+    option: Options = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page that needs nothing else.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -47,7 +48,7 @@ def lens(
 
             # The bundled judger was trained to know the question from the others alone.
             task = BUNDLED_TASKS["relay" if model == "bundled" else "words"]()
-            service = load(model)
+            service = load(model, option)
         with service:
             steps = task.steps if steps is None else steps
             graph = task.graph(service, arrangement, steps=steps, max_tokens=max_tokens).compile()

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidRequest
-from .options import AsJson, LocalModel, Model
+from .options import AsJson, LocalModel, Model, Options
 from .session import describe, load, loading, print_json, reported
 from .terminal import headline, open_console
 
@@ -36,13 +36,14 @@ def steps(
     arrangements: Annotated[str, typer.Option(help="Of sequential and hierarchical.")] = "sequential,hierarchical",
     text: Annotated[bool, typer.Option(help="Also what text reaches.")] = True,
     seed: Seed = 0,
+    option: Options = None,
     as_json: AsJson = False,
 ) -> None:
     """Right answers against the latent steps of each thinker (the paper's figure 8)."""
     with reported(as_json):
         counts = _counts(at)
         teams = [name.strip() for name in arrangements.split(",")]
-        with _ready(out, model, as_json) as service:
+        with _ready(out, model, option, as_json) as service:
             from ..evaluation.benchmarks import task_named
             from ..evaluation.pictures import draw_steps
             from ..evaluation.run import Evaluation
@@ -81,10 +82,11 @@ def thoughts(
     arrangement: Annotated[Literal["sequential", "hierarchical"], typer.Option(help="Who works on it.")] = "sequential",
     steps: Annotated[int | None, typer.Option(help="Latent steps of each thinker.")] = None,
     seed: Seed = 0,
+    option: Options = None,
     as_json: AsJson = False,
 ) -> None:
     """Thoughts among token embeddings, in two principal components (the paper's figure 5)."""
-    with reported(as_json), _ready(out, model, as_json) as service:
+    with reported(as_json), _ready(out, model, option, as_json) as service:
         from ..evaluation.benchmarks import task_named
         from ..evaluation.cloud import Cloud
         from ..evaluation.pictures import draw_thoughts
@@ -163,13 +165,13 @@ def _counts(at: str) -> list[int]:
 
 
 @contextmanager
-def _ready(out: Path, model: str, as_json: bool) -> Iterator[Any]:
+def _ready(out: Path, model: str, options: list[str] | None, as_json: bool) -> Iterator[Any]:
     """A service, once it is sure that the picture can be drawn."""
     from ..evaluation.pictures import check_path
 
     check_path(out)
     with loading(show=not as_json):
-        service = load(model)
+        service = load(model, options)
     with service:
         yield service
 

@@ -1,7 +1,6 @@
 """`latentmas serve`: the model service for several processes; `latentmas rotate-key`: a fresh signing key."""
 
 import gc
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import MissingExtra
+from .options import Options, named
 from .session import loading, reported
 
 SWITCH_SECONDS = 0.0001
@@ -22,31 +22,29 @@ def serve(
     device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; chosen by itself otherwise.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Name of a torch dtype, or auto.")] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Folder of recipes and signing key.  [default: ~/.local/state/latentmas]")
+        Path | None, typer.Option(help="Folder of recipes and signing key; ~/.local/state/latentmas by default.")
     ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another setting of the model service; may repeat.")
-    ] = None,
+    option: Options = None,
     host: Annotated[
-        str | None, typer.Option(help="Address to listen on; any but loopback needs a token.  [default: 127.0.0.1]")
+        str | None, typer.Option(help="Address to listen on, 127.0.0.1 by default; any but loopback needs a token.")
     ] = None,
-    port: Annotated[int | None, typer.Option(help="0 takes a free one.  [default: 8765]")] = None,
+    port: Annotated[int | None, typer.Option(help="8765 by default; 0 takes a free one.")] = None,
     certificate: Annotated[Path | None, typer.Option(help="PEM file, for HTTPS.")] = None,
     certificate_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
-    max_running: Annotated[int | None, typer.Option(help="Most requests at work.  [default: 64]")] = None,
-    max_waiting: Annotated[int | None, typer.Option(help="Most requests that wait.  [default: 256]")] = None,
-    deadline: Annotated[float | None, typer.Option(help="Seconds that a request may take.  [default: 600]")] = None,
-    drain: Annotated[float | None, typer.Option(help="Seconds for work to end after SIGTERM.  [default: 30]")] = None,
+    max_running: Annotated[int | None, typer.Option(help="Most requests at work; 64 by default.")] = None,
+    max_waiting: Annotated[int | None, typer.Option(help="Most requests that wait; 256 by default.")] = None,
+    deadline: Annotated[float | None, typer.Option(help="Seconds that a request may take; 600 by default.")] = None,
+    drain: Annotated[float | None, typer.Option(help="Seconds for work to end after SIGTERM; 30 by default.")] = None,
     keep_alive: Annotated[
-        float | None, typer.Option(help="Seconds of silence after which a stream shows that it lives.  [default: 5]")
+        float | None, typer.Option(help="Seconds of silence after which a stream shows that it lives; 5 by default.")
     ] = None,
-    max_body: Annotated[int | None, typer.Option(help="Most bytes of a request.  [default: 1 MiB]")] = None,
-    max_depth: Annotated[int | None, typer.Option(help="Most nested JSON values in it.  [default: 32]")] = None,
-    max_headers: Annotated[int | None, typer.Option(help="Most bytes of its headers.  [default: 32 KiB]")] = None,
-    max_memory: Annotated[int | None, typer.Option(help="Most bytes of a memory in or out.  [default: 1 GiB]")] = None,
-    max_connections: Annotated[int | None, typer.Option(help="Most connections.  [default: 2048]")] = None,
-    body_seconds: Annotated[float | None, typer.Option(help="Seconds for a body to come.  [default: 30]")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.  [default: info]")] = None,
+    max_body: Annotated[int | None, typer.Option(help="Most bytes of a request; 1 MiB by default.")] = None,
+    max_depth: Annotated[int | None, typer.Option(help="Most nested JSON values in it; 32 by default.")] = None,
+    max_headers: Annotated[int | None, typer.Option(help="Most bytes of its headers; 32 KiB by default.")] = None,
+    max_memory: Annotated[int | None, typer.Option(help="Most bytes of a memory in or out; 1 GiB by default.")] = None,
+    max_connections: Annotated[int | None, typer.Option(help="Most connections; 2048 by default.")] = None,
+    body_seconds: Annotated[float | None, typer.Option(help="Seconds for a body to come; 30 by default.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info (by default), warning or error.")] = None,
     config: Annotated[
         Path | None, typer.Option(envvar="LATENTMAS_CONFIG", help="TOML file with any of these settings, and tokens.")
     ] = None,
@@ -58,7 +56,7 @@ def serve(
     """
     flags = {name: value for name, value in locals().items() if value is not None and name not in ("option", "config")}
     if option:
-        flags["options"] = dict(_named(each) for each in option)
+        flags["options"] = named(option)
     with reported(as_json=False):
         _require_extra()
         from ..service.serving import ServeSettings
@@ -79,7 +77,7 @@ def serve(
 
 def rotate_key(
     store: Annotated[
-        Path | None, typer.Option(envvar="LATENTMAS_STORE", help="The store.  [default: ~/.local/state/latentmas]")
+        Path | None, typer.Option(envvar="LATENTMAS_STORE", help="The store; ~/.local/state/latentmas by default.")
     ] = None,
     keep_days: Annotated[float, typer.Option(help="Days for which old references are still accepted.")] = 30,
 ) -> None:
@@ -131,18 +129,8 @@ def _service(settings: Any) -> Any:
     return LocalService.load(settings.model, **{**own, **settings.options})
 
 
-def _named(option: str) -> tuple[str, Any]:
-    name, given, value = option.partition("=")
-    if not given:
-        raise typer.BadParameter(f"{option!r} should read NAME=VALUE", param_hint="--option")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
 def _require_extra() -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]:
-        raise MissingExtra(f"{missing[0]} is not installed; run: pip install 'langchain-latentmas[serve]'")
+        raise MissingExtra.of("serve", f"{missing[0]} is not installed")

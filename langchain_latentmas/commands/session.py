@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from ..errors import LatentMASError
+from .options import named
 from .terminal import printable
 
 if TYPE_CHECKING:
@@ -45,8 +46,13 @@ def loading(show: bool) -> Iterator[None]:
         yield
 
 
-def load(model: str) -> "LatentService":
-    """A service on a model; warnings of this package become single lines on stderr."""
+def load(model: str, options: Sequence[str] | None = None) -> "LatentService":
+    """A service on a model; warnings of this package become single lines on stderr.
+
+    Args:
+        model: What `LatentService.load` takes.
+        options: More settings, each as NAME=VALUE.
+    """
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -61,9 +67,8 @@ def load(model: str) -> "LatentService":
     if model == "bundled":
         torch.set_num_threads(1)  # its matrices are so small that sharing them out costs more than it brings
     # A durable store would answer with thoughts of earlier runs, in no time at all.
-    settings = SharedSettings()
-    loading = {"device": settings.device, "dtype": settings.dtype}
-    return LatentService.load(model, **({} if "://" in model else loading))
+    settings = SharedSettings(store=None)
+    return LatentService.load(model, **{**settings.loading(model), **named(options)})
 
 
 def describe(service: "LatentService", model: str) -> dict[str, Any]:

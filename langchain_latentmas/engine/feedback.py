@@ -84,6 +84,7 @@ class Feedback:
             size = power_of_two(rows), min(bucket(length), self.cache.capacity)
             self.positions[rows : size[0]] = self.cache.capacity - 1
             self.mask[rows : size[0], 0] = 0  # some kernels make NaN of attention to nothing
+            self.hidden[rows : size[0]] = 0  # and a row that overflowed may have left some
             made_of = alignment, self.model.decode  # kept, since what was recorded reads their tensors
             if self._made_of != made_of:  # weights, modules or hooks were changed
                 self.graphs.clear()

@@ -37,7 +37,7 @@ def quantization_config(kind: str, dtype: str | torch.dtype = "auto") -> TorchAo
             "dtype='bfloat16', or quantization='fp8'."
         )
     if not is_torchao_available():
-        raise MissingExtra("quantization=... needs torchao 0.15 or newer: pip install 'langchain-latentmas[quant]'")
+        raise MissingExtra.of("quant", "quantization=... needs torchao 0.15 or newer")
     from torchao import quantization
 
     return TorchAoConfig(getattr(quantization, KINDS[kind])())

@@ -58,12 +58,15 @@ class Rotary:
 
     def turn(self, kv: AnyKV, offset: int) -> AnyKV:
         """The same positions, `offset` further on: keys re-rotated in float32 or wider, values shared."""
-        return KV([self._turn(keys, offset) for keys in kv.keys], kv.values) if offset else kv
+        if not offset:
+            return kv
+        layers, angle = kv.keys, self.frequencies * offset
+        cos, sin = (of.to(torch.promote_types(layers[0].dtype, torch.float32)) for of in (angle.cos(), angle.sin()))
+        at = {device: (cos.to(device), sin.to(device)) for device in {keys.device for keys in layers}}
+        return KV([self._turn(keys, *at[keys.device]) for keys in layers], kv.values)
 
-    def _turn(self, keys: Tensor, offset: int) -> Tensor:
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        angle = (self.frequencies * offset).to(keys.device)
-        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+    def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        wide = cos.dtype
         dim = 2 * len(self.frequencies)
         turned = self.style(keys[..., :dim].to(wide), cos, sin).to(keys.dtype)
         return torch.cat([turned, keys[..., dim:]], dim=-1) if dim < keys.shape[-1] else turned

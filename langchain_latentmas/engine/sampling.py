@@ -76,4 +76,6 @@ class Sampler:
     def __call__(self, logits: Tensor) -> Tensor:
         """Draws a token id [] from logits [vocab]."""
         scores = self.processors(None, logits[None].float())
-        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[0, 0]
+        # What torch.multinomial does for one sample, without its checks, for which the host would wait each time.
+        shares = scores.softmax(-1)[0]
+        return (shares / torch.empty_like(shares).exponential_(generator=self.generator)).argmax()

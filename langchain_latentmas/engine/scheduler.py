@@ -3,8 +3,10 @@
 import logging
 import os
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 
@@ -13,9 +15,14 @@ from .tick import Row, Ticker
 
 logger = logging.getLogger(__name__)
 
+PASSING = 8
+"""Rows that may go before one that waits for more room than there is."""
+
 
 class Scheduler:
     """Lets rows join between ticks, first come, first served, as long as slots and memory allow.
+
+    Rows behind one that does not fit may go before it, but only `PASSING` of them.
 
     All calls of rows' callbacks come from its thread, which is started with the first row and sleeps while there is
     none.
@@ -32,6 +39,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._joining: Row | None = None  # the last one taken from the queue
+        self._passed = 0  # rows that went before the first in the queue, since it is the first
         self._closed, self._process = False, os.getpid()
 
     @property
@@ -84,6 +92,7 @@ class Scheduler:
                 except Exception as error:
                     # Whatever raised may have left any row half-written, so none of them goes on.
                     logger.exception("the tick failed; %d rows are lost", len(self.ticker.rows))
+                    traceback.clear_frames(error.__traceback__)  # or whoever keeps the error keeps the slots too
                     rows = self.ticker.clear()
                     if self._joining is not None and self._joining not in rows:
                         rows.append(self._joining)
@@ -109,11 +118,17 @@ class Scheduler:
             return not (self._closed or self.fault)
 
     def _next(self) -> Row | None:
-        """The first waiting row, if it fits."""
+        """The first waiting row that fits."""
         with self._changed:
             while self._waiting and self._waiting[0].cancelled:
                 self._waiting.popleft()
-            self._joining = self._waiting.popleft() if self._waiting and self.ticker.fits(self._waiting[0]) else None
+            self._joining = None
+            for at, row in enumerate(islice(self._waiting, 1 + PASSING - self._passed)):
+                if not row.cancelled and self.ticker.fits(row):
+                    del self._waiting[at]
+                    self._passed = self._passed + 1 if at else 0
+                    self._joining = row
+                    break
             return self._joining
 
     def _left(self) -> list[Row]:

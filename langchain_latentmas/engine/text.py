@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"  # what a tokenizer makes of the first bytes of a character
+CHARACTER = 4  # tokens that a character can take, one for each of its bytes
 
 
 class TextStream:
@@ -34,9 +35,15 @@ class TextStream:
         self._ids.append(token)
         before = self._decode(self._context, self._read)
         now = self._decode(self._context, len(self._ids))
+        certain = len(self._ids)
         if now.endswith(UNFINISHED):
-            return ""
-        self._context, self._read = self._read, len(self._ids)
+            # Maybe a character in the making, maybe a text of such signs: what is further back than a character is long
+            # does not change any more.
+            certain -= CHARACTER
+            whole, now = now, self._decode(self._context, certain)
+            if certain - self._read < CHARACTER or not whole.startswith(now):
+                return ""
+        self._context, self._read = self._read, certain
         return self._release(now[len(before) :])
 
     def end(self) -> str:

@@ -187,6 +187,8 @@ class Ticker:
         # Slots that are there are kept, but one long row, now gone, must not make them dear for all others.
         self.cache.resize(*(size if self._bytes(size) <= self.live_bytes else needed))
         self.feedback.fit()
+        # Whoever was there before may have left numbers that are not finite, and a masked one spoils a row too.
+        self.cache.blank(len(self.rows))
         for kv, start, shift in row.past:
             turned = self.model.rotary.turn(kv, shift) if shift and self.model.rotary else kv
             self.cache.write(len(self.rows), start, turned)
@@ -306,7 +308,7 @@ class Ticker:
         going_on = [row for row in speaking if not row.finish]
         sound = self._sound([row for row in going_on if row.sampler is not None])  # there is no sample of NaN
         self._sample([row for row in going_on if row.sampler is None] + sound)
-        for row in self._sound(over):
+        for row in reversed(self._sound(over)):  # whoever comes last leaves without another one being moved
             self._finish(row)
 
     def _mask(self, rows: Sequence[Row], positions: Tensor, length: int) -> Tensor:
@@ -382,8 +384,10 @@ class Ticker:
         if a == b:
             return
         row_a, row_b = self.rows[a], self.rows[b]
-        kept = self.cache.read(a, 0, row_a.position) if keep else None
-        self.cache.move(b, a, row_b.position)
+        # As far as either of them goes, so that neither slot keeps anything of the other row.
+        length = max(row_a.position, row_b.position)
+        kept = self.cache.read(a, 0, length) if keep else None
+        self.cache.move(b, a, length)
         if kept is not None:
             self.cache.write(b, 0, kept)
         self.feedback.move(b, a)

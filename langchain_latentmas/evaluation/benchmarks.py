@@ -7,7 +7,6 @@ import re
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,8 +51,7 @@ class RowTask(Task):
         """
         if grader not in GRADERS:
             raise InvalidRequest(f"There is no grader {grader!r}; take one of {', '.join(GRADERS)}.")
-        if grader == "number" and find_spec("math_verify") is None:
-            raise MissingExtra("Grading numbers needs math-verify: pip install 'langchain-latentmas[eval]'.")
+        graders.check_installed(grader)
         self.name, self.steps, self.max_tokens = name, steps, max_tokens
         self.grader, self._load, self._read, self._roles = grader, load, read, roles
         self.runs_code = grader == "code"
@@ -164,7 +162,7 @@ def _hub(path: str, config: str | None, split: str) -> Sequence[Row]:
     try:
         import datasets
     except ImportError as error:
-        raise MissingExtra("The benchmarks need datasets: pip install 'langchain-latentmas[eval]'.") from error
+        raise MissingExtra.of("eval", "The benchmarks need datasets") from error
     try:
         return list(datasets.load_dataset(path, config, split=split))
     except Exception as error:  # whatever the network, the hub or the file brings up
@@ -347,7 +345,7 @@ def published(task: str, model: str, mode: str, arrangement: str) -> Published |
     Returns:
         The figures, or None where the paper has none.
     """
-    size = re.search(r"qwen3-(4b|8b|14b)(?![a-z0-9])", model.lower())
+    size = re.search(r"qwen3-(4b|8b|14b)(?![\w-])", model.lower())
     if task not in _DATA or size is None:
         return None
     setting = "hier" if arrangement == "hierarchical" else "seq"

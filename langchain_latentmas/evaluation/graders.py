@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -17,6 +18,7 @@ from .boxed import boxed
 
 HARNESS = Path(harness.__file__)
 MATH_SECONDS = 15.0
+MINUS = "\N{MINUS SIGN}"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TAIL = 2000  # characters at the end of a text in which an answer is looked for that no \boxed{} marks
 NUMBER = r"[+-]?(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+|\d+)(?:\.\d+)?"
@@ -37,6 +39,8 @@ EXPRESSION = rf"""
     )*+
 """
 MARKED = re.compile(rf"(?:\#\#\#\#|answer(?:\s++is)?+\s*+:?+)[*_$€£\s]*+({EXPRESSION})", re.IGNORECASE | re.VERBOSE)
+_TEXT = r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"
+UNIT = re.compile(rf"(?<=\d)\s*(?!.*(?:illion|hundred|thousand|dozen|percent)){_TEXT}$")
 _MARKUP = r"[*_(\[$\s]*+"
 # A letter alone: no part of a word, no article or pronoun ("A beta blocker", "I think"), and not ruled out behind it.
 _CHOSEN = r"""(?x:
@@ -59,6 +63,19 @@ DEFINITION = re.compile(
 )
 
 
+def check_installed(grader: str) -> None:
+    """Looks for what a grader needs.
+
+    Args:
+        grader: "number", "letter", "code" or "exact".
+
+    Raises:
+        MissingExtra: If it is not there.
+    """
+    if grader == "number" and find_spec("math_verify") is None:
+        raise MissingExtra.of("eval", "Grading numbers needs math-verify")
+
+
 def number(text: str, answer: str) -> bool:
     r"""Whether a text's final number is the right one, however it is written (math-verify).
 
@@ -73,12 +90,18 @@ def number(text: str, answer: str) -> bool:
         MissingExtra: If math-verify is needed and not installed.
         GraderFailed: If it cannot compare the two.
     """
+    text = text.replace(MINUS, "-")
     said = boxed(text)
-    if said is None:
-        said = _marked(text[-TAIL:])
+    said = _marked(text[-TAIL:]) if said is None else _tidied(said)
     if said is not None and (ours := _plain_number(said)) is not None and (theirs := _plain_number(answer)) is not None:
         return ours == theirs
     return Mathematics.shared().equal(text[-TAIL:] if said is None else f"\\boxed{{{said}}}", f"\\boxed{{{answer}}}")
+
+
+def boxed_number(text: str) -> Fraction | None:
+    r"""What the last \boxed{...} holds, if that is a plain number, maybe with a unit; needs no math-verify."""
+    said = boxed(text.replace(MINUS, "-"))
+    return None if said is None else _plain_number(UNIT.sub("", _tidied(said)))
 
 
 def letter(text: str, answer: str, options: Sequence[str] = ()) -> bool:
@@ -146,9 +169,10 @@ def code(text: str, tests: Checks, limits: sandbox.Limits | None = None) -> bool
         SandboxUnavailable: If untrusted code cannot be run here.
     """
     source = HARNESS.read_text()
+    before = tests.before if _compiles(tests.before) else ""  # not so where a prompt only talks of a function
     _, checks = sandbox.run(
         f"{source}\n\nserve(PIPES, {program_of(text, tests)!r}, {tests.name!r})\n",
-        f"{source}\n\ncheck(PIPES, {tests.before!r}, {tests.code!r}, {tests.name!r})\n",
+        f"{source}\n\ncheck(PIPES, {before!r}, {tests.code!r}, {tests.name!r})\n",
         limits=limits,
     )
     if checks.status == harness.BROKEN:
@@ -227,9 +251,7 @@ class Mathematics:
                 raise GraderFailed(f"math-verify did not come to an end within {seconds:.0f} s.")
         verdict = json.loads(line)
         if verdict == "missing":
-            raise MissingExtra(
-                "Grading mathematics needs math-verify: install it with pip install 'langchain-latentmas[eval]'."
-            )
+            raise MissingExtra.of("eval", "Grading mathematics needs math-verify")
         if isinstance(verdict, str):
             raise GraderFailed(f"math-verify: {verdict}")
         return bool(verdict)
@@ -270,6 +292,15 @@ def _marked(text: str) -> str | None:
     return said if balanced else said.rstrip(")}")
 
 
+def _tidied(said: str) -> str:
+    r"""The content of a box without what math-verify trips over: `\text{...}` around all, a final stop, `70 000`."""
+    said = said.replace("~", " ").replace("\\ ", " ").strip()
+    if whole := re.fullmatch(rf"{_TEXT}\.?", said):
+        said = whole[1]
+    said = said.strip(" €£").rstrip(".").strip()
+    return said.replace(" ", "") if re.fullmatch(r"[+-]?\d{1,3}(?: \d{3})+", said) else said
+
+
 def _plain_number(text: str) -> Fraction | None:
     """A number without any mathematics to it: `1,234.50`, `$18`, `1.5e3`."""
     bare = text.strip().strip("$").replace("\\$", "").replace("\\,", "").replace("{,}", ",").strip()
@@ -279,7 +310,7 @@ def _plain_number(text: str) -> Fraction | None:
 
 def _choice(said: str, letters: str, options: Sequence[str]) -> str | None:
     """The letter that a short text names: by itself, or by its option, or in front of its option."""
-    bare = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", said).strip(" \n\t*_$.")
+    bare = re.sub(_TEXT, r"\1", said).strip(" \n\t*_$.")
     one = rf"(?:(?i:option|choice)\s*+)?+[(\[]?([{letters}{letters.lower()}])"
     if found := re.fullmatch(rf"{one}[)\].:]?", bare):
         return found[1].upper()

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import (
     DeadlineExceeded,
@@ -18,6 +18,9 @@ from ..errors import (
     StoreBusy,
 )
 
+if TYPE_CHECKING:
+    from ..service import LatentService
+
 MENDED = (
     DeadlineExceeded,
     EngineFailed,
@@ -29,6 +32,18 @@ MENDED = (
     StoreBusy,
 )
 """What says nothing about a question: a retry may mend it, or whoever mends the grader."""
+
+
+PINNED = (
+    *("fingerprint", "architecture", "quantization", "dtype", "device", "realign", "merge", "kv_dtype"),
+    *("think_tag", "speak_tag", "template_args", "latent_token_id"),
+)
+
+
+def pinned(service: "LatentService") -> dict[str, Any]:
+    """What of a service its answers and seconds depend on."""
+    info = service.info()
+    return {name: info[name] for name in PINNED if name in info} | {"chat_template": digest(service.chat_template)}
 
 
 def is_mended(error: str) -> bool:

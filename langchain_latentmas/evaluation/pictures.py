@@ -234,7 +234,7 @@ def _figure(path: str | Path, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtra("Pictures need matplotlib: pip install 'langchain-latentmas[viz]'.") from error
+        raise MissingExtra.of("viz", "Pictures need matplotlib") from error
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 
 

@@ -19,7 +19,7 @@ from ..errors import InvalidRequest, ServiceUnreachable
 from ..service import LatentService
 from . import sandbox
 from .benchmarks import Published, published
-from .journal import Journal, digest, is_mended
+from .journal import Journal, digest, is_mended, pinned
 from .machine import machine, version_of
 from .statistics import paired_bootstrap, wilson
 from .task import Question, Task
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 MODES = ("single", "text", "latent")
 """One agent alone, a team whose edges carry text, a team whose edges carry latent memory."""
 TEAMS = ("sequential", "hierarchical")
-PINNED = ("fingerprint", "dtype", "device", "realign", "think_tag", "merge")
-"""What of a service its answers and seconds depend on."""
 
 
 class Cost(NamedTuple):
@@ -241,8 +239,7 @@ class Evaluation:
         if not self.cells:
             raise InvalidRequest("There is nothing to evaluate: the modes text and latent need an arrangement.")
         self.graphs = {cell: self._graph(cell[1]) for cell in self.cells}  # wrong options are found here
-        info = service.info()
-        self.model = str(info.get("model", service.name))
+        self.model = str(service.info().get("model", service.name))
         self.settings: dict[str, Any] = {
             "version": version_of("langchain-latentmas"),
             "task": task.name,
@@ -250,7 +247,7 @@ class Evaluation:
             "seed": seed,
             "questions": digest(self.questions),
             "prompts": digest(task.roles(service)),
-            "model": {name: info[name] for name in PINNED if name in info},
+            "model": pinned(service),
             "steps": self.steps,
             **{name: value for name, value in self.options.items() if name != "seed"},
             "batch": batch,
@@ -314,6 +311,12 @@ class Evaluation:
                 on_answer(answer.mode, answer.arrangement, done, len(self.questions))
 
             if questions:
+                if not self.service.forget_prefixes() and cell != self.cells[0]:
+                    logger.warning(
+                        "%s, %s: its prompts may begin as those that the server has just computed, so that its seconds "
+                        "are too few; measure seconds with a model in this process, or one mode at a time",
+                        *cell,
+                    )
                 await self._warm_up(cell, questions[0])
                 try:
                     await self._ask(cell, questions, keep)

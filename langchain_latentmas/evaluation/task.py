@@ -15,6 +15,7 @@ from ..errors import InvalidRequest
 from ..node import Prompt
 from ..service import LatentService
 from ..state import LatentState
+from . import graders
 from .roles import BOXED, BUNDLED, Roles
 
 
@@ -137,7 +138,7 @@ class BundledTask(Task):
 
     def grade(self, text: str, question: Question) -> bool:
         r"""Whether the last \boxed{...} holds the answer."""
-        return tasks.grade(text, int(question.answer))
+        return graders.boxed_number(text) == int(question.answer)
 
     def roles(self, service: LatentService) -> Roles:
         """See `Task.roles`."""

@@ -3,11 +3,15 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from .journal import is_mended
 from .statistics import holm, mcnemar, paired_bootstrap, wilson
 
+AS_WELL = 5.0  # points that nobody would miss
+FEW_POINTS = 10.0  # what an audit should be able to show
 CONDITIONS = ("intact", "swapped", "zeroed", "random", "cut", "text")
 EFFECTS = {
     "content": ("intact", "swapped"),
@@ -182,13 +186,17 @@ class EdgeWorth:
         its, edge = ("this edge's", "the edge") if one else ("these edges'", "the edges")
         if not self.has_content:
             parts = [f"no detectable content: keep text or cut {edge} (content {content.signed})"]
+            if self.least > FEW_POINTS:
+                parts.append(f"{self.n} questions show none below {self.least:.0f} points, ask more")
         elif content.points < 0:
             parts = [f"{its} content does harm: keep text or cut {edge} (content {content.signed})"]
         elif worth is not None and not (self._significant("worth") and worth.points > 0):
-            parts = [
-                f"the reader uses {its} content ({content}), but answers as well without any: cut {edge} "
-                f"(intact against cut {worth.signed})"
-            ]
+            said = f"the reader uses {its} content ({content}), but"
+            against_cut = f"(intact against cut {worth.signed})"
+            if worth.high <= AS_WELL:
+                parts = [f"{said} answers as well without any: cut {edge} {against_cut}"]
+            else:
+                parts = [f"{said} may answer as well without any {against_cut}: ask more questions"]
         else:
             parts = [f"{its} content is worth {content}"]
         presence, against = self.effects.get("presence"), self.effects.get("against_text")
@@ -196,7 +204,16 @@ class EdgeWorth:
             parts.append(f"its mere presence {'adds' if presence.points > 0 else 'costs'} {presence}")
         if against is not None and self._significant("against_text"):
             parts.append(f"as text the graph is {against} {'worse' if against.points > 0 else 'better'}")
+        errors = [each for outcome in self.outcomes.values() for each in outcome.errors.items()]
+        if failed := sum(n for error, n in errors if is_mended(error)):
+            parts.append(f"{failed} answers failed for want of a device or a server: run it again")
         return "; ".join(parts)
+
+    @property
+    def least(self) -> float:
+        """The smallest content, in points, that so many questions can show: where each that changes gets worse."""
+        worse = next(k for k in count(1) if mcnemar([True] * k, [False] * k) < 1 - self.level)
+        return min(100.0, 100 * worse / self.n)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON: accuracies in %, effects in points."""

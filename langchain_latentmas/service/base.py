@@ -154,18 +154,14 @@ class LatentService(ABC):
             try:
                 from .http import HTTPService
             except ModuleNotFoundError as error:
-                raise MissingExtra(
-                    f"{error.name} is not installed; run: pip install 'langchain-latentmas[serve]'"
-                ) from error
+                raise MissingExtra.of("serve", f"{error.name} is not installed") from error
             return HTTPService.load(model, **settings)
         if model.startswith(("vllm+http://", "vllm+https://", "vllm:")):
             try:
                 from .vllm import VLLMService
             except ModuleNotFoundError as error:
                 extra = "vllm" if model.startswith("vllm:") else "serve"
-                raise MissingExtra(
-                    f"{error.name} is not installed; run: pip install 'langchain-latentmas[{extra}]'"
-                ) from error
+                raise MissingExtra.of(extra, f"{error.name} is not installed") from error
             return VLLMService.load(model, **settings)
         if "://" in model:
             raise ModelNotFound(
@@ -384,6 +380,14 @@ class LatentService(ABC):
             InvalidRequest: If `left` is longer, or the text has more than 1024 markers.
             InvalidReference: If one was edited or cut, names an unknown memory, or belongs to another model.
         """
+
+    def forget_prefixes(self) -> bool:
+        """Lets no prompt to come take over what an earlier one began with, for measurements that stand by themselves.
+
+        Returns:
+            Whether that was done; False where the model runs in another process.
+        """
+        return False
 
     def altered(self, ref: LatentRef, how: Literal["zeroed", "random"], seed: int = 0) -> LatentRef:
         """The same memory with other values: positions and keys to attend to, and no content behind them.

@@ -42,6 +42,7 @@ from .identity import MAX_AGENT, WireRef, checked_ref
 from .marker import take_markers
 from .memory import Memory
 from .messages import as_openai
+from .patience import Patience
 from .serving import is_loopback
 from .transfer import read_kv
 from .wire import (
@@ -82,8 +83,8 @@ class HTTPSettings(BaseSettings):
     Attributes:
         token: What the server wants to be shown.
         deadline: Seconds after which the server gives a think or a speak up; None leaves that to the server.
-        patience: Seconds for which a call that can be repeated is: the queue was full, the server is away or shutting
-            down, the connection broke.
+        patience: Seconds, from its first failure, for which a call that can be repeated is: the queue was full, the
+            server is away or shutting down, the connection broke.
         connect_timeout: Seconds for a connection to be made.
         read_timeout: Seconds without a sign of life after which a connection counts as broken; the server gives one
             every 5 s.
@@ -588,7 +589,7 @@ class HTTPService(LatentService):
         return {
             "retry": tenacity.retry_if_exception(self._may_be_mended),
             "wait": _Wait(),
-            "stop": tenacity.stop_after_delay(self.settings.patience),
+            "stop": Patience(self.settings.patience),
             "before_sleep": self._announce,
             "reraise": True,
         }

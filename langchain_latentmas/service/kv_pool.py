@@ -115,6 +115,11 @@ class KVPool:
             if self.disk is not None:
                 self.disk.drop(key)
 
+    def forget_prefixes(self) -> None:
+        """Lets no prompt to come take over what a kept one begins with; the KV of memories stays."""
+        with self._lock:
+            self._prefixes = Prefixes()
+
     def place(self, layout: Layout) -> "Future[list[Placed]]":
         """The KV of a memory, ready to be written to a slot.
 

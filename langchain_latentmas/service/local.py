@@ -1,6 +1,7 @@
 """The model service in this process: transformers, one tick thread, memories on the device."""
 
 import hashlib
+import json
 import queue
 import weakref
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,8 @@ class LocalSettings(RecipeSettings):
             free, and nothing where the CPU is the device.
         kv_disk_budget: Bytes of KV to keep on the disk when there is no room there either.
         kv_folder: Where that is; None takes the folder `kv` of a store that is a folder. One process at a time.
-        live_budget: Bytes of slots for the rows that are at work; None takes as much as `kv_budget`.
+        live_budget: Bytes of slots for the rows that are at work; None takes 40 % of the free device
+            memory, whatever `kv_budget` is.
         max_rows: Most rows in a tick.
         prefill_chunk: Most positions of one row that a tick prefills.
         merge: "rotate" re-rotates the keys of moved segments, "rebuild" computes them anew; "auto" rotates where the
@@ -218,8 +220,14 @@ class LocalService(RecipeService):
 
     def memory(self, ref: LatentRef) -> Memory:
         """See `LatentService.memory`."""
+        return self._memory(ref)
+
+    def _memory(self, ref: LatentRef, device: torch.device | None = None) -> Memory:
+        """A memory, on this device or on the model's."""
         layout = self._lineage.layout(self.verify([ref]))
         placed = self._pool.place(layout).result()
+        if device is not None:
+            placed = [each._replace(kv=each.kv.to([device] * len(self.model.kv_devices))) for each in placed]
         rotary = self.model.rotary
         kv = KV.join([rotary.turn(kv, shift) if shift and rotary else kv for kv, _, shift in placed])
         segments = tuple(self._recipe(piece.id).segment for piece in layout)
@@ -228,7 +236,7 @@ class LocalService(RecipeService):
     def export_memory(self, ref: LatentRef, kv: bool = False) -> Iterator[bytes]:
         """See `LatentService.export_memory`."""
         recipes = [self._recipe(piece.id) for piece in self._lineage.layout(self.verify([ref]))]
-        return write_memory(recipes, self.memory(ref) if kv else None)
+        return write_memory(recipes, self._memory(ref, torch.device("cpu")) if kv else None)
 
     def import_memory(self, file: str | Path) -> LatentRef:
         """See `LatentService.import_memory`."""
@@ -276,6 +284,11 @@ class LocalService(RecipeService):
         rows = read_out(self.model, states, top_k)
         return [LensRow(segment.agent, step, tokens) for step, tokens in enumerate(rows, 1)]
 
+    def forget_prefixes(self) -> bool:
+        """See `LatentService.forget_prefixes`."""
+        self._pool.forget_prefixes()
+        return True
+
     def altered(self, ref: LatentRef, how: Literal["zeroed", "random"], seed: int = 0) -> LatentRef:
         """See `LatentService.altered`."""
         if how not in ("zeroed", "random"):
@@ -305,6 +318,8 @@ class LocalService(RecipeService):
             "max_positions": model.max_positions,
             "realign": model.realign,
             "think_tag": self.think_tag,
+            "speak_tag": self.settings.speak_tag,
+            "template_args": json.dumps(self.settings.template_args, sort_keys=True, default=str),
             "merge": self._pool.mode,
             "kv_dtype": "int8" if pool.packed else str(model.dtype).removeprefix("torch."),
             "kv_bytes_per_position": model.bytes_per_position,

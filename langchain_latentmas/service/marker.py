@@ -12,6 +12,7 @@ from .identity import ID, MAX_PARENTS, Signer
 MAX_MARKERS = MAX_PARENTS  # of one text: more memories are read by no request
 MAX_LEFT = 1000  # characters that are left in a marker's place
 
+OPENING = "[latent"
 # Whitespace in a marker says nothing: text gets wrapped on its way.
 _BRACKETS = re.compile(r"\[latent\s([^\[\]]{1,5000})\]")
 _PROOF = re.compile(rf"({ID})\.([0-9a-f]{{8}})\.([0-9a-f]{{32}})")

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, aclosing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -57,6 +58,7 @@ T = TypeVar("T")
 
 RECIPES_KEPT = 1 << 24  # bytes of decoded ones; all others are read from the store again
 COLLECT_SECONDS = 3600.0
+TAG_TOKENS = 16  # at the end of a prompt, among which a "<think>" is looked for
 QUICK_TEXT = 4096  # characters that are encoded on an event loop; others wait for as long, a millisecond or less
 QUICK_REFERENCES = 16  # likewise, for references that are verified
 
@@ -70,12 +72,13 @@ Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
 
 
 class RecipeSettings(BaseModel):
-    """Settings of prompts and recipes.
+    r"""Settings of prompts and recipes.
 
     Attributes:
         think_tag: What the generation prompt of a thinking agent ends in, say "<think>"; "" for nothing; None takes
             what the model's configuration says, which is nothing but for models that were trained for it.
-        speak_tag: The same for a speaking agent; nothing by default.
+        speak_tag: The same for a speaking agent; nothing by default. For models that think aloud before they answer,
+            such as Qwen3, "<think>\n\n</think>\n\n" lets them answer at once.
         chat_template: A Jinja chat template, for tokenizers that bring none.
         template_args: Passed to the chat template, say `{"enable_thinking": False}`.
         max_positions: A lower limit of positions than the model's own.
@@ -176,8 +179,26 @@ class RecipeService(LatentService):
         self._retention = Retention(self._store, settings.keep_for)
         self._recipes: Budget[Recipe] = Budget(RECIPES_KEPT, lambda recipe: recipe.segment.nbytes)
         self._lineage = Lineage(self._recipe)
+        self._said_of_open_thoughts = False
         self._ended = threading.Event()
         weakref.finalize(self, self._ended.set)  # also when the service is forgotten
+
+    def _look_for_open_thoughts(self, ids: Sequence[int]) -> None:
+        """Says, once, that models which think aloud do not come to an answer.
+
+        Args:
+            ids: The end of a prompt, and what was spoken until there were no tokens left.
+        """
+        if self._said_of_open_thoughts:
+            return
+        _, thinks, thought = self.model.tokenizer.decode(ids).rpartition("<think>")
+        if thinks and "</think>" not in thought:
+            self._said_of_open_thoughts = True
+            logger.warning(
+                "%s: a text ended at max_tokens while the model was still thinking aloud, so it has no answer; give it "
+                r"more tokens, or close its thinking with speak_tag='<think>\n\n</think>\n\n'",
+                self.name,
+            )
 
     @property
     @abstractmethod
@@ -429,6 +450,8 @@ class RecipeService(LatentService):
         listed = _as_messages(messages)
         if self._system_needs_user and all(message["role"] == "system" for message in listed):
             listed = [*listed, {"role": "user", "content": ""}]
+        if self._roles_must_alternate:
+            listed = list(_alternating(listed))
         if tools and "tools" not in self.chat_template:
             raise InvalidRequest(
                 f"The chat template of {self.model.name} presents no tools, so the model would never see them; "
@@ -466,6 +489,18 @@ class RecipeService(LatentService):
             return said not in self._rendered([{"role": "system", "content": said}])
         except (jinja2.TemplateError, TypeError, ValueError):
             return True
+
+    @cached_property
+    def _roles_must_alternate(self) -> bool:
+        """Whether the chat template refuses two user messages in a row.
+
+        Such are left when the text between them was a marker. Mistral's and Gemma's templates do.
+        """
+        try:
+            self._rendered([{"role": "user", "content": "One."}, {"role": "user", "content": "Two."}])
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return True
+        return False
 
     def token_ids(self, messages: LanguageModelInput, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """See `LatentService.token_ids`."""
@@ -571,6 +606,10 @@ class _Request:
             self.parents = service._lineage.tips(service.verify(instead))
         tag = service.think_tag if sampling is None else service.settings.speak_tag + prefix
         self.prompt_ids = service.encode(messages, tag, tools)
+        if sampling is not None and sampling.seed is not None:
+            # Else all that is said under one seed, whatever the question, would be drawn by the same numbers.
+            drawn = sha256(f"{sampling.seed} {agent} {self.prompt_ids}".encode(errors="replace")).digest()
+            self.sampling = replace(sampling, seed=int.from_bytes(drawn[:7]))
         self.layout = service._lineage.layout(self.parents)
         self.start = self.layout[-1].end if self.layout else 0
         self.model = service.model.fingerprint
@@ -654,6 +693,8 @@ class _Request:
 
     def last_chunk(self, result: Result) -> "Future[Chunk]":
         """What closes a stream of chunks, once its recipe is stored."""
+        if result.finish == "length":
+            self.service._look_for_open_thoughts([*self.prompt_ids[-TAG_TOKENS:], *result.tokens])
 
         def chunk(ref: LatentRef) -> Chunk:
             usage = Usage(
@@ -760,6 +801,20 @@ def _as_messages(messages: LanguageModelInput) -> list[dict[str, Any]]:
         for call in message.get("tool_calls") or ():  # templates want the arguments as an object
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
     return listed
+
+
+def _alternating(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Messages with those of the same user or assistant in a row made one, where they are text."""
+    before: dict[str, Any] = {}
+    for message in messages:
+        texts = all(isinstance(each.get("content"), str) and not each.get("tool_calls") for each in (before, message))
+        if texts and message["role"] == before["role"] != "tool":
+            before = {**before, "content": f"{before['content']}\n\n{message['content']}"}
+            continue
+        if before:
+            yield before
+        before = message
+    yield before
 
 
 def _can_name(agent: object) -> bool:

@@ -106,11 +106,18 @@ class Retention:
                 needed.add(key)
                 stack += map(original, self._headers[key].parents)
         parents = {key: map(original, self._headers[key].parents) for key in self._headers.keys() - needed}
-        order = [key for key in TopologicalSorter(parents).static_order() if key in parents]
-        for key in reversed(order):
-            self.store.store.mdelete([key + RECIPE, key + DROPPED, key + PINNED])
-            del self._headers[key]
-        return order
+        order = TopologicalSorter(parents)
+        order.prepare()
+        generations = []
+        while ready := order.get_ready():
+            generations.append([key for key in ready if key in parents])
+            order.done(*ready)
+        # A generation at a time: each call waits for the disk.
+        for keys in reversed(generations):
+            self.store.store.mdelete([key + kind for key in keys for kind in (RECIPE, DROPPED, PINNED)])
+            for key in keys:
+                del self._headers[key]
+        return [key for keys in generations for key in keys]
 
     def _read_new(self) -> set[str]:
         """Takes note of recipes that came and of those that went; returns the names of all that is there."""

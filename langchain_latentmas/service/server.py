@@ -6,9 +6,9 @@ import math
 import socket
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -73,6 +73,7 @@ PROGRESS = 0.25  # seconds between two events that say how far a think is
 GRACE = 5.0  # seconds after the drain in which replies of what was ended reach their clients
 SENT_BYTES = 1 << 18  # that the system keeps of a reply until its client takes them
 A = TypeVar("A")
+KV_EXPORTS = 2  # memories that are exported with their KV at a time
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": what, "content": {PROBLEM: {"schema": Problem.model_json_schema()}}}
@@ -110,6 +111,7 @@ class Server:
             self._services = {"": service, **service.tenants(sorted(settings.tokens))}
         self.turns = Turns(settings.max_running, settings.max_waiting)
         # Memories that come in, each a file: as slow as their senders, so that no tenant waits for those of another.
+        self.exports = Turns(KV_EXPORTS, settings.max_waiting)
         self.uploads = {tenant: Turns(settings.max_running, settings.max_waiting) for tenant in self._services}
         self.metrics = Metrics(self.turns, lambda: [each.info() for each in self._services.values()])
         self.guard = Guard(self._routes(), settings, self.metrics)
@@ -253,9 +255,7 @@ class Server:
             )
 
         async def rows() -> AsyncGenerator[tuple[str, BaseModel], None]:
-            async with self._turn(request):
-                reply = await self._at_once(request, lambda s: LensReply.of(s.lens(body.ref.ref, body.top_k)))
-            yield "done", reply
+            yield "done", await self._in_turn(request, lambda s: LensReply.of(s.lens(body.ref.ref, body.top_k)))
 
         return self._reply(request, rows())
 
@@ -270,8 +270,8 @@ class Server:
 
     async def references(self, request: Request, after: str = "") -> StoredReply:
         """Everything of this tenant that can be read, the latest made first; `after` is the `next` of a page."""
-        async with self._turn(request):  # a large store takes long, and there are not many threads
-            listed, more = await self._at_once(request, lambda service: service.page(after, PAGE))
+        # In turn, since a large store takes long, and there are not many threads.
+        listed, more = await self._in_turn(request, lambda service: service.page(after, PAGE))
         return StoredReply(references=[Stored.of(each) for each in listed], next=more or None)
 
     async def pin(self, request: Request, body: PinRequest) -> Done:
@@ -297,8 +297,9 @@ class Server:
             return service.export_memory(body.ref.ref, body.kv)
 
         async def pieces() -> AsyncGenerator[bytes, None]:
-            async with self._turn(request):  # to the end: until then, all of it is in memory
-                file = await self._at_once(request, begun)
+            # To the end: until then, all of it is in memory.
+            async with self._exporting(request, body.kv), self._turn(request):
+                file = await self._to_the_end(self._at_once(request, begun))
                 while piece := await asyncio.to_thread(next, file, b""):
                     yield piece
 
@@ -316,8 +317,7 @@ class Server:
                         raise RequestTooLarge(f"The memory is larger than {limit} bytes.")
                     await asyncio.to_thread(file.write, chunk)
                 file.flush()
-                async with self._turn(request):
-                    ref = await self._at_once(request, lambda service: service.import_memory(Path(file.name)))
+                ref = await self._in_turn(request, lambda service: service.import_memory(Path(file.name)))
         return RefReply(ref=WireRef(**ref))
 
     async def _in_time(self, body: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
@@ -440,6 +440,27 @@ class Server:
 
     async def _at_once(self, request: Request, call: Callable[[LocalService], A]) -> A:
         return await asyncio.to_thread(call, self._service(request))
+
+    async def _in_turn(self, request: Request, call: Callable[[LocalService], A]) -> A:
+        """What a thread does in a turn, which ends when the thread does: it goes on when its client has hung up."""
+        async with self._turn(request):
+            return await self._to_the_end(self._at_once(request, call))
+
+    @staticmethod
+    async def _to_the_end(work: Coroutine[Any, Any, A]) -> A:
+        """What comes of work that cannot be called off; whoever waits for it and is called off waits all the same."""
+        task = asyncio.ensure_future(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait([task])
+            if not task.cancelled():
+                task.exception()  # nobody is there to be told
+            raise
+
+    def _exporting(self, request: Request, kv: bool) -> AbstractAsyncContextManager[None]:
+        """Room for an export; those with KV are few, since each has a copy of a whole memory."""
+        return self.exports.turn(request.state.tenant, request.state.client) if kv else nullcontext()
 
     def _first(self, request: Request) -> None:
         if not hasattr(request.state, "first"):

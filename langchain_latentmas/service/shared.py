@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, JsonValue
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ..errors import InvalidRequest
@@ -18,6 +19,7 @@ class SharedSettings(BaseSettings):
         device: "cuda", "cpu", ...; None lets the service choose.
         dtype: Name of a torch dtype, or "auto".
         store: Folder for recipes; None keeps them in the process.
+        options: More settings of the model service, as JSON: see `langchain_latentmas.service.local.LocalSettings`.
     """
 
     model_config = SettingsConfigDict(env_prefix="LATENTMAS_")
@@ -26,10 +28,41 @@ class SharedSettings(BaseSettings):
     device: str | None = None
     dtype: str = "auto"
     store: Path | None = None
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    def loading(self, name: str, device: str | None = None, dtype: str | None = None) -> dict[str, Any]:
+        """What `LatentService.load` gets besides a name, by where that model runs.
+
+        Args:
+            name: What `LatentService.load` takes.
+            device: Goes before `device`.
+            dtype: Goes before `dtype`.
+
+        Raises:
+            InvalidRequest: If a device or a dtype is given for a model that runs elsewhere.
+        """
+        if not ("://" in name or name.startswith("vllm:")):
+            own = {"device": device or self.device, "dtype": dtype or self.dtype, "store": self.store}
+            return {**own, **self.options}
+        if device or dtype:
+            raise InvalidRequest(f"{name} takes no device and no dtype here; whoever runs its model says so.")
+        # Of vLLM recipes are kept and prompts encoded here, of `latentmas serve` nothing.
+        return {"store": self.store, **self.options} if name.startswith("vllm") else {}
 
 
 _services: dict[tuple[str, str | None, str], LatentService] = {}
 _lock = threading.Lock()
+
+
+def is_loaded(name: str | None = None, device: str | None = None, dtype: str | None = None) -> bool:
+    """Whether `shared_service` has nothing to load."""
+    return _key(name, device, dtype, SharedSettings()) in _services
+
+
+def _key(
+    name: str | None, device: str | None, dtype: str | None, settings: SharedSettings
+) -> tuple[str, str | None, str]:
+    return name or settings.service, device or settings.device, dtype or settings.dtype
 
 
 def shared_service(name: str | None = None, device: str | None = None, dtype: str | None = None) -> LatentService:
@@ -46,14 +79,8 @@ def shared_service(name: str | None = None, device: str | None = None, dtype: st
         ModelNotSupported: If it cannot think exactly.
     """
     settings = SharedSettings()
-    key = (name or settings.service, device or settings.device, dtype or settings.dtype)
+    key = _key(name, device, dtype, settings)
     with _lock:
         if key not in _services:
-            own: dict[str, Any] = {"device": key[1], "dtype": key[2], "store": settings.store}
-            vllm = key[0].startswith(("vllm:", "vllm+"))
-            if vllm or "://" in key[0]:  # the model is elsewhere; recipes of vLLM are kept here
-                if device or dtype:
-                    raise InvalidRequest(f"{key[0]} takes no device and no dtype here; whoever runs its model says so.")
-                own = {"store": settings.store} if vllm else {}
-            _services[key] = LatentService.load(key[0], **own)
+            _services[key] = LatentService.load(key[0], **settings.loading(key[0], device, dtype))
         return _services[key]

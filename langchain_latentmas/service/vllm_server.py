@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr
 
 from ..errors import (
     AccessDenied,
+    DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     ModelNotFound,
@@ -49,7 +50,8 @@ class VLLMSettings(RecipeSettings):
     Attributes:
         tokenizer: Folder or hub id of the tokenizer; None takes the name under which the server has loaded its model.
         token: The server's `--api-key`.
-        patience: Seconds for which a request is repeated that the server has not begun to answer.
+        patience: Seconds, from its first failure, for which a request is repeated that thinks, or that the server has
+            not begun to answer.
         connect_timeout: Seconds for a connection to be made.
         read_timeout: Seconds without a token after which a connection counts as broken.
         max_connections: Most requests at a time.
@@ -190,6 +192,10 @@ def _reaching(url: str) -> Iterator[None]:
     """Turns errors of the connection into ours."""
     try:
         yield
+    except httpx.ReadTimeout as error:  # it took the request; others may fare better
+        raise DeadlineExceeded(
+            f"{url} sent nothing for as long as read_timeout says; raise it, or ask less at once."
+        ) from error
     except httpx.TransportError as error:
         raise ServiceUnreachable(
             f"{url} cannot be reached, or the connection broke ({type(error).__name__}: {error}). Is vLLM running "

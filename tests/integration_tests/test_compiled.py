@@ -1,5 +1,8 @@
 """Decode steps through torch.compile; one layer, since compiling takes its time."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -26,6 +29,9 @@ def run(model: LanguageModel) -> list[Result]:
     return results
 
 
+@pytest.mark.skipif(
+    not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])), reason="torch.compile takes a C++ compiler"
+)
 @pytest.mark.timeout(600)
 def test_compiled_steps_give_what_computed_ones_give() -> None:
     folder = PARITY / "qwen3-tied" / "model"

@@ -245,7 +245,8 @@ def test_text_and_latent_teams_take_as_many_tokens_as_they_should(bundled: Laten
     assert len(turns) == 4
     for row in rows:
         agents = 4 if row["arrangement"] == "sequential" else 2  # one behind the other
-        assert 24 * agents <= row["text_ticks"] <= 24 * agents + 4 * agents
+        # Both questions share ticks, as far as a busy machine lets their nodes come at the same time.
+        assert 24 * agents <= row["text_ticks"] < 2 * 24 * agents
         assert 24 <= row["latent_ticks"] < row["text_ticks"]
     with pytest.raises(EngineFailed, match="instead of"):  # the bundled model's texts end by themselves
         text_against_latent(model, questions=1, steps=3, tokens=200, repeats=1, done=lambda: None)

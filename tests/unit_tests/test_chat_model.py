@@ -1,4 +1,5 @@
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import BaseModel, Field
 
-from langchain_latentmas import ChatLatentMAS, LatentService, switch_edges
+from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, switch_edges
 from langchain_latentmas.engine import tick
 from langchain_latentmas.errors import InvalidReference, InvalidRequest, TamperedReference
+from langchain_latentmas.service import shared
 
 OURS = [ChatLatentMAS]
 QWEN_LIKE = (
@@ -321,6 +323,41 @@ def test_what_was_thought_is_not_taken_from_a_cache_of_what_was_said(service32: 
         one, two = graph.invoke({"messages": []})["messages"]
         assert one.text.startswith(f"[latent one {steps} steps")
         assert two.text == said
+
+
+def test_a_cache_tells_calls_with_steps_that_think_from_those_that_speak(service32: LatentService) -> None:
+    llm = ChatLatentMAS(service=service32, max_tokens=4, cache=InMemoryCache())
+    plan = RunnableLambda(lambda _: llm.invoke("Plan.", agent="planner", steps=2).text)
+    for _ in range(2):
+        assert plan.invoke(None).startswith("[latent planner 2 steps")
+        assert not plan.invoke(None, {"configurable": {"edges": "text"}}).startswith("[latent")
+
+
+async def test_what_takes_long_is_not_done_on_the_loop(
+    service32: LatentService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verifying a marker may ask a store or a server, and the first call may load a model."""
+    on_loop: list[str] = []
+
+    def watched(name: str, call: Any) -> Any:
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread() is threading.main_thread():
+                on_loop.append(name)
+            return call(*args, **kwargs)
+
+        return inner
+
+    thought = await ChatLatentMAS(service=service32).ainvoke("Plan.", steps=2)
+    monkeypatch.setattr(shared, "_services", {})
+    monkeypatch.setattr(LatentService, "load", watched("load", lambda *_, **__: service32))
+    monkeypatch.setattr(service32, "take_markers", watched("markers", service32.take_markers))
+    monkeypatch.setattr(service32, "aspeak", watched("speak", service32.aspeak))
+    llm = ChatLatentMAS(max_tokens=3)
+    await llm.ainvoke([thought, HumanMessage("Go on.")])
+    assert [chunk async for chunk in llm.astream([thought, HumanMessage("Go on.")])]
+    node = LatentAgentNode("critic", "Check.", steps=2)
+    await node.ainvoke({"messages": [HumanMessage("Hello"), thought], "latents": []})
+    assert on_loop == []
 
 
 def test_memories_are_counted_and_json_wherever_messages_go(llm: ChatLatentMAS, service32: LatentService) -> None:

@@ -22,6 +22,7 @@ from langchain_latentmas.engine.graphs import Recorder as CudaRecorder
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.engine.sampling import Sampling
 from langchain_latentmas.engine.tick import Result, Row, Ticker
+from langchain_latentmas.errors import EngineFailed
 
 from ..conftest import load_parts
 from ..support import kv_difference, relative
@@ -150,6 +151,36 @@ def test_a_replay_that_differs_is_not_used_and_said(model: LanguageModel, caplog
     assert graphs.fault == "a replayed step differs by 1.0e-02"
     assert "CUDA graphs are off" in caplog.text
     assert [r.tokens for r in found] == [r.tokens for r in run(model, None)]
+
+
+def test_a_row_that_overflows_neither_turns_them_off_nor_reaches_the_slots_in_excess(model: LanguageModel) -> None:
+    graphs = Graphs(Recorder(), tolerance=1e-8)
+    tick, ends = Ticker(model, max_rows=4, live_bytes=1 << 40, graphs=graphs), dict[str, Any]()
+
+    def join(name: str, inputs: list[Any], steps: int) -> None:
+        keep = lambda end: ends.__setitem__(name, end)  # noqa: E731
+        tick.join(Row((), 0, inputs, on_done=keep, on_error=keep, steps=steps))
+
+    with torch.inference_mode():
+        join("one", [[5, 6, 7]], 12)
+        join("two", [[8, 9]], 12)
+        join("three", [torch.full((2, 128), torch.inf, dtype=torch.float64)], 2)
+        join("four", [[10, 11, 12]], 3)  # decodes in the last slot, then leaves it in excess
+        while tick.rows:
+            tick.step()
+            if "five" not in ends and "four" in ends and len(tick.rows) == 2:
+                ends["five"] = None
+                join("five", [[13, 14, 15]], 8)
+    assert isinstance(ends["three"], EngineFailed)
+    assert graphs.fault is None
+    for name, ids, steps in (("one", [5, 6, 7], 12), ("five", [13, 14, 15], 8)):
+        alone = Ticker(model, max_rows=1, live_bytes=1 << 40)
+        results: list[Result] = []
+        with torch.inference_mode():
+            alone.join(Row((), 0, [ids], on_done=results.append, on_error=pytest.fail, steps=steps))
+            while alone.rows:
+                alone.step()
+        assert relative(ends[name].thoughts, results[0].thoughts) < 1e-8
 
 
 def test_what_a_replay_leaves_as_it_is_passes_for_nothing(model: LanguageModel) -> None:

@@ -44,6 +44,7 @@ def test_another_model_than_expected(double: VLLMDouble) -> None:
         (None, "plugin", False, "VLLM_PLUGINS=latentmas"),
         ({"latent_token_id": None}, "plugin", False, "--hf-overrides"),
         ({"prefix_caching": False}, "prefix caching", None, "--enable-prefix-caching"),
+        ({"block_size": 128}, "prefix caching", None, "--block-size 32"),
         ({"max_logprobs": 0}, "lens", None, "--max-logprobs"),
         ({"vocabulary": "other"}, "tokenizer", False, "--tokenizer"),
     ],

@@ -282,16 +282,13 @@ def test_a_parser_of_a_sender_keeps_its_edge_text(llm: ChatLatentMAS) -> None:
 
 
 def test_a_latent_agent_node_keeps_its_own_references(llm: ChatLatentMAS, service32: LatentService) -> None:
-    class State(LatentState):
-        plan: str
-
-    builder = StateGraph(State)
-    builder.add_node("planner", lambda state: {"plan": llm.invoke("Plan").content})
-    builder.add_node("judger", LatentAgentNode("judger", "Judge.", service=service32))
+    builder = StateGraph(LatentState)
+    builder.add_node("planner", LatentAgentNode("planner", "Plan.", service=service32))
+    builder.add_node("judger", lambda state: {"messages": [llm.invoke(state["messages"])]})
     builder.add_edge(START, "planner")
     builder.add_edge("planner", "judger")
     assert latent(builder) == set()
-    with pytest.raises(InvalidEdge, match="'judger' is a LatentAgentNode"):
+    with pytest.raises(InvalidEdge, match="'planner' is a LatentAgentNode"):
         switch_edges(builder, [("planner", "judger")])
 
 

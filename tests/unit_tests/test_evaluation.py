@@ -258,6 +258,23 @@ def test_thoughts_that_were_known_before_are_noticed(fresh: LocalService, caplog
     assert "latent, sequential: the service knew some thoughts" in caplog.text
 
 
+def test_no_mode_starts_with_what_another_one_has_computed(fresh: LocalService) -> None:
+    def reused(modes: list[str]) -> int:
+        before = fresh.info()["reused"]
+        Evaluation(fresh, Words(), modes=modes, arrangements=["hierarchical"], **QUICK).run()
+        return int(fresh.info()["reused"]) - before
+
+    text, latent = (reused([mode]) for mode in ("text", "latent"))
+    assert reused(["text", "latent"]) <= text + latent  # text experts prefill what latent ones do
+
+
+def test_seconds_on_a_server_are_qualified(fresh: LocalService, caplog: pytest.LogCaptureFixture) -> None:
+    fresh.forget_prefixes = lambda: False  # type: ignore[method-assign]
+    Evaluation(fresh, Words(), modes=["text", "latent"], arrangements=["sequential"], **QUICK).run()
+    [warned] = [message for message in caplog.messages if "seconds are too few" in message]
+    assert warned.startswith("latent, sequential: its prompts may begin as")
+
+
 def test_a_sample_can_be_drawn_again(fresh: LocalService, tmp_path: Path) -> None:
     texts = []
     for name in ("a", "b"):

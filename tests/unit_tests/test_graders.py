@@ -16,6 +16,7 @@ from langchain_latentmas.evaluation.graders import (
     TAIL,
     Checks,
     Mathematics,
+    boxed_number,
     chosen,
     code,
     exact,
@@ -65,6 +66,48 @@ def test_published_numbers_are_right_and_corrupted_ones_wrong(row: dict[str, Any
     ):
         assert not wrong or not number(f"{solution}#### {wrong}", answer), wrong
         assert not number(f"{solution}\\boxed{{{wrong}}}", answer), wrong
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (r"\boxed{42.}", "42"),
+        (r"\boxed{1,234.}", "1234"),
+        (r"\boxed{\$18.}", "18"),
+        (r"\boxed{\text{18}}", "18"),
+        (r"\boxed{\text{18 apples}}", "18"),
+        (r"\boxed{18~\text{apples}}", "18"),
+        (r"\boxed{€18}", "18"),
+        (r"\boxed{70 000}", "70000"),
+        ("The answer is \N{MINUS SIGN}5", "-5"),
+        ("\\boxed{\N{MINUS SIGN}5}", "-5"),
+    ],
+)
+def test_numbers_are_right_however_they_are_dressed(said: str, answer: str) -> None:
+    assert number(said, answer)
+    assert not number(said, str(int(answer) + 1))
+
+
+@pytest.mark.parametrize(
+    ("said", "held"),
+    [
+        (r"\boxed{14}", 14),
+        (r"\boxed{14.0}", 14),
+        (r"\boxed{14 \text{ coins}}", 14),
+        (r"\boxed{14 \text{ million}}", None),
+        (r"\boxed{x}", None),
+        ("14", None),
+    ],
+)
+def test_a_box_holds_a_number_maybe_with_a_unit(said: str, held: int | None) -> None:
+    assert boxed_number(said) == held
+
+
+def test_tests_run_without_a_prompt_that_is_no_program() -> None:
+    talk = "Write def add(a, b): that adds."
+    tests = Checks("add", "assert add(1, 2) == 3", before=talk, stub=talk)
+    assert code("```python\ndef add(a, b):\n    return a + b\n```", tests)
+    assert not code("```python\ndef add(a, b):\n    return a - b\n```", tests)
 
 
 @pytest.mark.parametrize("row", MEDQA, ids=lambda row: row["pid"])

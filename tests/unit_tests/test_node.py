@@ -136,6 +136,32 @@ def test_text_mode_puts_what_others_said_at_the_head_of_the_question(service32: 
     assert reads.invoke(state, config)["messages"][0].text == spoke["messages"][0].text
 
 
+@pytest.mark.parametrize("reads", [None, ["planner"]])
+@pytest.mark.parametrize("edges", ["text", {"planner->judger": "text"}])
+async def test_a_text_run_is_the_same_whoever_listens(
+    service32: LatentService, reads: list[str] | None, edges: Any
+) -> None:
+    """LangChain makes a streamed message of its chunks, and leaves their name out."""
+    builder = StateGraph(LatentState)
+    builder.add_node("planner", LatentAgentNode("planner", "Plan.", service=service32, steps=2, max_tokens=5))
+    judger = LatentAgentNode("judger", "Judge.", service=service32, speak=True, reads=reads, max_tokens=5)
+    builder.add_node("judger", judger)
+    for edge in [(START, "planner"), ("planner", "judger"), ("judger", END)]:
+        builder.add_edge(*edge)
+    graph, config = builder.compile(), {"configurable": {"edges": edges}}
+
+    def plain(state: Any) -> list[Any]:
+        return [(m.type, m.name, m.text, m.response_metadata.get("latent_ref")) for m in state["messages"]]
+
+    expected = plain(graph.invoke(ASKED, config))  # type: ignore[arg-type]
+    modes: Any = ["messages", "values"]
+    streamed = [state for mode, state in graph.stream(ASKED, config, stream_mode=modes) if mode == "values"]  # type: ignore[arg-type]
+    assert plain(streamed[-1]) == expected
+    later = [state async for mode, state in graph.astream(ASKED, config, stream_mode=modes) if mode == "values"]  # type: ignore[arg-type]
+    assert plain(later[-1]) == expected
+    assert [name for _, name, *_ in expected[1:]] == ["planner", "judger"]
+
+
 QUESTION_ONLY = ChatPromptTemplate([("system", "Check."), ("human", "{question}")])
 
 

@@ -91,7 +91,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(MissingExtra, match=r"langchain-latentmas\[viz\]"):
+    with pytest.raises(MissingExtra, match=r"pip install -e .*viz"):
         check_path("audit.png")
 
 

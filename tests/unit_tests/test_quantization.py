@@ -119,7 +119,7 @@ def test_quantized_weights_that_were_written_change_the_fingerprint() -> None:
 
 def test_without_torchao_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "is_torchao_available", lambda: False)
-    with pytest.raises(MissingExtra, match=r"langchain-latentmas\[quant\]"):
+    with pytest.raises(MissingExtra, match=r"pip install -e .*quant"):
         load(quantization="int8")
 
 

@@ -365,6 +365,28 @@ def test_an_agent_without_a_question_keeps_its_role_under_any_template(fresh_ser
     assert "How many?" in service.model.tokenizer.decode(list(service.encode(both, "")))
 
 
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+)
+
+
+def test_roles_alternate_where_the_template_wants_it(fresh_service: Fresh) -> None:
+    """Two messages of the user are left where the text between them was a marker."""
+    service = fresh_service(chat_template=ALTERNATING)
+    read = service.model.tokenizer.decode(list(service.encode([("human", "How many?"), ("human", "Check it.")], "")))
+    assert "How many?\n\nCheck it." in read
+    again = [("human", "a"), ("ai", "b"), ("ai", "c"), ("human", "d")]
+    assert "b\n\nc" in service.model.tokenizer.decode(list(service.encode(again, "")))
+
+
+def test_messages_in_a_row_stay_apart_where_the_template_lets_them(fresh_service: Fresh) -> None:
+    service = fresh_service()
+    read = service.model.tokenizer.decode(list(service.encode([("human", "One."), ("human", "Two.")], "")))
+    assert read.count("<|im_start|>user") == 2
+
+
 def test_a_system_message_stands_alone_where_the_template_lets_it(fresh_service: Fresh) -> None:
     service = fresh_service()
     read = service.model.tokenizer.decode(list(service.encode([("system", "You are a judger.")], "")))

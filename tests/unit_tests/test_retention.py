@@ -79,6 +79,18 @@ def test_age_counts_from_the_last_use_and_spares_pins_and_ancestors(tmp_path: Pa
     store.check([made["plan"]])  # kept for its descendant, it is as good as ever
 
 
+def test_many_go_with_few_calls_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = recipe_store(tmp_path)
+    made = family(store)
+    for key in made.values():
+        os.utime(tmp_path / f"{key}{RECIPE}", (time.time() - 9 * DAY,) * 2)
+    removed: list[list[str]] = []
+    delete = store.store.mdelete
+    monkeypatch.setattr(store.store, "mdelete", lambda keys: (removed.append(list(keys)), delete(keys)))
+    assert set(Retention(store, timedelta(days=1)).collect()) == set(made.values())
+    assert [len(keys) // 3 for keys in removed] == [1, 2, 2]  # each waits for the disk; children before their parents
+
+
 def test_without_an_age_nothing_grows_old(tmp_path: Path) -> None:
     store = recipe_store(tmp_path)
     os.utime(tmp_path / (store.put(recipe()).id + RECIPE), (0, 0))

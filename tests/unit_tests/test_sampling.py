@@ -125,6 +125,20 @@ def test_a_seed_gives_the_same_text_whatever_the_batch_neighbours(service: Laten
     assert len({said.token_ids for said in alone}) > 1
 
 
+def test_under_one_seed_every_agent_and_every_question_draws_for_itself(service: LatentService) -> None:
+    options = {"temperature": 5.0, "seed": 3, "max_tokens": 12}
+    texts = [
+        say(service, messages(f"Tell me a story{end}", "You are a writer."), agent=agent, **options).token_ids
+        for end in (".", "!")
+        for agent in ("anne", "bert")
+    ]
+    assert len(set(texts)) == 4
+    alike = max(
+        sum(a == b for a, b in zip(one, other, strict=False)) for one in texts for other in texts if one != other
+    )
+    assert alike <= 3  # where all logits are about the same, the same numbers would draw the same tokens
+
+
 def test_greedy_neighbours_of_a_sampling_row_stay_greedy(service: LatentService) -> None:
     alone = say(service, PROMPT)
     together = at_once([lambda: say(service, PROMPT), lambda: say(service, PROMPT, temperature=5.0)])

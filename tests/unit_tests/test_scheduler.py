@@ -1,14 +1,16 @@
 """The thread that ticks: whatever happens to it, everybody who waits is told."""
 
+import gc
 import multiprocessing
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from langchain_latentmas.engine.model import LanguageModel
-from langchain_latentmas.engine.scheduler import Scheduler
+from langchain_latentmas.engine.scheduler import PASSING, Scheduler
 from langchain_latentmas.engine.tick import Row, Ticker
 from langchain_latentmas.errors import EngineFailed, ServiceClosed
 from langchain_latentmas.service.local import LocalService
@@ -71,6 +73,42 @@ def test_one_who_cannot_be_told_keeps_nobody_else_from_it(
         scheduler.submit(row(told))
     wait_for(lambda: bool(told))
     assert isinstance(told[0], EngineFailed)
+
+
+def test_one_that_does_not_fit_is_passed_by_a_few(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, small = list[int](), scheduler.ticker.fits
+    large = row([])
+    large.steps = 3
+    here = [row([]) for _ in range(PASSING + 3)]
+    for i, each in enumerate(here):
+        each.on_done = lambda _, i=i: order.append(i)
+    large.on_done = lambda _: order.append(-1)
+    # The large one wants the ticker to itself.
+    monkeypatch.setattr(scheduler.ticker, "fits", lambda r: small(r) and (r is not large or not scheduler.ticker.rows))
+    with scheduler._changed:
+        for each in (here[0], large, *here[1:]):
+            scheduler.submit(each)
+    wait_for(lambda: len(order) == len(here) + 1)
+    passed = order[: order.index(-1)]
+    assert 1 < len(passed) <= 1 + PASSING
+    assert set(passed) == set(range(len(passed)))  # first come, first served
+
+
+def test_an_error_that_is_kept_keeps_no_slots(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, slots = list[Any](), list[Any]()
+
+    def fail(*_: object) -> None:
+        cache = scheduler.ticker.cache
+        slots.append(weakref.ref(cache))
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.ticker, "_decode", fail)
+        scheduler.submit(row(ends))
+        wait_for(lambda: bool(ends) and scheduler.ticker.cache is not slots[0]())
+    gc.collect()
+    assert isinstance(ends[0].__cause__, RuntimeError)
+    assert slots[0]() is None
 
 
 def test_closing_tells_without_the_lock(scheduler: Scheduler) -> None:

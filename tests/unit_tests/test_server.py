@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -29,13 +30,14 @@ from langchain_latentmas.errors import (
     UnknownReference,
     WrongModel,
 )
-from langchain_latentmas.service import Chunk, connections
+from langchain_latentmas.service import Chunk, connections, patience
 from langchain_latentmas.service.events import Event
 from langchain_latentmas.service.http import _Said, _Told
 from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.logs import JSONLines
-from langchain_latentmas.service.server import Server
+from langchain_latentmas.service.server import KV_EXPORTS, Server
 from langchain_latentmas.service.wire import MAX_PAIRS, PROBLEM
+from langchain_latentmas.state import LatentRef
 from tests.served import TOKEN, client, serving
 from tests.support import FIELDS, Gate, kv_difference, messages, say, wait_for
 
@@ -528,6 +530,47 @@ def test_also_one_that_hangs_up_while_it_waits_for_what_a_memory_holds(
             held.open()
         assert first.result(60)["steps"] == 2
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_one_that_hangs_up_keeps_its_turn_as_long_as_its_thread_works(fresh_service: Any, gate: Any) -> None:
+    """Else its thread would be one more beside those that have a turn, and there are not many."""
+    service = fresh_service()
+    with serving(service, max_running=1) as server, client(server) as remote:
+        body = {"ref": remote.think(PROMPT, steps=1)}
+        held = gate(service)
+        with httpx.Client(base_url=server.address, timeout=0.5) as http, pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/lens", json=body)
+        time.sleep(0.5)
+        assert server.turns.running == 1
+        held.open()
+        wait_for(lambda: server.turns.running == 0, 10)
+        assert remote.lens(body["ref"])
+
+
+def test_few_memories_leave_with_their_kv_at_a_time(fresh_service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, leave = fresh_service(), threading.Event()
+
+    def slow(ref: LatentRef, kv: bool) -> Iterator[bytes]:
+        leave.wait(30)
+        yield b"x"
+
+    monkeypatch.setattr(service, "export_memory", slow)
+    with serving(service) as server, client(server) as remote, ThreadPoolExecutor(3) as threads:
+        ref = remote.think(PROMPT, steps=1)
+        exported = [threads.submit(lambda: b"".join(remote.export_memory(ref, kv=True))) for _ in range(KV_EXPORTS + 1)]
+        wait_for(lambda: server.exports.waiting == 1)
+        assert server.exports.running == KV_EXPORTS
+        leave.set()
+        assert [each.result(30) for each in exported] == [b"x"] * (KV_EXPORTS + 1)
+
+
+def test_patience_begins_with_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 0.0, 5.0, 5.0, 10.0, 10.0, 15.0, 15.0]).__next__
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=now))
+    patient = patience.Patience(10)
+    assert [patient(None) for _ in range(4)] == [False, False, True, True]  # type: ignore[arg-type]
+    monkeypatch.undo()
+    assert patience.Patience(0)(None)  # type: ignore[arg-type]
 
 
 def test_memories_that_come_slowly_hold_up_nobody_but_their_tenant(fresh_service: Any, tmp_path: Path) -> None:

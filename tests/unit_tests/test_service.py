@@ -39,6 +39,20 @@ def test_24_ragged_requests_at_once_equal_each_alone(fresh_service: Any, model: 
     assert max(kv_difference(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True)) < 1e-8
 
 
+@pytest.mark.parametrize(
+    ("tag", "closed"),
+    [("<think>\n", False), ("<think>\n\n</think>\n\n", True), ("", True)],
+)
+def test_a_text_that_ends_while_the_model_still_thinks_aloud_is_warned_of(
+    fresh_service: Any, caplog: pytest.LogCaptureFixture, tag: str, closed: bool
+) -> None:
+    service = fresh_service(speak_tag=tag)
+    for _ in range(2):
+        assert say(service, "What is 1 plus 2?", max_tokens=3).finish == "length"
+    warned = [record for record in caplog.records if "thinking aloud" in record.message]
+    assert len(warned) == (not closed)  # once
+
+
 def test_reading_a_memory_does_not_change_it(fresh_service: Any) -> None:
     service = fresh_service()
     ref = service.think("Plan.", steps=4)

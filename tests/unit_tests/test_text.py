@@ -33,6 +33,15 @@ def tokens_of(text: str) -> list[int]:
     return [OF_BYTE[b] for b in text.encode()]
 
 
+def test_a_text_of_replacement_signs_streams_and_stops() -> None:
+    pieces, text = stream(tokens_of("\ufffd" * 50))
+    assert "".join(pieces) == "\ufffd" * 50
+    assert len("".join(pieces[:-1])) > 45
+    assert max(len(text._ids) - text._read, text._read - text._context) <= 8  # each token costs as much as the last
+    _, text = stream(tokens_of("\ufffd" * 50), stop=("\ufffd" * 7,))
+    assert text.stopped
+
+
 def test_the_alphabet_covers_every_byte() -> None:
     assert len(set(OF_BYTE)) == 256
     assert TOKENIZER.decode(tokens_of("Grüße 🌍")) == "Grüße 🌍"
@@ -42,6 +51,8 @@ def test_the_alphabet_covers_every_byte() -> None:
 @example(b"\xff\xfe a")
 @example("a\ufffdb\ufffd".encode())
 @example(b"\xe2\x82")
+@example(b"\xf0\x9f\x8c" * 9 + b"\xf0\x9f\x8c\x8d")
+@example(b"\xff" * 11 + b"\xf0\x9f\x8c\x8d" * 3)
 @example(b"\xf0\x9f\x8c\x8d"[:3] + b"\xf0\x9f\x8c\x8d")
 def test_the_pieces_of_any_bytes_are_what_the_tokenizer_decodes(data: bytes) -> None:
     tokens = [OF_BYTE[b] for b in data]

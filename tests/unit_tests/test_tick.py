@@ -325,6 +325,39 @@ def test_what_overflows_ends_alone_and_leaves_nothing(model: LanguageModel, samp
         assert_same(request.results[0], alone(model, Request(request.inputs, request.steps)))
 
 
+def overflowing(steps: int) -> Request:
+    return Request([torch.full((2, 128), torch.inf, dtype=torch.float64), ids(3, 9)], steps)
+
+
+def test_what_overflows_and_is_moved_leaves_nothing_where_it_was(model: LanguageModel) -> None:
+    first, broken, after = Request([ids(3, 1)], steps=1), overflowing(6), Request([ids(4, 2)], steps=9)
+    tick = ticker(model)
+    with torch.inference_mode():
+        for request in (first, broken):
+            tick.join(request.row())
+        tick.step()  # the first one leaves, and what overflows takes its slot
+        assert first.results
+        tick.join(after.row())  # where that was before, and its keys in sight
+    finish(tick)
+    assert [type(error) for error in broken.errors] == [EngineFailed]
+    assert_same(after.results[0], alone(model, Request(after.inputs, steps=9)))
+
+
+def test_what_overflows_and_trades_places_leaves_nothing_there(model: LanguageModel) -> None:
+    """One that prefills in chunks lies behind; one that is ready to decode goes before it."""
+    tick = ticker(model, chunk=4)
+    long = Request([torch.full((40, 128), torch.inf, dtype=torch.float64)], 2)
+    short = Request([ids(3, 1)], steps=30)
+    with torch.inference_mode():
+        for request in (long, short):
+            tick.join(request.row())
+        for _ in range(5):
+            tick.step()
+    finish(tick)
+    assert [type(error) for error in long.errors] == [EngineFailed]
+    assert_same(short.results[0], alone(model, Request(short.inputs, steps=30)))
+
+
 def test_a_cancelled_row_that_overflowed_leaves_nothing(model: LanguageModel) -> None:
     tick, after = ticker(model, chunk=2), Request([ids(4, 2)], steps=3)
     with torch.inference_mode():

@@ -14,6 +14,7 @@ from langchain_latentmas import ChatLatentMAS, LatentService
 from langchain_latentmas.errors import (
     AccessDenied,
     ContextTooLong,
+    DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     LatentMASError,
@@ -175,10 +176,12 @@ def test_stop_strings_end_the_text_and_the_request(
 
 
 def test_sampling_is_handed_on(vllm: VLLMService, double: VLLMDouble) -> None:
-    double.answers.append(events({"choices": [{"token_ids": [2]}]}))
-    assert say(vllm, QUESTION, temperature=0.7, top_p=0.9, top_k=5, seed=3).token_ids == (2,)
-    asked = double.requests[0]
-    assert (asked["temperature"], asked["top_p"], asked["top_k"], asked["seed"]) == (0.7, 0.9, 5, 3)
+    for _ in range(2):
+        double.answers.append(events({"choices": [{"token_ids": [2]}]}))
+        assert say(vllm, QUESTION, temperature=0.7, top_p=0.9, top_k=5, seed=3).token_ids == (2,)
+    asked, again = double.requests
+    assert (asked["temperature"], asked["top_p"], asked["top_k"]) == (0.7, 0.9, 5)
+    assert asked["seed"] == again["seed"] != 3  # made of the seed, the agent and the prompt
     assert asked["stop_token_ids"] == [2]
     assert asked["repetition_penalty"] == 1.0
 
@@ -279,6 +282,19 @@ def test_a_thought_where_words_were_asked_for_is_no_silent_gap(vllm: VLLMService
     assert [next(chunks).token_ids, next(chunks).token_ids] == [(7,), (8,)]
     with pytest.raises(EngineFailed, match="latent token 0"):
         next(chunks)
+
+
+def test_a_thought_whose_connection_breaks_is_thought_again(vllm: VLLMService, double: VLLMDouble) -> None:
+    double.answers.append(events({"choices": [{"token_ids": [double.latent]}]}))
+    assert vllm.think(QUESTION, steps=3)["steps"] == 3
+    assert len(double.requests) == 2
+
+
+def test_a_server_that_takes_its_time_is_none_that_is_gone(vllm: VLLMService, double: VLLMDouble) -> None:
+    double.answers.append(httpx.ReadTimeout("nothing came"))
+    with pytest.raises(DeadlineExceeded, match="read_timeout"):
+        say(vllm, QUESTION, max_tokens=2)
+    assert say(vllm, QUESTION, max_tokens=2).token_ids
 
 
 def test_a_server_that_is_busy_is_waited_for(vllm: VLLMService, double: VLLMDouble) -> None:

@@ -36,14 +36,29 @@ def test_several_edges_at_once_are_spoken_of_as_several() -> None:
 
 def test_no_difference_is_no_content_and_says_how_little_that_proves() -> None:
     worth = edge(intact=30, swapped=30, cut=30)
-    assert worth.verdict == "no detectable content: keep text or cut the edge (content +0 ± 9 points)"
+    assert worth.verdict.startswith("no detectable content: keep text or cut the edge (content +0 ± 9 points)")
+    assert worth.verdict.endswith("; 40 questions show none below 15 points, ask more")
     assert not worth.has_content
 
 
 def test_a_reader_that_is_misled_but_needs_nothing_is_told_to_cut() -> None:
-    worth = edge(intact=38, swapped=5, cut=37)
+    worth = EdgeWorth.of(
+        "a->b", {"intact": answers(380, 400), "swapped": answers(50, 400), "cut": answers(378, 400)}, crossed=400
+    )
     assert worth.verdict.startswith("the reader uses this edge's content (82 ± ")
-    assert "answers as well without any: cut the edge (intact against cut +2 ± " in worth.verdict
+    assert "answers as well without any: cut the edge (intact against cut +0 ± " in worth.verdict
+
+
+def test_where_it_may_be_worth_something_nobody_is_told_to_cut() -> None:
+    worth = edge(intact=38, swapped=5, cut=35)
+    assert "but may answer as well without any (intact against cut +8 ± " in worth.verdict
+    assert worth.verdict.endswith("ask more questions")
+
+
+def test_answers_that_say_nothing_are_to_be_asked_again() -> None:
+    failed = [*answers(30)[:-3], *[Answer(False, error="EngineFailed: out of memory")] * 3]
+    worth = EdgeWorth.of("a->b", {"intact": answers(38), "swapped": failed}, crossed=N)
+    assert worth.verdict.endswith("; 3 answers failed for want of a device or a server: run it again")
 
 
 def test_content_can_do_harm() -> None:
