@@ -38,7 +38,7 @@ class Graphs:
 
         Args:
             record: Makes a step one that replays into tensors of its own.
-            tolerance: Largest difference allowed to the step itself, relative to its largest number.
+            tolerance: Largest difference allowed to the step itself, relative, root mean square.
         """
         self.record, self.tolerance = record, tolerance
         self.fault: str | None = None
@@ -49,7 +49,7 @@ class Graphs:
         """Those of a model on one CUDA device, or None."""
         if model.device.type != "cuda" or set(model.kv_devices) != {model.device}:
             return None
-        return cls(Recorder(model.device), 10 * float(torch.finfo(model.dtype).eps) ** 0.5)
+        return cls(Recorder(model.device), model.tolerance)
 
     def clear(self) -> None:
         """Forgets what was recorded; the tensors that it reads and writes are no longer the ones in use."""
@@ -75,7 +75,7 @@ class Graphs:
             replay = self.record(compute)
             for part in replay():
                 part.fill_(torch.nan)  # what a replay leaves as it is must not pass for what it computed
-            differences = [(a - b).abs().max() / b.abs().max() for a, b in zip(replay(), expected, strict=True)]
+            differences = [(a - b).norm() / b.norm() for a, b in zip(replay(), expected, strict=True)]
             if all(difference <= self.tolerance for difference in differences):
                 return replay
             self.fault = f"a replayed step differs by {max(map(float, differences)):.1e}"

@@ -101,13 +101,14 @@ def test_another_activation_is_not_ours() -> None:
     assert "its activation is gelu" in wrapped("llama", torch.float64, hidden_act="gelu").decoder_fault
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_result_that_differs_is_given_up_and_told(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dtype: torch.dtype
 ) -> None:
-    plain = wrapped("qwen3", torch.float64, **dict(KIN)["qwen3"])
+    plain = wrapped("qwen3", dtype, **dict(KIN)["qwen3"])
     with monkeypatch.context() as patch:
         patch.setattr(llama, "_turned", lambda x, cos, sin: x * cos)
-        model = wrapped("qwen3", torch.float64, **dict(KIN)["qwen3"])
+        model = wrapped("qwen3", dtype, **dict(KIN)["qwen3"])
     assert "decoded by transformers" in caplog.text
     with LocalService(model, LocalSettings()) as service, LocalService(plain, LocalSettings()) as other:
         assert "logits are off by" in service.info()["decoder"]
