@@ -158,6 +158,7 @@ class Ticker:
         self.ticks = self.thoughts = self.spoken = self.prefilled = self.reused = 0
         self.rows: list[Row] = []
         self.decoding = 0
+        self._left: dict[int, Row] = {}  # by slot, who has moved on from there and may not be finite
         self._ended: list[tuple[Row, Result | EngineFailed]] = []
         self.renew()
 
@@ -173,6 +174,7 @@ class Ticker:
 
     def renew(self) -> None:
         """Takes new slots, for no rows."""
+        self._left.clear()
         self.cache = self.model.new_cache()
         self.feedback = Feedback(self.model, self.cache, self.graphs)
 
@@ -187,8 +189,7 @@ class Ticker:
         # Slots that are there are kept, but one long row, now gone, must not make them dear for all others.
         self.cache.resize(*(size if self._bytes(size) <= self.live_bytes else needed))
         self.feedback.fit()
-        # Whoever was there before may have left numbers that are not finite, and a masked one spoils a row too.
-        self.cache.blank(len(self.rows))
+        self._tidy(len(self.rows))
         for kv, start, shift in row.past:
             turned = self.model.rotary.turn(kv, shift) if shift and self.model.rotary else kv
             self.cache.write(len(self.rows), start, turned)
@@ -361,6 +362,7 @@ class Ticker:
 
     def _finish(self, row: Row) -> None:
         slot = self.rows.index(row)
+        self._left = {at: other for at, other in self._left.items() if other is not row}  # it is finite
         kv = self.cache.read(slot, row.start, row.position)
         thoughts = torch.stack(row.thoughts) if row.thoughts else row.hidden.new_zeros(0, row.hidden.shape[-1])
         text = row.text.end() if row.sampling is not None else ""
@@ -379,6 +381,14 @@ class Ticker:
         self._swap(slot, len(self.rows) - 1, keep=False)
         self.rows.pop()
 
+    def _tidy(self, slot: int) -> None:
+        """Blanks a slot where a row that has moved on left numbers of which nobody knows that they are finite.
+
+        To whoever comes next they are masked, but a weight of 0 times NaN is NaN.
+        """
+        if self._left.pop(slot, None) is not None:
+            self.cache.blank(slot)
+
     def _swap(self, a: int, b: int, keep: bool = True) -> None:
         """Exchanges two rows; without `keep`, what row `a` has written is lost."""
         if a == b:
@@ -387,8 +397,11 @@ class Ticker:
         # As far as either of them goes, so that neither slot keeps anything of the other row.
         length = max(row_a.position, row_b.position)
         kept = self.cache.read(a, 0, length) if keep else None
+        self._tidy(a)
         self.cache.move(b, a, length)
         if kept is not None:
             self.cache.write(b, 0, kept)
+        else:
+            self._left[b] = row_b
         self.feedback.move(b, a)
         self.rows[a], self.rows[b] = row_b, row_a
