@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import math
+import shutil
 import socket
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ from ..errors import (
     InvalidRequest,
     LatentMASError,
     RequestTooLarge,
+    StoreFull,
     TamperedReference,
 )
 from .base import Chunk
@@ -39,6 +41,7 @@ from .identity import WireRef
 from .local import LocalService
 from .metrics import Metrics
 from .serving import ServeSettings
+from .spill import DISK_RESERVE
 from .turns import Turns
 from .wire import (
     EVENTS,
@@ -110,8 +113,9 @@ class Server:
         if settings.tokens:
             self._services = {"": service, **service.tenants(sorted(settings.tokens))}
         self.turns = Turns(settings.max_running, settings.max_waiting)
-        # Memories that come in, each a file: as slow as their senders, so that no tenant waits for those of another.
         self.exports = Turns(KV_EXPORTS, settings.max_waiting)
+        # Memories that come in, each a file: as slow as their senders, so that no tenant waits for those of another.
+        self._coming = 0  # bytes of them that there is room held for
         self.uploads = {tenant: Turns(settings.max_running, settings.max_waiting) for tenant in self._services}
         self.metrics = Metrics(self.turns, lambda: [each.info() for each in self._services.values()])
         self.guard = Guard(self._routes(), settings, self.metrics)
@@ -310,7 +314,9 @@ class Server:
         limit, taken = self.settings.max_memory, 0
         uploads = self.uploads[request.state.tenant]
         async with within(self.settings.deadline), uploads.turn(request.state.tenant, request.state.client):
-            with tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors") as file:
+            length = request.headers.get("content-length", "")
+            room = self._room_for(min(int(length), limit) if length.isdecimal() else limit)
+            with room, tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors") as file:
                 async for chunk in self._in_time(request.stream()):
                     taken += len(chunk)
                     if taken > limit:
@@ -319,6 +325,21 @@ class Server:
                 file.flush()
                 ref = await self._in_turn(request, lambda service: service.import_memory(Path(file.name)))
         return RefReply(ref=WireRef(**ref))
+
+    @contextmanager
+    def _room_for(self, nbytes: int) -> Iterator[None]:
+        """Holds room on the disk for a memory that comes in."""
+        free = shutil.disk_usage(tempfile.gettempdir()).free - self._coming - DISK_RESERVE
+        if nbytes > free:
+            raise StoreFull(
+                f"The server has room for {max(0, free)} bytes of memories that come in, and this one has up to "
+                f"{nbytes}; try again later, or give it a larger disk for temporary files (TMPDIR)."
+            )
+        self._coming += nbytes
+        try:
+            yield
+        finally:
+            self._coming -= nbytes
 
     async def _in_time(self, body: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
         """A body too long to be waited for as a whole: each part of it has to come in time."""
