@@ -477,12 +477,15 @@ class RecipeStore:
     def _stored(self, recipes: Sequence[Callable[[], Recipe]]) -> list[tuple[Recipe, bool] | Exception]:
         """Writes those that are not there yet. For each: what is there, and whether it is new, or why it is not."""
         fresh: dict[str, tuple[Recipe, bytes]] = {}
+        made = list(map(_made, recipes))  # first: to fetch thoughts from a device takes as long as its queue is
         stored: list[tuple[Recipe, bool] | Exception] = []
         try:
             with self.locked():
-                for made in recipes:
+                for recipe in made:
                     try:
-                        stored.append(self._there(made(), fresh))
+                        if isinstance(recipe, Exception):
+                            raise recipe
+                        stored.append(self._there(recipe, fresh))
                     except Exception as error:  # the others do not suffer from it
                         stored.append(error)
                 self._mset({key + RECIPE: value for key, (_, value) in fresh.items()})
@@ -627,6 +630,13 @@ class RecipeStore:
             f"The memory {key} is not in this service's store: it was made elsewhere, or dropped, or grew too old. "
             "Load the service with the store it was made in (store=...), or run the graph again."
         )
+
+
+def _made(make: Callable[[], Recipe]) -> Recipe | Exception:
+    try:
+        return make()
+    except Exception as error:
+        return error
 
 
 def _ids(ids: Sequence[int]) -> Tensor:
