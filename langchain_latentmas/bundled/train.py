@@ -51,10 +51,10 @@ from langchain_latentmas.bundled.tasks import (
 from langchain_latentmas.engine.linear import packable
 
 END = 2
-TOKENS = 2048  # of a latent batch, padding included; a text batch has 3/4 of them
+THINKING, SPEAKING = 1536, 2560  # tokens of a batch, padding included; those of thinkers pass twice
 RATE = 2e-3
 STEPS = 7000
-SEED = 1  # of the weights in `model/`
+SEED, OTHER_SEED = 0, 1  # of the weights in `model/`, and of those that `--check` makes
 WITHIN = 2  # points between two seeds
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|latent|>"]
 TEMPLATE = (
@@ -438,15 +438,15 @@ def fit(seed: int, steps: int, alignment: float, second_pass: bool, out: Path) -
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     trainer, data = Trainer(model, alignment), Data(tokenizer, seed)
-    thinkers = {kind: data.batches(kind, TOKENS) for kind in ("alone", "latent", "latent patterns")}
-    speakers = {kind: data.batches(kind, TOKENS * 3 // 4) for kind in ("text", "text patterns")}
+    thinkers = {kind: data.batches(kind, THINKING) for kind in ("alone", "latent", "latent patterns")}
+    speakers = {kind: data.batches(kind, SPEAKING) for kind in ("text", "text patterns")}
 
     def losses(done: float) -> list[torch.Tensor]:
         # Short rows first: arithmetic comes before arrangements, and arrangements before the shapes of usual graphs.
         late = done > 0.5 and data.rng.random() < 0.35
         rows = next(thinkers["alone" if done < 0.25 else "latent patterns" if late else "latent"])
         said = next(speakers["text patterns" if late else "text"])
-        return [*trainer.losses(rows, second_pass and done > 0.25), 0.7 * trainer.losses(said, False)[0]]
+        return [*trainer.losses(rows, second_pass and done > 0.25), *trainer.losses(said, False)]
 
     optimize(trainer, steps, losses, lambda: save(model, tokenizer, out))
     save(model, tokenizer, out)
@@ -454,7 +454,9 @@ def fit(seed: int, steps: int, alignment: float, second_pass: bool, out: Path) -
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the weights and the tokenizer.")] = MODEL,
-    seed: Annotated[int | None, typer.Option(help=f"Of weights and data; {SEED}, and 0 with --check.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help=f"Of weights and data; {SEED}, and {OTHER_SEED} with --check.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = STEPS,
     alignment: Annotated[float, typer.Option(help="Weight of the alignment loss.")] = 0.5,
     second_pass: Annotated[bool, typer.Option(help="Feed thinkers their own thoughts.")] = True,
@@ -469,7 +471,7 @@ def train(
 
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) if check else out
-        fit((0 if check else SEED) if seed is None else seed, steps, alignment, second_pass, made)
+        fit((OTHER_SEED if check else SEED) if seed is None else seed, steps, alignment, second_pass, made)
         if n == 0:
             return
         if not check:

@@ -49,5 +49,5 @@ def test_another_seed_has_to_come_within_two_points(
             train.train(check=True)
         assert ended.value.exit_code == 1
     seed, steps, alignment, second_pass, folder = fitted[0]
-    assert (seed, steps, alignment, second_pass) == (0, train.STEPS, 0.5, True)
+    assert (seed, steps, alignment, second_pass) == (train.OTHER_SEED, train.STEPS, 0.5, True)
     assert folder != MODEL
