@@ -382,11 +382,13 @@ class Ticker:
         self.rows.pop()
 
     def _tidy(self, slot: int) -> None:
-        """Blanks a slot where a row that has moved on left numbers of which nobody knows that they are finite.
+        """Blanks a slot where a row that has moved on left numbers that are not finite.
 
         To whoever comes next they are masked, but a weight of 0 times NaN is NaN.
         """
-        if self._left.pop(slot, None) is not None:
+        row = self._left.pop(slot, None)
+        # What it had written when it moved, its state has seen since. To look is cheap on a CPU only.
+        if row is not None and (self.model.device.type != "cpu" or not math.isfinite(row.hidden.sum())):
             self.cache.blank(slot)
 
     def _swap(self, a: int, b: int, keep: bool = True) -> None:
