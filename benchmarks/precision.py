@@ -91,7 +91,7 @@ def main(
         },
         answers(rows, n),
         errors(rows),
-        "[dim]Right: 95 % Wilson interval. Same: whoever answered said what he said in the first row, token by "
+        "[dim]Right: 95 % Wilson interval. Same: whoever answered said the same as in the first row, token by "
         "token. Off: root mean square of the difference to the first row, relative to it, over all thoughts, and over "
         f"what the judger reads in the first {COMPARED} questions. KV: bytes that a position of a stored memory takes."
         "[/]",
