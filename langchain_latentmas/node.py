@@ -138,7 +138,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             if inspect.iscoroutine(made):
                 made.close()
             raise InvalidRequest(f"The prompt of agent {self.name!r} is async; run the graph with ainvoke or astream.")
-        plan = self._plan(input, config, made)
+        plan = self._plan(input, config, self._messages(made))
         if plan.thinks:
             on_step = reporter(str(self.name), self.steps)
             ref = plan.service.think(
@@ -154,10 +154,11 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         made = self._prompted("ainvoke", input, config)
         if inspect.isawaitable(made):
             made = await made
-        if self.service is None or any(map(may_hold_marker, _field(input, "messages") or [])):
-            plan = await asyncio.to_thread(self._plan, input, config, made)  # may load a model, or ask a server
+        shown = self._messages(made)
+        if self.service is None or any(map(may_hold_marker, shown)):
+            plan = await asyncio.to_thread(self._plan, input, config, shown)  # may load a model, or ask a server
         else:
-            plan = self._plan(input, config, made)
+            plan = self._plan(input, config, shown)
         if plan.thinks:
             on_step = reporter(str(self.name), self.steps)
             ref = await plan.service.athink(
@@ -182,11 +183,10 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             return getattr(self.prompt, run)(dict(state if isinstance(state, Mapping) else vars(state)), config)
         return self.prompt(state)
 
-    def _plan(self, state: Any, config: RunnableConfig, made: Any) -> _Plan:
+    def _plan(self, state: Any, config: RunnableConfig, messages: list[BaseMessage]) -> _Plan:
         service = self.service or _service_of_the_run() or shared_service()
         if not isinstance(service, LatentService):
             raise InvalidRequest(f"Agent {self.name!r}: service must be a LatentService, not {type(service).__name__}.")
-        messages = self._messages(made)
         leaves_text = runs_as_text(config, str(self.name), *node_path(config)[-1:])
         known = [] if runs_as_text(config) else list(_field(state, "latents") or [])
         # A prompt of words shows all that was said. What others show is their own choice.

@@ -408,7 +408,13 @@ class LanguageModel:
         ours = self.logits(self._on_slots(self.embed(ids[[6, 9]])[:, None], after, after, cache))[:, 0]
         plain = [self.model(input_ids=row[None], use_cache=False).logits[0, -1] for row in (ids[:7], ids[6:10])]
         pairs = [(mine, theirs.to(mine.device)) for mine, theirs in zip(ours, plain, strict=True)]
-        return max(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs)
+        return max(float(relative_difference(mine, theirs)) for mine, theirs in pairs)
+
+
+def relative_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Root mean square of `a - b` relative to that of `b`, []; in float32 at least, so that nothing overflows."""
+    wide = torch.promote_types(b.dtype, torch.float32)
+    return torch.linalg.vector_norm(a - b, dtype=wide) / torch.linalg.vector_norm(b, dtype=wide)
 
 
 def _checked_positions(config: Any, name: str, wanted: int | None) -> int:

@@ -122,6 +122,7 @@ class Scheduler:
         with self._changed:
             while self._waiting and self._waiting[0].cancelled:
                 self._waiting.popleft()
+                self._passed = 0
             self._joining = None
             for at, row in enumerate(islice(self._waiting, 1 + PASSING - self._passed)):
                 if not row.cancelled and self.ticker.fits(row):
@@ -136,6 +137,7 @@ class Scheduler:
         with self._changed:
             left = list(self._waiting)
             self._waiting.clear()
+            self._passed = 0
             return left
 
 

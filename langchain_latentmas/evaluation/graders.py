@@ -294,7 +294,7 @@ def _marked(text: str) -> str | None:
 
 def _tidied(said: str) -> str:
     r"""The content of a box without what math-verify trips over: `\text{...}` around all, a final stop, `70 000`."""
-    said = said.replace("~", " ").replace("\\ ", " ").strip()
+    said = re.sub(r"(?<!\\)\\ ", " ", said.replace("~", " ")).strip()
     if whole := re.fullmatch(rf"{_TEXT}\.?", said):
         said = whole[1]
     said = said.strip(" €£").rstrip(".").strip()

@@ -58,7 +58,7 @@ T = TypeVar("T")
 
 RECIPES_KEPT = 1 << 24  # bytes of decoded ones; all others are read from the store again
 COLLECT_SECONDS = 3600.0
-TAG_TOKENS = 16  # at the end of a prompt, among which a "<think>" is looked for
+TAG_TOKENS = 16  # at the end of a prompt and the beginning of a text, among which a "<think>" is looked for
 QUICK_TEXT = 4096  # characters that are encoded on an event loop; others wait for as long, a millisecond or less
 QUICK_REFERENCES = 16  # likewise, for references that are verified
 
@@ -183,15 +183,17 @@ class RecipeService(LatentService):
         self._ended = threading.Event()
         weakref.finalize(self, self._ended.set)  # also when the service is forgotten
 
-    def _look_for_open_thoughts(self, ids: Sequence[int]) -> None:
+    def _look_for_open_thoughts(self, prompted: Sequence[int], spoken: Sequence[int]) -> None:
         """Says, once, that models which think aloud do not come to an answer.
 
         Args:
-            ids: The end of a prompt, and what was spoken until there were no tokens left.
+            prompted: The end of a prompt.
+            spoken: What was said until there were no tokens left.
         """
-        if self._said_of_open_thoughts:
+        decode = self.model.tokenizer.decode
+        if self._said_of_open_thoughts or "<think>" not in decode([*prompted, *spoken[:TAG_TOKENS]]):
             return
-        _, thinks, thought = self.model.tokenizer.decode(ids).rpartition("<think>")
+        _, thinks, thought = decode([*prompted, *spoken]).rpartition("<think>")
         if thinks and "</think>" not in thought:
             self._said_of_open_thoughts = True
             logger.warning(
@@ -694,7 +696,7 @@ class _Request:
     def last_chunk(self, result: Result) -> "Future[Chunk]":
         """What closes a stream of chunks, once its recipe is stored."""
         if result.finish == "length":
-            self.service._look_for_open_thoughts([*self.prompt_ids[-TAG_TOKENS:], *result.tokens])
+            self.service._look_for_open_thoughts(self.prompt_ids[-TAG_TOKENS:], result.tokens)
 
         def chunk(ref: LatentRef) -> Chunk:
             usage = Usage(

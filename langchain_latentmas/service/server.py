@@ -3,13 +3,12 @@
 import asyncio
 import logging
 import math
-import shutil
 import socket
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -31,7 +30,6 @@ from ..errors import (
     InvalidRequest,
     LatentMASError,
     RequestTooLarge,
-    StoreFull,
     TamperedReference,
 )
 from .base import Chunk
@@ -41,7 +39,6 @@ from .identity import WireRef
 from .local import LocalService
 from .metrics import Metrics
 from .serving import ServeSettings
-from .spill import DISK_RESERVE
 from .turns import Turns
 from .wire import (
     EVENTS,
@@ -76,7 +73,7 @@ PROGRESS = 0.25  # seconds between two events that say how far a think is
 GRACE = 5.0  # seconds after the drain in which replies of what was ended reach their clients
 SENT_BYTES = 1 << 18  # that the system keeps of a reply until its client takes them
 A = TypeVar("A")
-KV_EXPORTS = 2  # memories that are exported with their KV at a time
+KV_EXPORTS = 2  # memories that a tenant exports with their KV at a time
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": what, "content": {PROBLEM: {"schema": Problem.model_json_schema()}}}
@@ -113,9 +110,10 @@ class Server:
         if settings.tokens:
             self._services = {"": service, **service.tenants(sorted(settings.tokens))}
         self.turns = Turns(settings.max_running, settings.max_waiting)
-        self.exports = Turns(KV_EXPORTS, settings.max_waiting)
+        self._working: set[asyncio.Task[Any]] = set()
+        # As slow as those who take them, so that no tenant waits for those of another.
+        self.exports = {tenant: Turns(KV_EXPORTS, settings.max_waiting) for tenant in self._services}
         # Memories that come in, each a file: as slow as their senders, so that no tenant waits for those of another.
-        self._coming = 0  # bytes of them that there is room held for
         self.uploads = {tenant: Turns(settings.max_running, settings.max_waiting) for tenant in self._services}
         self.metrics = Metrics(self.turns, lambda: [each.info() for each in self._services.values()])
         self.guard = Guard(self._routes(), settings, self.metrics)
@@ -314,9 +312,7 @@ class Server:
         limit, taken = self.settings.max_memory, 0
         uploads = self.uploads[request.state.tenant]
         async with within(self.settings.deadline), uploads.turn(request.state.tenant, request.state.client):
-            length = request.headers.get("content-length", "")
-            room = self._room_for(min(int(length), limit) if length.isdecimal() else limit)
-            with room, tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors") as file:
+            with tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors") as file:
                 async for chunk in self._in_time(request.stream()):
                     taken += len(chunk)
                     if taken > limit:
@@ -325,21 +321,6 @@ class Server:
                 file.flush()
                 ref = await self._in_turn(request, lambda service: service.import_memory(Path(file.name)))
         return RefReply(ref=WireRef(**ref))
-
-    @contextmanager
-    def _room_for(self, nbytes: int) -> Iterator[None]:
-        """Holds room on the disk for a memory that comes in."""
-        free = shutil.disk_usage(tempfile.gettempdir()).free - self._coming - DISK_RESERVE
-        if nbytes > free:
-            raise StoreFull(
-                f"The server has room for {max(0, free)} bytes of memories that come in, and this one has up to "
-                f"{nbytes}; try again later, or give it a larger disk for temporary files (TMPDIR)."
-            )
-        self._coming += nbytes
-        try:
-            yield
-        finally:
-            self._coming -= nbytes
 
     async def _in_time(self, body: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
         """A body too long to be waited for as a whole: each part of it has to come in time."""
@@ -463,9 +444,29 @@ class Server:
         return await asyncio.to_thread(call, self._service(request))
 
     async def _in_turn(self, request: Request, call: Callable[[LocalService], A]) -> A:
-        """What a thread does in a turn, which ends when the thread does: it goes on when its client has hung up."""
-        async with self._turn(request):
-            return await self._to_the_end(self._at_once(request, call))
+        """What a thread does in a turn, which ends when the thread does, even if nobody waits for it any more."""
+        begun = False
+
+        async def work() -> A:
+            nonlocal begun
+            async with self._turn(request):
+                begun = True
+                return await self._at_once(request, call)
+
+        task = asyncio.ensure_future(work())
+        self._working.add(task)
+        task.add_done_callback(self._done)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not begun:
+                task.cancel()
+            raise
+
+    def _done(self, task: "asyncio.Task[Any]") -> None:
+        self._working.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody may be there to be told
 
     @staticmethod
     async def _to_the_end(work: Coroutine[Any, Any, A]) -> A:
@@ -481,7 +482,8 @@ class Server:
 
     def _exporting(self, request: Request, kv: bool) -> AbstractAsyncContextManager[None]:
         """Room for an export; those with KV are few, since each has a copy of a whole memory."""
-        return self.exports.turn(request.state.tenant, request.state.client) if kv else nullcontext()
+        tenant = request.state.tenant
+        return self.exports[tenant].turn(tenant, request.state.client) if kv else nullcontext()
 
     def _first(self, request: Request) -> None:
         if not hasattr(request.state, "first"):

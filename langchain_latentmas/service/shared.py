@@ -30,6 +30,20 @@ class SharedSettings(BaseSettings):
     store: Path | None = None
     options: dict[str, JsonValue] = Field(default_factory=dict)
 
+    def __init__(self, **given: Any) -> None:
+        """Reads the environment.
+
+        Args:
+            **given: Goes before it.
+
+        Raises:
+            InvalidRequest: If it cannot be read.
+        """
+        try:
+            super().__init__(**given)
+        except ValueError as error:  # no JSON, or of another type
+            raise InvalidRequest(f"LATENTMAS_... in the environment cannot be read: {error}") from error
+
     def loading(self, name: str, device: str | None = None, dtype: str | None = None) -> dict[str, Any]:
         """What `LatentService.load` gets besides a name, by where that model runs.
 

@@ -131,7 +131,7 @@ class Server(Transport):
     async def tokens(self, body: dict[str, Any]) -> AsyncGenerator[int]:
         """See `Transport.tokens`."""
         asked = {"model": self.model, "stream": True, "return_token_ids": True, **body}
-        with _reaching(self.name):
+        with _reaching(self.name), _in_time(self.name):
             async with self._client.stream("POST", "/v1/completions", json=asked) as response:
                 if response.is_error:
                     await response.aread()
@@ -188,14 +188,21 @@ class Server(Transport):
 
 
 @contextmanager
+def _in_time(url: str) -> Iterator[None]:
+    """A server that took a request and says nothing is there; other requests may fare better."""
+    try:
+        yield
+    except httpx.ReadTimeout as error:
+        raise DeadlineExceeded(
+            f"{url} sent nothing for as long as read_timeout says; raise it, or ask less at once."
+        ) from error
+
+
+@contextmanager
 def _reaching(url: str) -> Iterator[None]:
     """Turns errors of the connection into ours."""
     try:
         yield
-    except httpx.ReadTimeout as error:  # it took the request; others may fare better
-        raise DeadlineExceeded(
-            f"{url} sent nothing for as long as read_timeout says; raise it, or ask less at once."
-        ) from error
     except httpx.TransportError as error:
         raise ServiceUnreachable(
             f"{url} cannot be reached, or the connection broke ({type(error).__name__}: {error}). Is vLLM running "

@@ -14,9 +14,9 @@ def test_its_code_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     there: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL):
         exec(block, there)
-    assert "boxed{17}" in there["thought"]
-    assert "boxed{17}" in there["written"]["messages"][-1].text
-    assert "boxed{17}" in there["answer"]
+    assert "boxed{14}" in there["thought"]
+    assert "boxed{14}" in there["written"]["messages"][-1].text
+    assert "boxed{14}" in there["answer"]
     assert "planner -> judger     latent" in capsys.readouterr().out
     there["service"].close()
     assert sorted(path.name for path in (tmp_path / "memories").iterdir()) == ["key", "recipes"]

@@ -64,6 +64,13 @@ def test_commands_load_with_the_environment_and_their_options(
     assert loaded == [settings]
 
 
+def test_an_environment_that_is_no_json_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTMAS_OPTIONS", "{speak_tag}")
+    result = CliRunner().invoke(app, ["ask", "1 + 1?"])
+    assert result.exit_code == 2
+    assert "InvalidRequest" in result.stderr
+
+
 def test_an_unknown_option_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATENTMAS_DEVICE", "cpu")
     result = CliRunner().invoke(app, ["ask", "1 + 1?", "--option", "kv_buget=1"])

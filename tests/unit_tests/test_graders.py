@@ -88,6 +88,11 @@ def test_numbers_are_right_however_they_are_dressed(said: str, answer: str) -> N
     assert not number(said, str(int(answer) + 1))
 
 
+def test_rows_of_a_matrix_stay_rows() -> None:
+    matrix = r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"
+    assert number(rf"\boxed{{{matrix}}}", matrix)
+
+
 @pytest.mark.parametrize(
     ("said", "held"),
     [

@@ -162,6 +162,15 @@ async def test_a_text_run_is_the_same_whoever_listens(
     assert [name for _, name, *_ in expected[1:]] == ["planner", "judger"]
 
 
+@pytest.mark.parametrize(
+    "asked", [{"role": "user", "content": "Hi"}, ("user", "Hi"), "Hi"], ids=["dict", "tuple", "str"]
+)
+async def test_a_state_may_hold_what_langchain_takes_for_messages(service32: LatentService, asked: Any) -> None:
+    node = LatentAgentNode("planner", "Plan.", service=service32, steps=1)
+    state = {"messages": [asked], "latents": []}
+    assert await node.ainvoke(state) == node.invoke(state)
+
+
 QUESTION_ONLY = ChatPromptTemplate([("system", "Check."), ("human", "{question}")])
 
 
