@@ -27,7 +27,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field
 
 from .errors import InvalidReference, InvalidRequest
-from .modes import node_path, runs_as_text
+from .modes import names_in, namespace, node_path, runs_as_text
 from .progress import reporter
 from .service import Chunk, LatentService
 from .service.base import READING
@@ -84,12 +84,10 @@ class Thinker(NamedTuple):
 
     def _below(self, config: RunnableConfig) -> tuple[str, ...]:
         """Path of a call from the node on; a graph that it calls with a thread of its own has its whole path."""
-        namespace = config.get("configurable", {}).get("checkpoint_ns") or ""
+        here, around = namespace(config), names_in(self.namespace)
         # A subgraph with a checkpointer of its own drops the ids of tasks.
-        without_ids = "|".join(part.split(":")[0] for part in self.namespace.split("|") if not part.isdigit())
-        own = namespace == self.namespace or namespace.startswith((f"{self.namespace}|", f"{without_ids}|"))
-        path = node_path(config)
-        return path[len(node_path({"configurable": {"checkpoint_ns": self.namespace}})) :] if own else path
+        own = here == self.namespace or here.startswith((f"{self.namespace}|", f"{'|'.join(around)}|"))
+        return names_in(here)[len(around) if own else 0 :]
 
 
 THINKER: ContextVar[Thinker | None] = ContextVar("latentmas_thinker", default=None)

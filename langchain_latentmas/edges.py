@@ -21,7 +21,7 @@ from langgraph.utils.runnable import RunnableCallable  # type: ignore[attr-defin
 
 from .chat_model import THINKER, ChatLatentMAS, Thinker
 from .errors import InvalidEdge, InvalidRequest
-from .modes import Edge, Mode, edge_modes, node_path
+from .modes import Edge, Mode, edge_modes, namespace, node_path
 from .node import LatentAgentNode
 from .service.shared import SharedSettings
 
@@ -368,8 +368,7 @@ class _Switched(RunnableCallable):
                 return None
             arrows = ", ".join("->".join(edge) for edge in edges)
             steps = max(setting.steps for setting in edges.values())
-            namespace = config.get("configurable", {}).get("checkpoint_ns") or ""
-            return Thinker(name, steps, arrows, outputs, namespace, inside)
+            return Thinker(name, steps, arrows, outputs, namespace(config), inside)
 
         def call(input: Any, config: RunnableConfig) -> Any:
             token = THINKER.set(thinker(config))
@@ -441,8 +440,7 @@ class _CacheKey(NamedTuple):
 def _service_of(model: ChatLatentMAS) -> Hashable:
     if model.service is not None:
         return id(model.service)
-    shared = SharedSettings()
-    return model.model or shared.service, model.device or shared.device, model.dtype or shared.dtype
+    return SharedSettings().key(model.model, model.device, model.dtype)
 
 
 def _look(root: Any, into_subgraphs: bool = True) -> _Facts:

@@ -60,7 +60,16 @@ def runs_as_text(config: RunnableConfig, *sources: str) -> bool:
 
 def node_path(config: RunnableConfig) -> tuple[str, ...]:
     """Names of the graph nodes that a run is in, the outermost first."""
-    namespace = config.get("configurable", {}).get("checkpoint_ns") or ""
+    return names_in(namespace(config))
+
+
+def namespace(config: RunnableConfig) -> str:
+    """LangGraph's `checkpoint_ns` of a run; "" outside of any node."""
+    return config.get("configurable", {}).get("checkpoint_ns") or ""
+
+
+def names_in(namespace: str) -> tuple[str, ...]:
+    """Names of the graph nodes in a namespace, the outermost first."""
     parts = (part for part in namespace.split("|") if part and not part.isdigit())  # digits count calls of a subgraph
     return tuple(part.split(":")[0] for part in parts)
 

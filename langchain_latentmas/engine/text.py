@@ -40,8 +40,10 @@ class TextStream:
             # Maybe a character in the making, maybe a text of such signs: what is further back than a character is long
             # does not change any more.
             certain -= CHARACTER
+            if certain - self._read < CHARACTER:
+                return ""
             whole, now = now, self._decode(self._context, certain)
-            if certain - self._read < CHARACTER or not whole.startswith(now):
+            if not whole.startswith(now):
                 return ""
         self._context, self._read = self._read, certain
         return self._release(now[len(before) :])

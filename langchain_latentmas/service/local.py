@@ -1,7 +1,6 @@
 """The model service in this process: transformers, one tick thread, memories on the device."""
 
 import hashlib
-import json
 import queue
 import weakref
 from collections.abc import Iterator, Sequence
@@ -317,9 +316,7 @@ class LocalService(RecipeService):
             "cuda_graphs": ticker.cuda_graphs,
             "max_positions": model.max_positions,
             "realign": model.realign,
-            "think_tag": self.think_tag,
-            "speak_tag": self.settings.speak_tag,
-            "template_args": json.dumps(self.settings.template_args, sort_keys=True, default=str),
+            **self._prompting,
             "merge": self._pool.mode,
             "kv_dtype": "int8" if pool.packed else str(model.dtype).removeprefix("torch."),
             "kv_bytes_per_position": model.bytes_per_position,

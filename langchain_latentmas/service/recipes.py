@@ -183,6 +183,13 @@ class RecipeService(LatentService):
         self._ended = threading.Event()
         weakref.finalize(self, self._ended.set)  # also when the service is forgotten
 
+    @property
+    def _prompting(self) -> dict[str, str]:
+        """What of `info` says how prompts are made."""
+        settings = self.settings
+        args = json.dumps(settings.template_args, sort_keys=True, default=str)
+        return {"think_tag": self.think_tag, "speak_tag": settings.speak_tag, "template_args": args}
+
     def _look_for_open_thoughts(self, prompted: Sequence[int], spoken: Sequence[int]) -> None:
         """Says, once, that models which think aloud do not come to an answer.
 

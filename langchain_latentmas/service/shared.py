@@ -44,6 +44,10 @@ class SharedSettings(BaseSettings):
         except ValueError as error:  # no JSON, or of another type
             raise InvalidRequest(f"LATENTMAS_... in the environment cannot be read: {error}") from error
 
+    def key(self, name: str | None, device: str | None, dtype: str | None) -> tuple[str, str | None, str]:
+        """Name, device and dtype of the service that these stand for; what is None is taken from here."""
+        return name or self.service, device or self.device, dtype or self.dtype
+
     def loading(self, name: str, device: str | None = None, dtype: str | None = None) -> dict[str, Any]:
         """What `LatentService.load` gets besides a name, by where that model runs.
 
@@ -70,13 +74,7 @@ _lock = threading.Lock()
 
 def is_loaded(name: str | None = None, device: str | None = None, dtype: str | None = None) -> bool:
     """Whether `shared_service` has nothing to load."""
-    return _key(name, device, dtype, SharedSettings()) in _services
-
-
-def _key(
-    name: str | None, device: str | None, dtype: str | None, settings: SharedSettings
-) -> tuple[str, str | None, str]:
-    return name or settings.service, device or settings.device, dtype or settings.dtype
+    return SharedSettings().key(name, device, dtype) in _services
 
 
 def shared_service(name: str | None = None, device: str | None = None, dtype: str | None = None) -> LatentService:
@@ -93,7 +91,7 @@ def shared_service(name: str | None = None, device: str | None = None, dtype: st
         ModelNotSupported: If it cannot think exactly.
     """
     settings = SharedSettings()
-    key = _key(name, device, dtype, settings)
+    key = settings.key(name, device, dtype)
     with _lock:
         if key not in _services:
             _services[key] = LatentService.load(key[0], **settings.loading(key[0], device, dtype))

@@ -483,9 +483,7 @@ class RecipeStore:
             with self.locked():
                 for recipe in made:
                     try:
-                        if isinstance(recipe, Exception):
-                            raise recipe
-                        stored.append(self._there(recipe, fresh))
+                        stored.append(recipe if isinstance(recipe, Exception) else self._there(recipe, fresh))
                     except Exception as error:  # the others do not suffer from it
                         stored.append(error)
                 self._mset({key + RECIPE: value for key, (_, value) in fresh.items()})
