@@ -8,6 +8,7 @@ from torch import Tensor
 from .alignment import Alignment
 from .graphs import Graphs, Step
 from .model import LanguageModel
+from .ragged import bucket
 from .slots import SlotCache, Window, power_of_two
 
 
@@ -124,9 +125,3 @@ class Feedback:
         self.mask = torch.full((slots, capacity), self.model.unseen, dtype=self.model.dtype, **place)
         if self.graphs is not None:
             self.graphs.clear()
-
-
-def bucket(length: int) -> int:
-    """The next of 128, 192, 256, 384, 512, 768, ...: few lengths to record, and at most half as much again to read."""
-    whole = max(128, power_of_two(length))
-    return whole * 3 // 4 if whole > 128 and length <= whole * 3 // 4 else whole

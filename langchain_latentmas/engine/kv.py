@@ -1,20 +1,37 @@
 """Keys and values of a run of positions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+Side = Tensor | Sequence[Tensor]
+"""Keys or values of all layers: one tensor [layers, kv_heads, positions, head_dim], or one [kv_heads, positions,
+head_dim] per layer. As one tensor, what is done to all of them is one call instead of one for each."""
+
+
+def stacked(layers: Side) -> Side:
+    """One tensor, where all layers are alike and on one device; else as it is."""
+    if isinstance(layers, Tensor) or len({(t.shape, t.dtype, t.device) for t in layers}) > 1:
+        return layers
+    return torch.stack(list(layers))
+
+
+def of_each(layers: Side, change: Callable[[Tensor], Tensor]) -> Side:
+    """What `change` makes of every layer. It may get all at once, so it counts dimensions from the last one."""
+    return change(layers) if isinstance(layers, Tensor) else [change(layer) for layer in layers]
+
 
 class KV(NamedTuple):
     """Keys and values of some contiguous positions, never changed once made.
 
-    One tensor per layer, each [kv_heads, positions, head_dim], on the layer's device. Keys carry their rotation.
+    Each layer's are on its device. Keys carry their rotation.
     """
 
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
+    keys: Side
+    values: Side
 
     @property
     def positions(self) -> int:
@@ -24,35 +41,33 @@ class KV(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        return sum(map(_nbytes, self))
+
+    def stacked(self) -> "KV":
+        """The same with all layers in one tensor, where they are alike."""
+        return KV(*map(stacked, self))
 
     def packed(self) -> "PackedKV":
         """The same in 8 bits."""
-        keys, values = [_packed(t, dim=1) for t in self.keys], [_packed(t, dim=2) for t in self.values]
-        return PackedKV(*map(list, zip(*keys, strict=True)), *map(list, zip(*values, strict=True)))
+        return PackedKV(*_packed(self.keys, dim=-2), *_packed(self.values, dim=-1))
 
     def first(self, positions: int) -> "KV":
         """Its first positions, as views."""
-        return KV([t[:, :positions] for t in self.keys], [t[:, :positions] for t in self.values])
+        return KV(*(of_each(side, lambda t: t[..., :positions, :]) for side in self))
 
     def split(self, lengths: Sequence[int]) -> list["KV"]:
         """Cuts along the positions; every part gets storage of its own, so that it can be freed alone."""
-        keys = [[part.clone() for part in t.split(list(lengths), dim=1)] for t in self.keys]
-        values = [[part.clone() for part in t.split(list(lengths), dim=1)] for t in self.values]
-        return [KV([k[i] for k in keys], [v[i] for v in values]) for i in range(len(lengths))]
+        ends = list(accumulate(lengths))
+        return [KV(*(_cut(side, end - n, end) for side in self)) for n, end in zip(lengths, ends, strict=True)]
 
     def to(self, devices: Sequence[torch.device]) -> "KV":
         """The same KV with each layer on its device; what is there already is not copied."""
-        keys = [t.to(device) for t, device in zip(self.keys, devices, strict=True)]
-        return KV(keys, [t.to(device) for t, device in zip(self.values, devices, strict=True)])
+        return KV(*(_moved(side, devices) for side in self))
 
     @classmethod
     def join(cls, parts: Sequence["AnyKV"]) -> "KV":
         """Lays parts one behind the other, in new storage."""
-        return cls(
-            [torch.cat(layer, dim=1) for layer in zip(*(p.keys for p in parts), strict=True)],
-            [torch.cat(layer, dim=1) for layer in zip(*(p.values for p in parts), strict=True)],
-        )
+        return cls(_joined([part.keys for part in parts]), _joined([part.values for part in parts]))
 
 
 class PackedKV(NamedTuple):
@@ -63,24 +78,24 @@ class PackedKV(NamedTuple):
     dtype that the KV had, and are rounded to it before the codes are.
     """
 
-    key_codes: Sequence[Tensor]
-    """Per layer int8 [kv_heads, positions, head_dim]."""
-    key_scales: Sequence[Tensor]
-    """Per layer [kv_heads, 1, head_dim]."""
-    value_codes: Sequence[Tensor]
-    """Per layer int8 [kv_heads, positions, head_dim]."""
-    value_scales: Sequence[Tensor]
-    """Per layer [kv_heads, positions, 1]."""
+    key_codes: Side
+    """int8, of the shape of the keys."""
+    key_scales: Side
+    """The same with one position."""
+    value_codes: Side
+    """int8, of the shape of the values."""
+    value_scales: Side
+    """The same with one channel."""
 
     @property
-    def keys(self) -> list[Tensor]:
+    def keys(self) -> Side:
         """Keys as in `KV`, computed anew each time."""
-        return [codes * scales for codes, scales in zip(self.key_codes, self.key_scales, strict=True)]
+        return _unpacked(self.key_codes, self.key_scales)
 
     @property
-    def values(self) -> list[Tensor]:
+    def values(self) -> Side:
         """Values as in `KV`, computed anew each time."""
-        return [codes * scales for codes, scales in zip(self.value_codes, self.value_scales, strict=True)]
+        return _unpacked(self.value_codes, self.value_scales)
 
     @property
     def positions(self) -> int:
@@ -90,7 +105,7 @@ class PackedKV(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, scales included."""
-        return sum(t.nbytes for part in self for t in part)
+        return sum(map(_nbytes, self))
 
     def packed(self) -> "PackedKV":
         """Itself."""
@@ -98,7 +113,7 @@ class PackedKV(NamedTuple):
 
     def to(self, devices: Sequence[torch.device]) -> "PackedKV":
         """The same with each layer on its device; what is there already is not copied."""
-        return PackedKV(*([t.to(device) for t, device in zip(part, devices, strict=True)] for part in self))
+        return PackedKV(*(_moved(part, devices) for part in self))
 
 
 AnyKV = KV | PackedKV
@@ -115,7 +130,41 @@ class Placed(NamedTuple):
     """How far that is from where its keys were computed: they are re-rotated by as much."""
 
 
-def _packed(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Codes of a tensor, and their scales along one dimension."""
+def _nbytes(side: Side) -> int:
+    return side.nbytes if isinstance(side, Tensor) else sum(layer.nbytes for layer in side)
+
+
+def _cut(side: Side, start: int, end: int) -> Side:
+    return of_each(side, lambda t: t[..., start:end, :].clone())
+
+
+def _moved(side: Side, devices: Sequence[torch.device]) -> Side:
+    if isinstance(side, Tensor) and len(set(devices)) == 1:
+        return side.to(devices[0])
+    return [layer.to(device) for layer, device in zip(side, devices, strict=True)]
+
+
+def _joined(sides: Sequence[Side]) -> Side:
+    whole = [side for side in sides if isinstance(side, Tensor)]
+    if len(whole) == len(sides):
+        return torch.cat(whole, dim=-2)
+    return [torch.cat(layer, dim=-2) for layer in zip(*sides, strict=True)]
+
+
+def _packed(side: Side, dim: int) -> tuple[Side, Side]:
+    """Codes of a side, and their scales along one dimension."""
+    if isinstance(side, Tensor):
+        return _coded(side, dim)
+    codes, scales = zip(*(_coded(layer, dim) for layer in side), strict=True)
+    return list(codes), list(scales)
+
+
+def _coded(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     scales = (t.abs().amax(dim, keepdim=True) / 127).clamp_min(torch.finfo(t.dtype).tiny)
     return (t / scales).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def _unpacked(codes: Side, scales: Side) -> Side:
+    if isinstance(codes, Tensor) and isinstance(scales, Tensor):
+        return codes * scales
+    return [code * scale for code, scale in zip(codes, scales, strict=True)]

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 from .attention import attend
 from .linear import Linear
+from .ragged import Run, taken
 from .slots import SlotCache, power_of_two
 
 KIN = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
@@ -66,12 +67,28 @@ class LlamaDecoder:
     ) -> Tensor:
         """Last hidden states after the final norm; arguments and result as for `LanguageModel.hidden`."""
         rows, new, hidden = embeds.shape
-        cos, sin = (F.embedding(positions, angles)[:, :, None] for angles in (self.cos, self.sin))
-        x = _padded(embeds.reshape(rows * new, hidden))
+        ragged = cache.window.ragged
+        real = None if ragged is None else ragged.real
+        at = taken(positions.flatten(), real)
+        cos, sin = (F.embedding(at, angles)[:, None] for angles in (self.cos, self.sin))
+        x = _padded(taken(embeds.reshape(rows * new, hidden), real))
+        last = None
+        if only is not None:
+            starts = torch.arange(0, rows * new, new, device=only.device) if ragged is None else ragged.starts
+            last = starts + only
+            mask_of_last = mask[torch.arange(rows, device=only.device), :, only][:, :, None]
         for layer, slots in zip(self.layers, cache.layers, strict=True):
             # Keys and values are needed of all positions; what the last layer makes of the others nobody reads.
-            x = layer(x, cos, sin, mask, slots, only if layer is self.layers[-1] else None)
-        return self.norm(x)[: positions.numel() if only is None else rows].view(rows, -1, hidden)
+            if last is not None and layer is self.layers[-1]:
+                x = layer(x, cos, sin, mask_of_last, slots, last)
+            else:
+                x = layer(x, cos, sin, mask, slots)
+        x = self.norm(x)
+        if last is not None:
+            return x[:rows, None]
+        if real is None:
+            return x[: rows * new].view(rows, new, hidden)
+        return x.new_zeros(rows * new, hidden).index_copy_(0, real, x[: len(real)]).view(rows, new, hidden)
 
 
 class Layer:
@@ -93,46 +110,56 @@ class Layer:
         if hasattr(attention, "q_norm"):
             self.q_norm, self.k_norm = Norm(attention.q_norm), Norm(attention.k_norm)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any, only: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any, last: Tensor | None = None
+    ) -> Tensor:
         """What the layer makes of hidden states.
 
         Args:
-            x: [rows * new or more, hidden].
-            cos: Of the angles [rows, new, 1, head_dim].
-            sin: Likewise, [rows, new, 1, head_dim / 2].
-            mask: See `LanguageModel.hidden`.
+            x: [total or more, hidden], the real new positions of all rows.
+            cos: Of the angles [total, 1, head_dim].
+            sin: Likewise, [total, 1, head_dim / 2].
+            mask: See `LanguageModel.hidden`; with `last` for one new position of each row.
             slots: Keys and values of this layer, a `SlotLayer`.
-            only: See `LanguageModel.hidden`.
+            last: [rows]: which of the positions the result is wanted of, one of each row; None for all of them.
 
         Returns:
-            The same shape, or with `only` [rows or more, hidden].
+            The same shape, or with `last` [rows or more, hidden].
         """
-        rows, new = cos.shape[:2]
-        seen = self._attention(self.before_attention(x), cos, sin, mask, slots, only)
-        if only is not None:
-            x = _padded(x[torch.arange(rows, device=x.device) * new + only])
+        seen = self._attention(self.before_attention(x), cos, sin, mask, slots, last)
+        if last is not None:
+            x = _padded(x[last])
         x = x + seen
         h = self.before_mlp(x)
         x += self.down(F.silu(self.gate(h), inplace=True).mul_(self.up(h)))
         return x
 
-    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any, only: Tensor | None) -> Tensor:
-        rows, new = cos.shape[:2]
-        shape = rows, new, -1, self.head_dim
-        q, k, v = (each(x)[: rows * new].view(shape) for each in (self.q, self.k, self.v))
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any, last: Tensor | None) -> Tensor:
+        total = len(cos)
+        q, k, v = (each(x)[:total].view(total, -1, self.head_dim) for each in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        turned = _turned(torch.cat([q, k], dim=2), cos, sin)
-        q, k = (part.transpose(1, 2) for part in turned.split((q.shape[2], k.shape[2]), dim=2))
-        keys, values = slots.update(k, v.transpose(1, 2))
-        if only is not None:
-            each, new = torch.arange(rows, device=x.device), 1
-            q, mask = q[each, :, only][:, :, None], mask[each, :, only][:, :, None]
-        if new > 1 and x.device.type == "cpu":  # copies nothing for a group there, not even the mask
-            seen = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True).transpose(1, 2)
-        else:
-            seen, _ = attend(self, q, keys, values, mask)
-        return self.o(_padded(seen.reshape(rows * new, -1)))
+        turned = _turned(torch.cat([q, k], dim=1), cos, sin)
+        q, k = turned.split((q.shape[1], k.shape[1]), dim=1)
+        keys, values = slots.put(k, v)
+        rows, ragged = len(keys), slots.cache.window.ragged
+        runs = [Run(slice(0, rows), total // rows, keys.shape[2])] if ragged is None else ragged.runs
+        spread, back = (None, None) if ragged is None or last is not None else (ragged.spread, ragged.back)
+        q, parts, place = taken(q, spread if last is None else last), [], 0
+        for run in runs:
+            rows = run.rows.stop - run.rows.start
+            new = run.new if last is None else 1
+            part = q[place : (place := place + rows * new)].view(rows, new, *q.shape[1:]).transpose(1, 2)
+            among = part, keys[run.rows, :, : run.length], values[run.rows, :, : run.length]
+            seen = self._seen(*among, mask[run.rows, :, :new, : run.length])
+            parts.append(seen.reshape(rows * new, -1))
+        return self.o(_padded(taken(torch.cat(parts) if len(parts) > 1 else parts[0], back)))
+
+    def _seen(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """[rows, new, heads, head_dim] of queries [rows, heads, new, head_dim]."""
+        if q.shape[2] > 1 and q.device.type == "cpu":  # copies nothing for a group there, not even the mask
+            return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True).transpose(1, 2)
+        return attend(self, q, keys, values, mask)[0]
 
 
 class Norm:

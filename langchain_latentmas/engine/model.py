@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..errors import ModelNotFound, ModelNotSupported
 from . import attention
 from .alignment import Alignment
-from .kv import KV
+from .kv import KV, of_each
 from .linear import Linear, packable
 from .llama import LlamaDecoder, hooks_of, is_altered
 from .quantization import plain_tensors, quantization_config
+from .ragged import Ragged
 from .rotary import Rotary
 from .slots import SlotCache, Window
 
@@ -56,6 +57,7 @@ class LanguageModel:
     """
 
     _own_fault = ""
+    _a_position: KV | None = None  # what the KV of one looks like, once that is known
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class LanguageModel:
             self._choose_forward()
             cache = self.new_cache()
             self._check_against_plain_forward(cache)
-            self._a_position = cache.read(0, 0, 1)
+            self._a_position = cache.read(0, 0, 1).stacked()
             self.bytes_per_position = cache.bytes_per_position
             self.kv_devices = [layer.keys.device for layer in cache.layers]
             # transformers computes the angles in float32 whatever the model's dtype.
@@ -191,14 +193,16 @@ class LanguageModel:
 
     def new_cache(self) -> SlotCache:
         """An empty slot cache of this model's layers."""
-        return SlotCache(self.config.num_hidden_layers)
+        return SlotCache(self.config.num_hidden_layers, self._a_position)
 
     def blank_kv(self, positions: int) -> KV:
         """A KV of so many positions without its numbers, on the meta device."""
-        sides = (
-            [t.new_empty(t.shape[0], positions, t.shape[2], device="meta") for t in side] for side in self._a_position
-        )
-        return KV(*sides)
+        assert self._a_position is not None
+
+        def blank(t: Tensor) -> Tensor:
+            return t.new_empty(*t.shape[:-2], positions, t.shape[-1], device="meta")
+
+        return KV(*(of_each(side, blank) for side in self._a_position))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., hidden] of token ids [...]."""
@@ -345,10 +349,12 @@ class LanguageModel:
             return hidden
         return hidden[torch.arange(len(hidden), device=hidden.device), only.to(hidden.device)][:, None]
 
-    def _on_slots(self, embeds: Tensor, cells: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
+    def _on_slots(
+        self, embeds: Tensor, cells: Tensor, positions: Tensor, cache: SlotCache, ragged: Ragged | None = None
+    ) -> Tensor:
         length = int(cells.max()) + 1
         cache.reserve(len(embeds), length)
-        cache.window = Window(slice(0, len(embeds)), cells, length, cache.capacity)
+        cache.window = Window(slice(0, len(embeds)), cells, length, cache.capacity, ragged)
         seen = torch.arange(length, device=self.device) <= cells[:, None, :, None]
         return self.hidden(embeds, positions, self.mask(seen), cache)
 
@@ -403,7 +409,8 @@ class LanguageModel:
         ids = self._probe_ids()
         rows = torch.stack([ids[:6], ids[6:12]])
         cells = torch.stack([torch.arange(6), torch.tensor([0, 1, 2, 7, 7, 7])]).to(self.device)  # a row of 6, one of 3
-        self._on_slots(self.embed(rows), cells, cells.clamp_max(6), cache)
+        ragged = Ragged([6, 3], [6, 3], 6, self.device)
+        self._on_slots(self.embed(rows), cells, cells.clamp_max(6), cache, ragged)
         after = torch.tensor([[6], [3]], device=self.device)
         ours = self.logits(self._on_slots(self.embed(ids[[6, 9]])[:, None], after, after, cache))[:, 0]
         plain = [self.model(input_ids=row[None], use_cache=False).logits[0, -1] for row in (ids[:7], ids[6:10])]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .kv import KV, AnyKV
+from .kv import KV, AnyKV, of_each
 
 
 def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,10 +60,16 @@ class Rotary:
         """The same positions, `offset` further on: keys re-rotated in float32 or wider, values shared."""
         if not offset:
             return kv
-        layers, angle = kv.keys, self.frequencies * offset
-        cos, sin = (of.to(torch.promote_types(layers[0].dtype, torch.float32)) for of in (angle.cos(), angle.sin()))
-        at = {device: (cos.to(device), sin.to(device)) for device in {keys.device for keys in layers}}
-        return KV([self._turn(keys, *at[keys.device]) for keys in layers], kv.values)
+        angle = self.frequencies * offset
+        angles: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+        def turned(keys: Tensor) -> Tensor:
+            if keys.device not in angles:
+                wide = torch.promote_types(keys.dtype, torch.float32)
+                angles[keys.device] = angle.cos().to(keys.device, wide), angle.sin().to(keys.device, wide)
+            return self._turn(keys, *angles[keys.device])
+
+        return KV(of_each(kv.keys, turned), kv.values)
 
     def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         wide = cos.dtype

@@ -4,42 +4,54 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .kv import KV, AnyKV
+from .kv import KV, AnyKV, Side, of_each
+from .ragged import Ragged, taken
 
 LEAST = 128  # cells of a slot
 
 
 class Window:
-    """Which cells of the slots the next forward pass writes and sees; all layers share one."""
+    """Which cells of the slots the next forward pass writes and sees; all layers share one.
 
-    def __init__(self, rows: slice, cells: Tensor, length: int, capacity: int) -> None:
+    Attributes:
+        rows: The slots that take part.
+        length: Cells that can be seen.
+        ragged: How many of the new positions are real; None where all are.
+    """
+
+    def __init__(self, rows: slice, cells: Tensor, length: int, capacity: int, ragged: Ragged | None = None) -> None:
         """Works out once where all layers write.
 
         Args:
             rows: The slots that take part.
-            cells: [rows, new]: where in its slot each new position is written.
+            cells: [rows, new]: where in its slot each new position is written; for padding, the last one.
             length: Cells that can be seen.
             capacity: Cells of a slot.
+            ragged: For rows of different lengths. Who cannot make use of it computes the padding too.
         """
-        self.rows, self.length = rows, length
+        self.rows, self.length, self.ragged = rows, length, ragged
         self._cells, self._capacity = cells, capacity
-        self._targets: dict[tuple[int, torch.device], Tensor] = {}
+        self._targets: dict[tuple[int, torch.device, bool], Tensor] = {}
 
-    def targets(self, heads: int, device: torch.device) -> Tensor:
+    def targets(self, heads: int, device: torch.device, real: bool) -> Tensor:
         """Where each new position goes in the cells of all slots and heads laid end to end.
 
         Args:
             heads: Heads of keys and values.
             device: Where it is needed.
+            real: Whether padding is left out.
 
         Returns:
-            [rows * heads * new], the same tensor for every layer that is alike.
+            [positions * heads], the same tensor for every layer that is alike.
         """
-        if (heads, device) not in self._targets:
+        if (heads, device, real) not in self._targets:
             slots = torch.arange(self.rows.start, self.rows.stop, device=device)[:, None]
-            runs = (slots * heads + torch.arange(heads, device=device)) * self._capacity
-            self._targets[heads, device] = (runs[..., None] + self._cells.to(device)[:, None]).flatten()
-        return self._targets[heads, device]
+            first = (slots * heads * self._capacity + self._cells.to(device)).flatten()
+            if real and self.ragged is not None:
+                first = taken(first, self.ragged.real)
+            runs = first[:, None] + torch.arange(heads, device=device) * self._capacity
+            self._targets[heads, device, real] = runs.flatten()
+        return self._targets[heads, device, real]
 
 
 class SlotLayer(CacheLayerMixin):
@@ -54,19 +66,9 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the slots, once the model has shown shape, dtype and device."""
-        slots, capacity = self.cache.slots, self.cache.capacity
-        # Zeros, not empty: a masked cell has weight 0, and 0 times a stray NaN would be NaN.
-        self.keys = key_states.new_zeros(slots, key_states.shape[1], capacity, key_states.shape[3])
-        self.values = value_states.new_zeros(slots, value_states.shape[1], capacity, value_states.shape[3])
-        self.is_initialized = True
-
-    def resize(self) -> None:
-        """Takes on the cache's slots and capacity; of what is there, as much stays as has room."""
-        old_keys, old_values = self.keys, self.values
-        slots, capacity = min(len(old_keys), self.cache.slots), min(old_keys.shape[2], self.cache.capacity)
-        self.lazy_initialization(old_keys, old_values)
-        self.keys[:slots, :, :capacity] = old_keys[:slots, :, :capacity]
-        self.values[:slots, :, :capacity] = old_values[:slots, :, :capacity]
+        if not self.cache.allocate():
+            self.keys, self.values = map(self.cache.new_side, (key_states[0], value_states[0]))
+            self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -85,9 +87,28 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         window = self.cache.window
-        targets = window.targets(key_states.shape[1], key_states.device)
-        self.keys.view(-1, self.keys.shape[3]).index_copy_(0, targets, key_states.flatten(0, 2))
-        self.values.view(-1, self.values.shape[3]).index_copy_(0, targets, value_states.flatten(0, 2))
+        targets = window.targets(key_states.shape[1], key_states.device, real=False)
+        return self._put(targets, key_states.transpose(1, 2).flatten(0, 2), value_states.transpose(1, 2).flatten(0, 2))
+
+    def put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What `update` does, for real positions alone.
+
+        Args:
+            keys: [total, kv_heads, head_dim].
+            values: The same shape, its own head_dim.
+
+        Returns:
+            As `update`.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(keys[None].transpose(1, 2), values[None].transpose(1, 2))
+        targets = self.cache.window.targets(keys.shape[1], keys.device, real=True)
+        return self._put(targets, keys.flatten(0, 1), values.flatten(0, 1))
+
+    def _put(self, targets: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        window = self.cache.window
+        self.keys.view(-1, self.keys.shape[3]).index_copy_(0, targets, keys)
+        self.values.view(-1, self.values.shape[3]).index_copy_(0, targets, values)
         return self.keys[window.rows, :, : window.length], self.values[window.rows, :, : window.length]
 
     def get_seq_length(self) -> int:
@@ -116,20 +137,35 @@ class SlotCache(Cache):
 
     window: Window
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, like: KV | None = None) -> None:
         """Makes an empty cache.
 
         Args:
             layers: Number of the model's layers that hold keys and values.
+            like: A KV of the model; if its layers are stacked, so are those of the slots.
         """
-        self.slots, self.capacity = 1, LEAST
+        self.slots, self.capacity, self._like = 1, LEAST, like
+        self._whole: list[Tensor] = []  # keys and values [layers, slots, kv_heads, capacity, head_dim], if stacked
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
     @property
     def bytes_per_position(self) -> int:
         """Bytes that one position of one row takes over all layers; 0 before the first forward pass."""
-        tensors = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
-        return sum(t.nbytes // (t.shape[0] * t.shape[2]) for t in tensors)
+        return sum(t.nbytes for t in self._tensors) // (self.slots * self.capacity)
+
+    def new_side(self, like: Tensor) -> Tensor:
+        """Slots for keys or values, of one layer or of all, as in a KV."""
+        # Zeros, not empty: a masked cell has weight 0, and 0 times a stray NaN would be NaN.
+        return like.new_zeros(*like.shape[:-3], self.slots, like.shape[-3], self.capacity, like.shape[-1])
+
+    def allocate(self) -> bool:
+        """Allocates the slots of all layers in one, if it is known that they are alike."""
+        if self._like is None or not all(isinstance(side, Tensor) for side in self._like):
+            return False
+        self._whole = [self.new_side(side) for side in self._like if isinstance(side, Tensor)]
+        for layer, layer.keys, layer.values in zip(self.layers, *self._whole, strict=True):
+            layer.is_initialized = True
+        return True
 
     def reserve(self, slots: int, capacity: int) -> None:
         """Makes room for `slots` rows of `capacity` cells; what is live stays."""
@@ -138,40 +174,60 @@ class SlotCache(Cache):
     def resize(self, slots: int, capacity: int) -> None:
         """Takes on a number of slots and cells, powers of two; what is beyond them is lost."""
         if (slots, capacity) != (self.slots, self.capacity):
+            kept = min(slots, self.slots), min(capacity, self.capacity)
             self.slots, self.capacity = slots, capacity
-            for layer in self.layers:
-                if layer.is_initialized:
-                    layer.resize()
+            # One side after the other, and layer by layer where these have their own, so that little is held twice.
+            for side, name in enumerate(("keys", "values")):
+                if self._whole:
+                    self._whole[side] = self._resized(self._whole[side], *kept)
+                for i, layer in enumerate(self.layers):
+                    if layer.is_initialized:
+                        own = self._whole[side][i] if self._whole else self._resized(getattr(layer, name), *kept)
+                        setattr(layer, name, own)
 
     def blank(self, slot: int) -> None:
         """Zeroes a slot."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys[slot] = 0
-                layer.values[slot] = 0
+        for t in self._tensors:
+            t[..., slot, :, :, :] = 0
 
     def write(self, slot: int, start: int, kv: AnyKV) -> None:
         """Copies a KV into the cells from `start` on."""
-        for layer, keys, values in zip(self.layers, kv.keys, kv.values, strict=True):
-            if not layer.is_initialized:
-                layer.lazy_initialization(keys[None], values[None])
-            layer.keys[slot, :, start : start + keys.shape[1]] = keys
-            layer.values[slot, :, start : start + values.shape[1]] = values
+        sides, cells = (kv.keys, kv.values), slice(start, start + kv.positions)
+        if not (self._whole or self.allocate()):
+            for layer, keys, values in zip(self.layers, *sides, strict=True):
+                if not layer.is_initialized:
+                    layer.lazy_initialization(keys[None], values[None])
+        for mine, new in zip(self._sides, sides, strict=True):
+            if isinstance(mine, Tensor) and isinstance(new, Tensor):
+                mine[:, slot, :, cells] = new
+            else:
+                for slots, layer in zip(mine, new, strict=True):
+                    slots[slot, :, cells] = layer
 
     def read(self, slot: int, start: int, end: int) -> KV:
         """Copies the cells [start, end) of a slot out."""
-        return KV(
-            [layer.keys[slot, :, start:end].clone() for layer in self.layers],
-            [layer.values[slot, :, start:end].clone() for layer in self.layers],
-        )
+        return KV(*(of_each(side, lambda t: t[..., slot, :, start:end, :].clone()) for side in self._sides))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` cells of slot `source` over those of `target`."""
-        for layer in self.layers:
-            if not layer.is_initialized:
-                return  # no row has written anything yet
-            layer.keys[target, :, :length] = layer.keys[source, :, :length]
-            layer.values[target, :, :length] = layer.values[source, :, :length]
+        for t in self._tensors:  # none, if no row has written anything yet
+            t[..., target, :, :length, :] = t[..., source, :, :length, :]
+
+    @property
+    def _sides(self) -> tuple[Side, Side]:
+        if self._whole:
+            keys, values = self._whole
+            return keys, values
+        return [layer.keys for layer in self.layers], [layer.values for layer in self.layers]
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return self._whole or [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+
+    def _resized(self, old: Tensor, slots: int, cells: int) -> Tensor:
+        new = self.new_side(old[..., 0, :, :, :])
+        new[..., :slots, :, :cells, :] = old[..., :slots, :, :cells, :]
+        return new
 
 
 def power_of_two(n: int) -> int:

@@ -19,6 +19,7 @@ from .feedback import Feedback
 from .graphs import Graphs
 from .kv import KV, Placed
 from .model import Embeddable, LanguageModel
+from .ragged import Ragged
 from .sampling import Sampler, Sampling
 from .slots import LEAST, Window, power_of_two
 from .text import TextStream
@@ -259,8 +260,10 @@ class Ticker:
         left = [min(len(row.ids), self.chunk) for row in self.rows[slot:]]
         together = max(1, bisect_right(list(accumulate(left)), self.pass_positions))
         rows, left = self.rows[slot : slot + together], left[:together]
-        # The width that wastes least: a wide pass pads the short rows, a narrow one leaves more passes to come.
-        width = max(set(left), key=lambda width: sum(min(n, width) for n in left) / (PASS_COST + len(left) * width))
+        width = max(left)
+        if self.model.decoder_fault:
+            # The width that wastes least: a wide pass pads the short rows, a narrow one leaves more passes to come.
+            width = max(set(left), key=lambda width: sum(min(n, width) for n in left) / (PASS_COST + len(left) * width))
         new, device = [min(n, width) for n in left], self.model.device
         ids = [row.ids[:n] + [0] * (width - n) for row, n in zip(rows, new, strict=True)]
         embeds = self.model.embed(torch.tensor(ids, device=device))
@@ -274,7 +277,8 @@ class Ticker:
         positions = starts + offsets.minimum(counts - 1)
         cells = torch.where(offsets < counts, positions, self.cache.capacity - 1)
         length = min(max(row.position for row in rows) + width, self.cache.capacity)
-        self.cache.window = Window(slice(slot, slot + together), cells, length, self.cache.capacity)
+        ragged = Ragged(new, [row.position + n for row, n in zip(rows, new, strict=True)], width, device)
+        self.cache.window = Window(slice(slot, slot + together), cells, length, self.cache.capacity, ragged)
         only = None if any(row.keep_hidden for row in rows) else counts[:, 0] - 1
         hidden = self.model.hidden(embeds, positions, self._mask(rows, positions, length), self.cache, only)
         self.prefilled += sum(new)

@@ -9,7 +9,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ..engine.kv import KV, AnyKV
+from ..engine.kv import KV, AnyKV, of_each, stacked
 
 
 def alter(kv: AnyKV, key: str) -> KV:
@@ -24,10 +24,10 @@ def alter(kv: AnyKV, key: str) -> KV:
         The noise depends on the id alone.
     """
     if key.endswith(".zeroed"):
-        return KV(kv.keys, [torch.zeros_like(values) for values in kv.values])
+        return KV(kv.keys, of_each(kv.values, torch.zeros_like))
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same
-    return KV(kv.keys, [_noise_like(values, generator) for values in kv.values])
+    return KV(kv.keys, stacked([_noise_like(values, generator) for values in kv.values]))
 
 
 def unaltered(key: str) -> str:

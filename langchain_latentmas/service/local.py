@@ -230,7 +230,7 @@ class LocalService(RecipeService):
         rotary = self.model.rotary
         kv = KV.join([rotary.turn(kv, shift) if shift and rotary else kv for kv, _, shift in placed])
         segments = tuple(self._recipe(piece.id).segment for piece in layout)
-        return Memory(segments, kv.positions, kv.keys, kv.values, self._merge_of(layout))
+        return Memory(segments, kv.positions, list(kv.keys), list(kv.values), self._merge_of(layout))
 
     def export_memory(self, ref: LatentRef, kv: bool = False) -> Iterator[bytes]:
         """See `LatentService.export_memory`."""

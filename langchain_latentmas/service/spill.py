@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from ..engine.kv import AnyKV
+from ..engine.kv import AnyKV, stacked
 from ..errors import ServiceClosed, StoreCorrupted
 from .budget import Budget
 from .envelope import MAX_HEADER, OVERHEAD, Envelope, Kind
@@ -197,7 +197,7 @@ class Spill:
         if {name: (t.shape, t.dtype) for name, t in tensors.items()} != shapes:
             raise StoreCorrupted("its tensors have other shapes than it says")
         layers = range(len(blank.keys))
-        return type(blank)(*([tensors[f"{side}.{i}"] for i in layers] for side in blank._fields))
+        return type(blank)(*(stacked([tensors[f"{side}.{i}"] for i in layers]) for side in blank._fields))
 
     def _count(self, key: str, size: int) -> None:
         for old, _ in self.files.put(key, size):

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from langchain_latentmas import LatentService
-from langchain_latentmas.engine.feedback import bucket
 from langchain_latentmas.engine.graphs import Compute, Graphs, Step
 from langchain_latentmas.engine.graphs import Recorder as CudaRecorder
 from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.engine.ragged import bucket
 from langchain_latentmas.engine.sampling import Sampling
 from langchain_latentmas.engine.tick import Result, Row, Ticker
 from langchain_latentmas.errors import EngineFailed

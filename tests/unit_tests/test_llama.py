@@ -1,5 +1,6 @@
 """Our own forward pass computes what the decoder of transformers does, and is given up where it would not."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from langchain_latentmas.engine import linear as linear_module
 from langchain_latentmas.engine import llama
 from langchain_latentmas.engine.linear import LARGE, Linear, linear, packable
 from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.engine.ragged import Ragged
 from langchain_latentmas.engine.slots import Window
 from langchain_latentmas.errors import ModelNotSupported
 from langchain_latentmas.service.local import LocalService, LocalSettings
@@ -43,18 +45,18 @@ def wrapped(kind: str, dtype: torch.dtype, **config: Any) -> LanguageModel:
     return LanguageModel(random_model(kind, **config).to(dtype), load_parts("qwen3-tied", "float64")[1])
 
 
-def both(model: LanguageModel, rows: int, new: int) -> tuple[Tensor, Tensor]:
+def both(model: LanguageModel, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Hidden states of ragged rows and one step more, from our own forward pass and from the decoder as it is."""
     torch.manual_seed(1)
-    found = []
-    embeds = torch.randn(rows, new + 1, model.config.hidden_size).to(model.dtype)
-    lengths = torch.arange(rows)[:, None] % new + 1
-    cells = torch.where(torch.arange(new) < lengths, torch.arange(new), 2 * new)
+    found, rows, new = [], len(lengths), max(lengths)
+    embeds, ends = torch.randn(rows, new + 1, model.config.hidden_size).to(model.dtype), torch.tensor(lengths)[:, None]
+    cells = torch.where(torch.arange(new) < ends, torch.arange(new), 2 * new)
     for forward in (model._forward, model._as_it_is):
         cache, model._forward, model.decode = model.new_cache(), forward, forward
         with torch.inference_mode():
-            first = model._on_slots(embeds[:, :new], cells, cells.clamp_max(new), cache)
-            last = model._on_slots(embeds[:, new:], lengths, lengths, cache)
+            ragged = Ragged(lengths, lengths, new, model.device)
+            first = model._on_slots(embeds[:, :new], cells, cells.clamp_max(new), cache, ragged)
+            last = model._on_slots(embeds[:, new:], ends, ends, cache)
         found.append(torch.cat([first[cells < new], last.flatten(0, 1)]))
     return found[0], found[1]
 
@@ -67,28 +69,30 @@ def test_our_own_forward_pass_is_the_decoder(
     model = wrapped(kind, dtype, **config)
     assert model.decoder_fault == ""
     assert isinstance(model._forward, llama.LlamaDecoder)
-    ours, theirs = both(model, rows=5, new=7)
+    ours, theirs = both(model, [1, 2, 3, 4, 5])
     assert relative(ours.double(), theirs.double()) < most
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3"])
-def test_one_position_of_each_row_can_be_asked_for(kind: str) -> None:
-    model = wrapped(kind, torch.float64, **dict(KIN).get(kind, {}))
-    embeds, positions = torch.randn(3, 6, 64).double(), torch.arange(6).expand(3, -1)
-    only = torch.tensor([5, 0, 3])
+@pytest.mark.parametrize("lengths", [[6, 6, 6], [6, 1, 4], [140, 3, 150]])
+def test_one_position_of_each_row_can_be_asked_for(kind: str, lengths: list[int]) -> None:
+    model, new = wrapped(kind, torch.float64, **dict(KIN).get(kind, {}), max_position_embeddings=256), max(lengths)
+    only = torch.tensor([lengths[0] - 1, 0, lengths[2] // 2])
+    embeds, cells = torch.randn(3, new, 64).double(), torch.arange(new).expand(3, -1)
+    cells = torch.where(cells < torch.tensor(lengths)[:, None], cells, 255)
     found, caches = [], []
     for asked in (None, only):
         cache = model.new_cache()
-        cache.reserve(3, 6)
-        cache.window = Window(slice(0, 3), positions, 6, cache.capacity)
-        mask = model.mask(torch.arange(6) <= positions[:, None, :, None])
+        cache.reserve(3, 256)
+        cache.window = Window(slice(0, 3), cells, new, cache.capacity, Ragged(lengths, lengths, new, model.device))
+        mask = model.mask(torch.arange(new) <= cells[:, None, :, None])
         with torch.inference_mode():
-            found.append(model.hidden(embeds, positions, mask, cache, asked))
+            found.append(model.hidden(embeds, cells.clamp_max(new), mask, cache, asked))
         caches.append(cache)
     assert found[1].shape == (3, 1, 64)
     assert relative(found[1][:, 0], found[0][torch.arange(3), only]) < 1e-12
-    for row in range(3):
-        assert kv_difference(caches[0].read(row, 0, 6), caches[1].read(row, 0, 6)) < 1e-12
+    for row, length in enumerate(lengths):
+        assert kv_difference(caches[0].read(row, 0, length), caches[1].read(row, 0, length)) < 1e-12
 
 
 @pytest.mark.parametrize(("kind", "config"), [("gemma", {"head_dim": 32}), ("phi3", {}), ("gpt2", GPT2)])
@@ -201,7 +205,7 @@ def test_a_parameter_put_in_is_the_one_that_is_used() -> None:
         norm = model.decoder.get_submodule("layers.0.input_layernorm")
         norm.weight = nn.Parameter(-3 * norm.weight)
         assert say(service, messages("one"), temperature=0).token_ids != before
-        ours, theirs = both(model, rows=3, new=4)
+        ours, theirs = both(model, [1, 2, 4])
         assert relative(ours, theirs) < 1e-12
 
 
@@ -211,10 +215,14 @@ def test_prefills_of_any_size_come_in_few_sizes() -> None:
     assert len({size for n, size in sizes.items() if n > llama.FEW}) == 5 * 8
 
 
-@pytest.mark.parametrize("rows", [1, 9, 13])
-def test_rows_of_zeros_behind_a_prefill_change_nothing(rows: int) -> None:
+@pytest.mark.parametrize(
+    "lengths",
+    [[11], [1, 11, 3, 11, 5, 6, 7, 8, 9], [11] * 13, [230], [5, 140, 130, 3, 200, 200, 7], [150, 150, 20, 20, 20]],
+    ids=["one row", "ragged", "even", "one long row", "ragged, in several runs", "even in each run"],
+)
+def test_rows_of_any_lengths_are_computed_as_with_padding(lengths: list[int]) -> None:
     model = wrapped("qwen3", torch.float64, **dict(KIN)["qwen3"])
-    ours, theirs = both(model, rows=rows, new=11)
+    ours, theirs = both(model, lengths)
     assert relative(ours, theirs) < 1e-12
 
 
@@ -229,19 +237,22 @@ def test_a_matrix_product_is_the_same_wherever_it_is_computed(shape: tuple[int, 
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
 
 
-def test_large_products_of_single_precision_go_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("intel", [True, False])
+def test_large_products_of_single_precision_go_to_onednn(monkeypatch: pytest.MonkeyPatch, intel: bool) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     called = []
     monkeypatch.setattr(linear_module.F, "linear", lambda *_: called.append(1))
-    large, small = torch.randn(LARGE // 64 // 32, 64), torch.randn(1, 64)
-    weight = torch.randn(32, 64)
-    linear(large, weight)
+    monkeypatch.setattr(linear_module, "INTEL", intel)
+    linear(torch.randn(2, 1024), torch.randn(LARGE // 1024, 1024))
     assert not called
-    linear(small, weight)
-    linear(large.double(), weight.double())
-    linear(large.bfloat16(), weight.bfloat16())
-    assert len(called) == 3
+    many, few, weight = torch.randn(LARGE // 64 // 32, 64), torch.randn(1, 64), torch.randn(32, 64)
+    linear(many, weight)
+    assert len(called) == intel  # a small matrix, which MKL is as fast with on Intel's own
+    linear(few, weight)
+    linear(many.double(), weight.double())
+    linear(many.bfloat16(), weight.bfloat16())
+    assert len(called) == 3 + intel
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])

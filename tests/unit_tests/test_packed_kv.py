@@ -1,5 +1,6 @@
 """Memories kept in 8 bits: how far off they are, what they take, and that all readers get the same."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from langchain_latentmas import LatentRef, LatentService
-from langchain_latentmas.engine.kv import KV
+from langchain_latentmas.engine.kv import KV, AnyKV
 from langchain_latentmas.errors import InvalidRequest, ModelNotSupported
 from langchain_latentmas.service.local import LocalService
 
@@ -18,6 +19,7 @@ from ..support import at_once, kv_copy, kv_difference, kv_equal, messages, say
 from .test_kv_pool import EXACT, QUESTION, experts
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+CPU, META = torch.device("cpu"), torch.device("meta")
 ONE_CODE = 0.5 / 127  # of the largest number under a scale
 AT_REST: list[dict[str, Any]] = [
     {"kv_budget": "1GiB"},
@@ -184,3 +186,26 @@ def test_greedy_answers_of_the_bundled_model_stay(bundled: LatentService) -> Non
             )
             said.append(say(service, messages("Give the answer.", "You are a judger."), [plan]).token_ids)
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda kv: kv.first(3),
+        lambda kv: kv.split([2, 4])[1],
+        lambda kv: KV.join([kv, kv.first(2)]),
+        lambda kv: KV.join([kv.packed(), kv]),
+        lambda kv: kv.packed(),
+        lambda kv: kv.packed().to([CPU] * 3),
+        lambda kv: kv.to([CPU] * 3),
+        lambda kv: kv.to([CPU, META, META]).first(2).to([META] * 3),
+    ],
+)
+def test_stacked_layers_are_the_same_as_layers_apart(what: Callable[[KV], AnyKV]) -> None:
+    apart = some(6, torch.float32)
+    ours, theirs = what(apart.stacked()), what(apart)
+    assert ours.positions == theirs.positions
+    assert ours.nbytes == theirs.nbytes
+    for a, b in [*zip(ours.keys, theirs.keys, strict=True), *zip(ours.values, theirs.values, strict=True)]:
+        assert a.shape == b.shape
+        assert a.is_meta or torch.equal(a, b)

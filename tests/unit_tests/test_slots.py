@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from langchain_latentmas.engine.kv import KV
+from langchain_latentmas.engine.ragged import Ragged
 from langchain_latentmas.engine.slots import SlotCache, Window
 
 from ..support import kv_equal
@@ -15,9 +16,9 @@ def kv(positions: int, seed: int = 0) -> KV:
     return KV(layers[:2], layers[2:])
 
 
-@pytest.fixture
-def cache() -> SlotCache:
-    return SlotCache(layers=2)
+@pytest.fixture(params=["each layer its own", "stacked"])
+def cache(request: pytest.FixtureRequest) -> SlotCache:
+    return SlotCache(2, kv(1).stacked() if request.param == "stacked" else None)
 
 
 def test_what_is_written_is_read(cache: SlotCache) -> None:
@@ -47,9 +48,9 @@ def test_reserving_keeps_what_is_there_and_never_shrinks(sizes: list[tuple[int, 
     assert kv_equal(cache.read(0, 0, 100), kv(100))
 
 
-@given(st.lists(st.tuples(st.sampled_from([2, 4, 8]), st.sampled_from([128, 256, 1024])), max_size=5))
-def test_any_size_keeps_what_has_room(sizes: list[tuple[int, int]]) -> None:
-    cache = SlotCache(layers=2)
+@given(st.lists(st.tuples(st.sampled_from([2, 4, 8]), st.sampled_from([128, 256, 1024])), max_size=5), st.booleans())
+def test_any_size_keeps_what_has_room(sizes: list[tuple[int, int]], stacked: bool) -> None:
+    cache = SlotCache(2, kv(1).stacked() if stacked else None)
     cache.reserve(2, 128)
     cache.write(1, 0, kv(100))
     for slots, capacity in sizes:
@@ -83,3 +84,33 @@ def test_the_bytes_of_a_position_are_those_of_all_layers(cache: SlotCache) -> No
     assert cache.bytes_per_position == 0
     cache.write(0, 0, kv(5))
     assert cache.bytes_per_position == kv(1).nbytes
+
+
+def test_padding_is_not_written(cache: SlotCache) -> None:
+    cache.reserve(2, 128)
+    ragged = Ragged([3, 1], [3, 8], 3, torch.device("cpu"))
+    cache.window = Window(slice(0, 2), torch.tensor([[0, 1, 2], [7, 127, 127]]), 10, cache.capacity, ragged)
+    new = torch.randn(4, 2, 4)
+    keys, values = cache.layers[0].put(new, -new)
+    assert keys.shape == values.shape == (2, 2, 10, 4)
+    assert torch.equal(keys[0, :, :3], new[:3].transpose(0, 1))
+    assert torch.equal(values[1, :, 7], -new[3])
+    assert cache.layers[0].keys[:, :, 127].count_nonzero() == 0
+
+
+def test_what_is_blank_holds_nothing_and_the_others_all(cache: SlotCache) -> None:
+    cache.reserve(2, 128)
+    cache.write(0, 0, kv(6))
+    cache.write(1, 0, kv(6, seed=1))
+    cache.blank(0)
+    assert all(side.count_nonzero() == 0 for layers in cache.read(0, 0, 128) for side in layers)
+    assert kv_equal(cache.read(1, 0, 6), kv(6, seed=1))
+
+
+def test_layers_that_differ_are_not_stacked() -> None:
+    layers = [torch.randn(2, 5, 4), torch.randn(1, 5, 4)]
+    unlike = KV(layers, layers).stacked()
+    assert isinstance(unlike.keys, list)
+    cache = SlotCache(2, unlike.first(1))
+    cache.write(0, 3, unlike)
+    assert kv_equal(cache.read(0, 3, 8), unlike)
