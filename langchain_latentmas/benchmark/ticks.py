@@ -15,8 +15,8 @@ from ..engine.graphs import Graphs
 from ..engine.kv import KV, Placed
 from ..engine.model import LanguageModel
 from ..engine.quantization import plain_tensors
+from ..engine.ragged import power_of_two
 from ..engine.sampling import Sampling
-from ..engine.slots import power_of_two
 from ..engine.tick import Result, Row, Ticker
 from ..errors import EngineFailed
 from .memory import Copy, clock, free_bytes, in_gb

@@ -8,8 +8,8 @@ from torch import Tensor
 from .alignment import Alignment
 from .graphs import Graphs, Step
 from .model import LanguageModel
-from .ragged import bucket
-from .slots import SlotCache, Window, power_of_two
+from .ragged import Ragged, bucket, power_of_two
+from .slots import SlotCache, Window
 
 
 class Feedback:
@@ -98,18 +98,18 @@ class Feedback:
 
     def _compute(self, alignment: Alignment, rows: int, length: int, thinking: bool, speaking: bool) -> Step:
         """A step before anything is taken over: doing it again gives the same."""
-        slots, positions = slice(0, rows), self.positions[:rows, None]
+        slots, positions = slice(0, rows), self.positions[:rows]
         if thinking:
             inputs = alignment(self.hidden[slots])
         if speaking:
             embeds = self.model.embed(self.tokens[slots])
             inputs = torch.where(self.speaking[slots, None], embeds, inputs) if thinking else embeds
-        self.cache.window = Window(slots, positions, length, self.cache.capacity)
-        self.mask[slots].scatter_(1, positions, 0)
+        self.cache.window = Window(slots, positions, self.cache.capacity, Ragged.decoding(rows, length))
+        self.mask[slots].scatter_(1, positions[:, None], 0)
         mask = self.mask[slots, None, None, :length]
         # A slot in excess may be longer than the model can see.
         known = positions.clamp_max(self.model.max_positions - 1)
-        return Step(inputs, self.model.hidden(inputs[:, None], known, mask, self.cache)[:, 0])
+        return Step(inputs, self.model.hidden(inputs, known, [mask], self.cache))
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:

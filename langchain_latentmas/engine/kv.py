@@ -1,11 +1,14 @@
 """Keys and values of a run of positions."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+AT_ONCE = 1 << 22  # numbers
 
 Side = Tensor | Sequence[Tensor]
 """Keys or values of all layers: one tensor [layers, kv_heads, positions, head_dim], or one [kv_heads, positions,
@@ -22,6 +25,21 @@ def stacked(layers: Side) -> Side:
 def of_each(layers: Side, change: Callable[[Tensor], Tensor]) -> Side:
     """What `change` makes of every layer. It may get all at once, so it counts dimensions from the last one."""
     return change(layers) if isinstance(layers, Tensor) else [change(layer) for layer in layers]
+
+
+def computed(change: Callable[..., Tensor], *sides: Side) -> Side:
+    """As `of_each`, for what takes memory besides its result: from some size on layer by layer."""
+    whole = [side for side in sides if isinstance(side, Tensor)]
+    if len(whole) < len(sides):
+        return [change(*layers) for layers in zip(*sides, strict=True)]
+    if whole[0].numel() <= AT_ONCE:
+        return change(*whole)
+    first = change(*(side[0] for side in whole))
+    result = first.new_empty(len(whole[0]), *first.shape)
+    result[0] = first
+    for i in range(1, len(result)):
+        result[i] = change(*(side[i] for side in whole))
+    return result
 
 
 class KV(NamedTuple):
@@ -49,7 +67,10 @@ class KV(NamedTuple):
 
     def packed(self) -> "PackedKV":
         """The same in 8 bits."""
-        return PackedKV(*_packed(self.keys, dim=-2), *_packed(self.values, dim=-1))
+        key_scales = computed(partial(_scales, dim=-2), self.keys)
+        value_scales = computed(partial(_scales, dim=-1), self.values)
+        key_codes, value_codes = computed(_codes, self.keys, key_scales), computed(_codes, self.values, value_scales)
+        return PackedKV(key_codes, key_scales, value_codes, value_scales)
 
     def first(self, positions: int) -> "KV":
         """Its first positions, as views."""
@@ -58,6 +79,8 @@ class KV(NamedTuple):
     def split(self, lengths: Sequence[int]) -> list["KV"]:
         """Cuts along the positions; every part gets storage of its own, so that it can be freed alone."""
         ends = list(accumulate(lengths))
+        if ends[-1:] != [self.positions]:
+            raise ValueError(f"{self.positions} positions cannot be cut into {list(lengths)}.")
         return [KV(*(_cut(side, end - n, end) for side in self)) for n, end in zip(lengths, ends, strict=True)]
 
     def to(self, devices: Sequence[torch.device]) -> "KV":
@@ -90,12 +113,12 @@ class PackedKV(NamedTuple):
     @property
     def keys(self) -> Side:
         """Keys as in `KV`, computed anew each time."""
-        return _unpacked(self.key_codes, self.key_scales)
+        return computed(torch.mul, self.key_codes, self.key_scales)
 
     @property
     def values(self) -> Side:
         """Values as in `KV`, computed anew each time."""
-        return _unpacked(self.value_codes, self.value_scales)
+        return computed(torch.mul, self.value_codes, self.value_scales)
 
     @property
     def positions(self) -> int:
@@ -151,20 +174,9 @@ def _joined(sides: Sequence[Side]) -> Side:
     return [torch.cat(layer, dim=-2) for layer in zip(*sides, strict=True)]
 
 
-def _packed(side: Side, dim: int) -> tuple[Side, Side]:
-    """Codes of a side, and their scales along one dimension."""
-    if isinstance(side, Tensor):
-        return _coded(side, dim)
-    codes, scales = zip(*(_coded(layer, dim) for layer in side), strict=True)
-    return list(codes), list(scales)
+def _scales(t: Tensor, dim: int) -> Tensor:
+    return (t.abs().amax(dim, keepdim=True) / 127).clamp_min(torch.finfo(t.dtype).tiny)
 
 
-def _coded(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    scales = (t.abs().amax(dim, keepdim=True) / 127).clamp_min(torch.finfo(t.dtype).tiny)
-    return (t / scales).round_().clamp_(-127, 127).to(torch.int8), scales
-
-
-def _unpacked(codes: Side, scales: Side) -> Side:
-    if isinstance(codes, Tensor) and isinstance(scales, Tensor):
-        return codes * scales
-    return [code * scale for code, scale in zip(codes, scales, strict=True)]
+def _codes(t: Tensor, scales: Tensor) -> Tensor:
+    return (t / scales).round_().clamp_(-127, 127).to(torch.int8)

@@ -1,7 +1,8 @@
 """The layers of Llama and its kin, in a third of the calls that transformers makes of them."""
 
 import math
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,8 @@ from transformers.activations import ACT2FN
 
 from .attention import attend
 from .linear import Linear
-from .ragged import Run, taken
-from .slots import SlotCache, power_of_two
+from .ragged import Cuts, Ragged, power_of_two, taken
+from .slots import SlotCache
 
 KIN = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 """Decoders of transformers that compute what `LlamaDecoder` does; Qwen3 normalises queries and keys besides."""
@@ -63,32 +64,40 @@ class LlamaDecoder:
         return ""
 
     def __call__(
-        self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache, only: Tensor | None = None
+        self, embeds: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: SlotCache, only: Tensor | None = None
     ) -> Tensor:
         """Last hidden states after the final norm; arguments and result as for `LanguageModel.hidden`."""
-        rows, new, hidden = embeds.shape
         ragged = cache.window.ragged
-        real = None if ragged is None else ragged.real
-        at = taken(positions.flatten(), real)
-        cos, sin = (F.embedding(at, angles)[:, None] for angles in (self.cos, self.sin))
-        x = _padded(taken(embeds.reshape(rows * new, hidden), real))
-        last = None
-        if only is not None:
-            starts = torch.arange(0, rows * new, new, device=only.device) if ragged is None else ragged.starts
-            last = starts + only
-            mask_of_last = mask[torch.arange(rows, device=only.device), :, only][:, :, None]
+        cos, sin = (F.embedding(positions, angles)[:, None] for angles in (self.cos, self.sin))
+        x, queries = _padded(embeds), Queries(masks, ragged.cuts, ragged.spread, ragged.back)
         for layer, slots in zip(self.layers, cache.layers, strict=True):
-            # Keys and values are needed of all positions; what the last layer makes of the others nobody reads.
-            if last is not None and layer is self.layers[-1]:
-                x = layer(x, cos, sin, mask_of_last, slots, last)
-            else:
-                x = layer(x, cos, sin, mask, slots)
-        x = self.norm(x)
-        if last is not None:
-            return x[:rows, None]
-        if real is None:
-            return x[: rows * new].view(rows, new, hidden)
-        return x.new_zeros(rows * new, hidden).index_copy_(0, real, x[: len(real)]).view(rows, new, hidden)
+            if only is not None and layer is self.layers[-1]:
+                # Keys and values are needed of all positions; what the last layer makes of the others nobody reads.
+                queries = Queries.of_one(ragged, masks, only)
+            x = layer(x, cos, sin, queries, slots)
+        return self.norm(x)[: len(positions) if only is None else len(only)]
+
+
+class Queries(NamedTuple):
+    """Which positions attend, and how they lie in runs; see `Ragged`."""
+
+    masks: Sequence[Tensor]
+    """For each run [rows, 1, new, length]."""
+    cuts: Cuts | None
+    spread: Tensor | None
+    back: Tensor | None
+    alone: bool = False
+    """Whether they are not all of the new positions, and the layer's result is wanted of `spread` alone."""
+
+    @classmethod
+    def of_one(cls, ragged: Ragged, masks: Sequence[Tensor], only: Tensor) -> "Queries":
+        """Of one position of each row, `only` [rows]."""
+        rows = torch.arange(len(only), device=only.device)
+        parts = [
+            mask[rows[: len(mask)], :, only[run.rows]][:, :, None] for run, mask in zip(ragged.runs, masks, strict=True)
+        ]
+        cuts = ragged.cuts and ragged.cuts._replace(places=ragged.cuts.rows)
+        return cls(parts, cuts, ragged.starts + only, None, alone=True)
 
 
 class Layer:
@@ -110,31 +119,28 @@ class Layer:
         if hasattr(attention, "q_norm"):
             self.q_norm, self.k_norm = Norm(attention.q_norm), Norm(attention.k_norm)
 
-    def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any, last: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, queries: Queries, slots: Any) -> Tensor:
         """What the layer makes of hidden states.
 
         Args:
-            x: [total or more, hidden], the real new positions of all rows.
+            x: [total or more, hidden].
             cos: Of the angles [total, 1, head_dim].
             sin: Likewise, [total, 1, head_dim / 2].
-            mask: See `LanguageModel.hidden`; with `last` for one new position of each row.
+            queries: The positions that attend.
             slots: Keys and values of this layer, a `SlotLayer`.
-            last: [rows]: which of the positions the result is wanted of, one of each row; None for all of them.
 
         Returns:
-            The same shape, or with `last` [rows or more, hidden].
+            The same shape, or where the queries stand alone [queries or more, hidden].
         """
-        seen = self._attention(self.before_attention(x), cos, sin, mask, slots, last)
-        if last is not None:
-            x = _padded(x[last])
+        seen = self._attention(self.before_attention(x), cos, sin, queries, slots)
+        if queries.alone:
+            x = _padded(taken(x, queries.spread))
         x = x + seen
         h = self.before_mlp(x)
         x += self.down(F.silu(self.gate(h), inplace=True).mul_(self.up(h)))
         return x
 
-    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Any, last: Tensor | None) -> Tensor:
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, queries: Queries, slots: Any) -> Tensor:
         total = len(cos)
         q, k, v = (each(x)[:total].view(total, -1, self.head_dim) for each in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
@@ -142,24 +148,22 @@ class Layer:
         turned = _turned(torch.cat([q, k], dim=1), cos, sin)
         q, k = turned.split((q.shape[1], k.shape[1]), dim=1)
         keys, values = slots.put(k, v)
-        rows, ragged = len(keys), slots.cache.window.ragged
-        runs = [Run(slice(0, rows), total // rows, keys.shape[2])] if ragged is None else ragged.runs
-        spread, back = (None, None) if ragged is None or last is not None else (ragged.spread, ragged.back)
-        q, parts, place = taken(q, spread if last is None else last), [], 0
-        for run in runs:
-            rows = run.rows.stop - run.rows.start
-            new = run.new if last is None else 1
-            part = q[place : (place := place + rows * new)].view(rows, new, *q.shape[1:]).transpose(1, 2)
-            among = part, keys[run.rows, :, : run.length], values[run.rows, :, : run.length]
-            seen = self._seen(*among, mask[run.rows, :, :new, : run.length])
-            parts.append(seen.reshape(rows * new, -1))
-        return self.o(_padded(taken(torch.cat(parts) if len(parts) > 1 else parts[0], back)))
+        parts = [(taken(q, queries.spread), keys, values)]
+        if queries.cuts is not None:
+            rows, places = queries.cuts
+            parts = list(zip(parts[0][0].split(places), keys.split(rows), values.split(rows), strict=True))
+        seen = [self._seen(*part, mask) for part, mask in zip(parts, queries.masks, strict=True)]
+        return self.o(_padded(taken(torch.cat(seen) if len(seen) > 1 else seen[0], queries.back)))
 
     def _seen(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """[rows, new, heads, head_dim] of queries [rows, heads, new, head_dim]."""
+        """[rows * new, heads * head_dim] of queries [rows * new, heads, head_dim] of one run."""
+        q = q.unflatten(0, (len(keys), -1)).transpose(1, 2)
+        keys, values = (side[:, :, : mask.shape[3]] for side in (keys, values))
         if q.shape[2] > 1 and q.device.type == "cpu":  # copies nothing for a group there, not even the mask
-            return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True).transpose(1, 2)
-        return attend(self, q, keys, values, mask)[0]
+            seen = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True).transpose(1, 2)
+        else:
+            seen, _ = attend(self, q, keys, values, mask)
+        return seen.flatten(0, 1).flatten(1)
 
 
 class Norm:

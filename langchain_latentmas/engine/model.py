@@ -193,7 +193,8 @@ class LanguageModel:
 
     def new_cache(self) -> SlotCache:
         """An empty slot cache of this model's layers."""
-        return SlotCache(self.config.num_hidden_layers, self._a_position)
+        # What is compiled copies whole tensors of which it gets several parts, and writes them.
+        return SlotCache(self.config.num_hidden_layers, None if self.compiled else self._a_position)
 
     def blank_kv(self, positions: int) -> KV:
         """A KV of so many positions without its numbers, on the meta device."""
@@ -223,25 +224,48 @@ class LanguageModel:
         """What is added to attention scores, of the shape of `seen`, which says where a cell is seen."""
         return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(~seen, self.unseen)
 
-    def hidden(
-        self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache, only: Tensor | None = None
-    ) -> Tensor:
-        """One forward pass without logits.
+    def masks(
+        self, ragged: Ragged, firsts: Tensor, holes: Sequence[Sequence[tuple[int, int]]] | None = None
+    ) -> list[Tensor]:
+        """What is added to attention scores in a pass in which every position sees the cells before it, and its own.
 
         Args:
-            embeds: Input embeddings [rows, new, hidden].
-            positions: [rows, new].
-            mask: [rows, 1, new, length], in the model's dtype: what is added to attention scores, 0 for cells that a
-                position sees and `unseen` for others.
-            cache: Its window says where the new keys go.
+            ragged: How the rows lie.
+            firsts: [rows]: the cell of each row's first new position.
+            holes: Of each row, ranges of cells that it must not see.
+
+        Returns:
+            For each run [rows, 1, new, length].
+        """
+        masks = []
+        for run in ragged.runs:
+            cells = firsts[run.rows, None] + torch.arange(run.new, device=self.device)
+            seen = torch.arange(run.length, device=self.device) <= cells[:, None, :, None]
+            for row, ranges in zip(seen, holes[run.rows] if holes else (), strict=False):
+                for start, end in ranges:
+                    row[:, :, start:end] = False
+            masks.append(self.mask(seen))
+        return masks
+
+    def hidden(
+        self, embeds: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: SlotCache, only: Tensor | None = None
+    ) -> Tensor:
+        """One forward pass without logits, over the new positions of some rows, one row behind the other.
+
+        Args:
+            embeds: Input embeddings [total, hidden].
+            positions: [total].
+            masks: For each run of the rows [rows, 1, new, length], in the model's dtype: what is added to attention
+                scores, 0 for cells that a position sees and `unseen` for others.
+            cache: Its window says how the rows lie, and where the new keys go.
             only: [rows]: the one new position of each row whose hidden state is wanted; None for all of them.
 
         Returns:
-            Last hidden states after the final norm, [rows, new, hidden], or with `only` [rows, 1, hidden].
+            Last hidden states after the final norm, [total, hidden], or with `only` [rows, hidden].
         """
-        if embeds.shape[1] == 1:
-            return self.decode(embeds, positions, mask, cache)
-        return self._forward(embeds, positions, mask, cache, only)
+        if cache.window.ragged.new == 1:
+            return self.decode(embeds, positions, masks, cache)
+        return self._forward(embeds, positions, masks, cache, only)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of hidden states [..., hidden]."""
@@ -340,31 +364,49 @@ class LanguageModel:
         return f"oneDNN takes no {self.dtype} weights on {self.device.type} here, or these are quantized"
 
     def _as_it_is(
-        self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache, only: Tensor | None = None
+        self, embeds: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: SlotCache, only: Tensor | None = None
     ) -> Tensor:
-        hidden = self.decoder(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        if only is None:
-            return hidden
-        return hidden[torch.arange(len(hidden), device=hidden.device), only.to(hidden.device)][:, None]
+        window = cache.window
+        hidden = window.real(
+            self.decoder(
+                inputs_embeds=window.padded(embeds),
+                position_ids=window.padded(positions),
+                attention_mask=self._whole(masks, window.ragged),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        )
+        return hidden if only is None else hidden[(window.ragged.starts + only).to(hidden.device)]
+
+    def _whole(self, masks: Sequence[Tensor], ragged: Ragged) -> Tensor:
+        """The masks of all runs in one, [rows, 1, new, length]."""
+        if len(masks) == 1:
+            return masks[0]
+        shape = len(ragged.counts), 1, ragged.new, ragged.length
+        whole = masks[0].new_full(shape, self.unseen)
+        for run, mask in zip(ragged.runs, masks, strict=True):
+            whole[run.rows, :, : run.new, : run.length] = mask
+        whole[..., 0].masked_fill_((whole == self.unseen).all(-1), 0)  # some kernels make NaN of attention to nothing
+        return whole
 
     def _on_slots(
-        self, embeds: Tensor, cells: Tensor, positions: Tensor, cache: SlotCache, ragged: Ragged | None = None
+        self, embeds: Tensor, cells: Tensor, positions: Tensor, cache: SlotCache, counts: Sequence[int]
     ) -> Tensor:
-        length = int(cells.max()) + 1
-        cache.reserve(len(embeds), length)
-        cache.window = Window(slice(0, len(embeds)), cells, length, cache.capacity, ragged)
-        seen = torch.arange(length, device=self.device) <= cells[:, None, :, None]
-        return self.hidden(embeds, positions, self.mask(seen), cache)
+        """A pass of rows with `counts` new positions each, in the first slots; all arguments as for `hidden`."""
+        firsts = torch.stack([row[0] for row in cells.split(list(counts))])
+        lengths = [int(first) + count for first, count in zip(firsts, counts, strict=True)]
+        cache.reserve(len(counts), max(lengths))
+        ragged = Ragged(counts, lengths, self.device)
+        cache.window = Window(slice(0, len(counts)), cells, cache.capacity, ragged)
+        return self.hidden(embeds, positions, self.masks(ragged, firsts), cache)
 
     def _probe_ids(self) -> Tensor:
         return torch.arange(5, 5 + 12, device=self.device) % self.config.vocab_size
 
     def _probe_keys(self, start: int) -> KV:
         cache = self.new_cache()
-        cells = torch.arange(3, device=self.device)[None]
-        self._on_slots(self.embed(self._probe_ids()[None, :3]), cells, cells + start, cache)
+        cells = torch.arange(3, device=self.device)
+        self._on_slots(self.embed(self._probe_ids()[:3]), cells, cells + start, cache, [3])
         return cache.read(0, 0, 3)
 
     def _check_against_plain_forward(self, cache: SlotCache) -> None:
@@ -407,12 +449,10 @@ class LanguageModel:
             The difference of logits, root mean square, relative to their size; that of the row where it is larger.
         """
         ids = self._probe_ids()
-        rows = torch.stack([ids[:6], ids[6:12]])
-        cells = torch.stack([torch.arange(6), torch.tensor([0, 1, 2, 7, 7, 7])]).to(self.device)  # a row of 6, one of 3
-        ragged = Ragged([6, 3], [6, 3], 6, self.device)
-        self._on_slots(self.embed(rows), cells, cells.clamp_max(6), cache, ragged)
-        after = torch.tensor([[6], [3]], device=self.device)
-        ours = self.logits(self._on_slots(self.embed(ids[[6, 9]])[:, None], after, after, cache))[:, 0]
+        cells = torch.tensor([*range(6), *range(3)], device=self.device)  # a row of 6, one of 3
+        self._on_slots(self.embed(ids[:9]), cells, cells, cache, [6, 3])
+        after = torch.tensor([6, 3], device=self.device)
+        ours = self.logits(self._on_slots(self.embed(ids[[6, 9]]), after, after, cache, [1, 1]))
         plain = [self.model(input_ids=row[None], use_cache=False).logits[0, -1] for row in (ids[:7], ids[6:10])]
         pairs = [(mine, theirs.to(mine.device)) for mine, theirs in zip(ours, plain, strict=True)]
         return max(float(relative_difference(mine, theirs)) for mine, theirs in pairs)

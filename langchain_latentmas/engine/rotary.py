@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .kv import KV, AnyKV, of_each
+from .kv import KV, AnyKV, computed
 
 
 def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Rotary:
                 angles[keys.device] = angle.cos().to(keys.device, wide), angle.sin().to(keys.device, wide)
             return self._turn(keys, *angles[keys.device])
 
-        return KV(of_each(kv.keys, turned), kv.values)
+        return KV(computed(turned, kv.keys), kv.values)
 
     def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         wide = cos.dtype

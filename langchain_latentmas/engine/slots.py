@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .kv import KV, AnyKV, Side, of_each
-from .ragged import Ragged, taken
+from .ragged import Ragged, power_of_two
 
 LEAST = 128  # cells of a slot
 
@@ -15,43 +16,55 @@ class Window:
 
     Attributes:
         rows: The slots that take part.
-        length: Cells that can be seen.
-        ragged: How many of the new positions are real; None where all are.
+        ragged: How their new positions lie one behind the other.
     """
 
-    def __init__(self, rows: slice, cells: Tensor, length: int, capacity: int, ragged: Ragged | None = None) -> None:
-        """Works out once where all layers write.
+    def __init__(self, rows: slice, cells: Tensor, capacity: int, ragged: Ragged) -> None:
+        """Takes down where all layers write.
 
         Args:
             rows: The slots that take part.
-            cells: [rows, new]: where in its slot each new position is written; for padding, the last one.
-            length: Cells that can be seen.
+            cells: [total]: where in its slot each new position is written.
             capacity: Cells of a slot.
-            ragged: For rows of different lengths. Who cannot make use of it computes the padding too.
+            ragged: How they lie.
         """
-        self.rows, self.length, self.ragged = rows, length, ragged
+        self.rows, self.ragged = rows, ragged
         self._cells, self._capacity = cells, capacity
-        self._targets: dict[tuple[int, torch.device, bool], Tensor] = {}
+        self._targets: dict[tuple[int, torch.device], Tensor] = {}
 
-    def targets(self, heads: int, device: torch.device, real: bool) -> Tensor:
+    def targets(self, heads: int, device: torch.device) -> Tensor:
         """Where each new position goes in the cells of all slots and heads laid end to end.
 
         Args:
             heads: Heads of keys and values.
             device: Where it is needed.
-            real: Whether padding is left out.
 
         Returns:
-            [positions * heads], the same tensor for every layer that is alike.
+            [total * heads], the same tensor for every layer that is alike.
         """
-        if (heads, device, real) not in self._targets:
-            slots = torch.arange(self.rows.start, self.rows.stop, device=device)[:, None]
-            first = (slots * heads * self._capacity + self._cells.to(device)).flatten()
-            if real and self.ragged is not None:
-                first = taken(first, self.ragged.real)
-            runs = first[:, None] + torch.arange(heads, device=device) * self._capacity
-            self._targets[heads, device, real] = runs.flatten()
-        return self._targets[heads, device, real]
+        if (heads, device) not in self._targets:
+            slots = torch.arange(self.rows.start, self.rows.stop, device=device)
+            if self.ragged.owners is not None:
+                slots = slots[self.ragged.owners.to(device)]
+            elif self.ragged.new > 1:
+                slots = slots.repeat_interleave(self.ragged.new)
+            first = slots * heads * self._capacity + self._cells.to(device)
+            self._targets[heads, device] = (
+                first[:, None] + torch.arange(heads, device=device) * self._capacity
+            ).flatten()
+        return self._targets[heads, device]
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[rows, new, ...] of [total, ...], zeros behind the rows that are shorter, as other decoders take them."""
+        if self.ragged.even:
+            return x.unflatten(0, (-1, self.ragged.new))
+        return pad_sequence(x.split(self.ragged.counts), batch_first=True)
+
+    def real(self, x: Tensor) -> Tensor:
+        """[total, ...] of [rows, new, ...]: `padded` undone."""
+        if self.ragged.even:
+            return x.flatten(0, 1)
+        return torch.cat([row[:count] for row, count in zip(x, self.ragged.counts, strict=True)])
 
 
 class SlotLayer(CacheLayerMixin):
@@ -73,7 +86,7 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Writes the new keys and values and returns views of all cells in sight.
+        """What `put` does, as transformers calls it: with padding, which is not written.
 
         Args:
             key_states: [rows, kv_heads, new, head_dim].
@@ -82,34 +95,28 @@ class SlotLayer(CacheLayerMixin):
             **kwargs: Ignored, likewise.
 
         Returns:
-            Keys and values [rows, kv_heads, length, head_dim], views of the slots.
+            As `put`.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        window = self.cache.window
-        targets = window.targets(key_states.shape[1], key_states.device, real=False)
-        return self._put(targets, key_states.transpose(1, 2).flatten(0, 2), value_states.transpose(1, 2).flatten(0, 2))
+        real = self.cache.window.real
+        return self.put(real(key_states.transpose(1, 2)), real(value_states.transpose(1, 2)))
 
     def put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What `update` does, for real positions alone.
+        """Writes the new keys and values and returns views of all cells in sight.
 
         Args:
             keys: [total, kv_heads, head_dim].
             values: The same shape, its own head_dim.
 
         Returns:
-            As `update`.
+            Keys and values [rows, kv_heads, length, head_dim], views of the slots.
         """
         if not self.is_initialized:
             self.lazy_initialization(keys[None].transpose(1, 2), values[None].transpose(1, 2))
-        targets = self.cache.window.targets(keys.shape[1], keys.device, real=True)
-        return self._put(targets, keys.flatten(0, 1), values.flatten(0, 1))
-
-    def _put(self, targets: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         window = self.cache.window
-        self.keys.view(-1, self.keys.shape[3]).index_copy_(0, targets, keys)
-        self.values.view(-1, self.values.shape[3]).index_copy_(0, targets, values)
-        return self.keys[window.rows, :, : window.length], self.values[window.rows, :, : window.length]
+        targets, length = window.targets(keys.shape[1], keys.device), window.ragged.length
+        self.keys.view(-1, self.keys.shape[3]).index_copy_(0, targets, keys.flatten(0, 1))
+        self.values.view(-1, self.values.shape[3]).index_copy_(0, targets, values.flatten(0, 1))
+        return self.keys[window.rows, :, :length], self.values[window.rows, :, :length]
 
     def get_seq_length(self) -> int:
         """0: positions and masks are always given, so transformers derives neither from the cache."""
@@ -117,7 +124,7 @@ class SlotLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Cells in sight, and their offset."""
-        return self.cache.window.length, 0
+        return self.cache.window.ragged.length, 0
 
     def get_max_length(self) -> int:
         """Cells of a slot."""
@@ -163,8 +170,8 @@ class SlotCache(Cache):
         if self._like is None or not all(isinstance(side, Tensor) for side in self._like):
             return False
         self._whole = [self.new_side(side) for side in self._like if isinstance(side, Tensor)]
-        for layer, layer.keys, layer.values in zip(self.layers, *self._whole, strict=True):
-            layer.is_initialized = True
+        for layer, keys, values in zip(self.layers, *self._whole, strict=True):
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
         return True
 
     def reserve(self, slots: int, capacity: int) -> None:
@@ -174,16 +181,20 @@ class SlotCache(Cache):
     def resize(self, slots: int, capacity: int) -> None:
         """Takes on a number of slots and cells, powers of two; what is beyond them is lost."""
         if (slots, capacity) != (self.slots, self.capacity):
-            kept = min(slots, self.slots), min(capacity, self.capacity)
+            both = min(slots, self.slots), min(capacity, self.capacity)
             self.slots, self.capacity = slots, capacity
-            # One side after the other, and layer by layer where these have their own, so that little is held twice.
             for side, name in enumerate(("keys", "values")):
                 if self._whole:
-                    self._whole[side] = self._resized(self._whole[side], *kept)
+                    kept = self._whole[side][..., : both[0], :, : both[1], :].clone()
+                    self._whole[side] = kept  # what was there goes before what comes
+                    for layer in self.layers:
+                        delattr(layer, name)
+                    self._whole[side] = self._filled(kept)
                 for i, layer in enumerate(self.layers):
-                    if layer.is_initialized:
-                        own = self._whole[side][i] if self._whole else self._resized(getattr(layer, name), *kept)
-                        setattr(layer, name, own)
+                    if self._whole:
+                        setattr(layer, name, self._whole[side][i])
+                    elif layer.is_initialized:
+                        setattr(layer, name, self._filled(getattr(layer, name)[: both[0], :, : both[1]]))
 
     def blank(self, slot: int) -> None:
         """Zeroes a slot."""
@@ -224,12 +235,8 @@ class SlotCache(Cache):
     def _tensors(self) -> list[Tensor]:
         return self._whole or [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
 
-    def _resized(self, old: Tensor, slots: int, cells: int) -> Tensor:
-        new = self.new_side(old[..., 0, :, :, :])
-        new[..., :slots, :, :cells, :] = old[..., :slots, :, :cells, :]
+    def _filled(self, kept: Tensor) -> Tensor:
+        """Slots of the size they have now, with what was in those before."""
+        new = self.new_side(kept[..., 0, :, :, :])
+        new[..., : kept.shape[-4], :, : kept.shape[-2], :] = kept
         return new
-
-
-def power_of_two(n: int) -> int:
-    """The smallest one that is not less."""
-    return 1 << (n - 1).bit_length()

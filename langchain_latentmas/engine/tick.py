@@ -19,14 +19,14 @@ from .feedback import Feedback
 from .graphs import Graphs
 from .kv import KV, Placed
 from .model import Embeddable, LanguageModel
-from .ragged import Ragged
+from .ragged import Ragged, power_of_two
 from .sampling import Sampler, Sampling
-from .slots import LEAST, Window, power_of_two
+from .slots import LEAST, Window
 from .text import TextStream
 
 logger = logging.getLogger(__name__)
 
-PASS_COST = 128  # what a forward pass costs by itself, in positions that it could have prefilled
+PASS_COST = 128  # of a forward pass that pads, in positions that it could have prefilled
 CPU_PASS = 1024  # positions a prefill pass takes on a CPU; beyond them its intermediate results fall out of the caches
 
 
@@ -259,34 +259,35 @@ class Ticker:
         """Prefills rows from `slot` on, as many as one pass takes; returns how many."""
         left = [min(len(row.ids), self.chunk) for row in self.rows[slot:]]
         together = max(1, bisect_right(list(accumulate(left)), self.pass_positions))
-        rows, left = self.rows[slot : slot + together], left[:together]
-        width = max(left)
+        rows, counts = self.rows[slot : slot + together], left[:together]
         if self.model.decoder_fault:
-            # The width that wastes least: a wide pass pads the short rows, a narrow one leaves more passes to come.
-            width = max(set(left), key=lambda width: sum(min(n, width) for n in left) / (PASS_COST + len(left) * width))
-        new, device = [min(n, width) for n in left], self.model.device
-        ids = [row.ids[:n] + [0] * (width - n) for row, n in zip(rows, new, strict=True)]
-        embeds = self.model.embed(torch.tensor(ids, device=device))
-        for i, row in enumerate(rows):
-            row.ids = row.ids[new[i] :]
+            # It pads. The width that wastes least: a wide pass pads the short rows, a narrow one leaves passes to come.
+            width = max(
+                set(counts), key=lambda width: sum(min(n, width) for n in counts) / (PASS_COST + len(counts) * width)
+            )
+            counts = [min(n, width) for n in counts]
+        device, firsts, ends = self.model.device, [row.position for row in rows], list(accumulate(counts))
+        ragged = Ragged(counts, [first + n for first, n in zip(firsts, counts, strict=True)], device)
+        ids = torch.tensor([token for row, n in zip(rows, counts, strict=True) for token in row.ids[:n]])
+        cells = torch.cat([torch.arange(first, first + n) for first, n in zip(firsts, counts, strict=True)])
+        whole = torch.cat([ids, cells, torch.tensor(firsts), torch.tensor(counts)]).to(device)  # each copy waits
+        ids, cells, first_cells, new = whole.split([ends[-1], ends[-1], together, together])
+        embeds = self.model.embed(ids)
+        for row, n, end in zip(rows, counts, ends, strict=True):
+            row.ids = row.ids[n:]
             if row.embeds is not None:
-                embeds[i, : new[i]] = row.embeds[: new[i]]
-                row.embeds = row.embeds[new[i] :]
-        starts, counts = torch.tensor([[r.position for r in rows], new], device=device)[..., None]
-        offsets = torch.arange(width, device=device)[None]
-        positions = starts + offsets.minimum(counts - 1)
-        cells = torch.where(offsets < counts, positions, self.cache.capacity - 1)
-        length = min(max(row.position for row in rows) + width, self.cache.capacity)
-        ragged = Ragged(new, [row.position + n for row, n in zip(rows, new, strict=True)], width, device)
-        self.cache.window = Window(slice(slot, slot + together), cells, length, self.cache.capacity, ragged)
-        only = None if any(row.keep_hidden for row in rows) else counts[:, 0] - 1
-        hidden = self.model.hidden(embeds, positions, self._mask(rows, positions, length), self.cache, only)
-        self.prefilled += sum(new)
-        for i, row in enumerate(rows):
-            row.position += new[i]
-            row.hidden = hidden[i, 0 if only is not None else new[i] - 1]
+                embeds[end - n : end] = row.embeds[:n]
+                row.embeds = row.embeds[n:]
+        self.cache.window = Window(slice(slot, slot + together), cells, self.cache.capacity, ragged)
+        only = None if any(row.keep_hidden for row in rows) else new - 1
+        masks = self.model.masks(ragged, first_cells, [row.holes for row in rows])
+        hidden = self.model.hidden(embeds, cells, masks, self.cache, only)
+        self.prefilled += ends[-1]
+        for i, (row, n, end) in enumerate(zip(rows, counts, ends, strict=True)):
+            row.position += n
+            row.hidden = hidden[i if only is not None else end - 1]
             if row.keep_hidden:
-                row.prefilled.append(hidden[i, : new[i]])
+                row.prefilled.append(hidden[end - n : end])
         return together
 
     def _decode(self) -> None:
@@ -315,14 +316,6 @@ class Ticker:
         self._sample([row for row in going_on if row.sampler is None] + sound)
         for row in reversed(self._sound(over)):  # whoever comes last leaves without another one being moved
             self._finish(row)
-
-    def _mask(self, rows: Sequence[Row], positions: Tensor, length: int) -> Tensor:
-        """What is added to the attention scores of a prefill, [rows, 1, new, length]."""
-        seen = torch.arange(length, device=positions.device) <= positions[:, None, :, None]
-        for i, row in enumerate(rows):
-            for start, end in row.holes:
-                seen[i, :, :, start:end] = False
-        return self.model.mask(seen)
 
     def _sample(self, rows: list[Row]) -> None:
         if not rows:

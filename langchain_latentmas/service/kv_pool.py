@@ -97,7 +97,7 @@ class KVPool:
                     self._prefixes.add(key, (recipe.model, *recipe.parents), recipe.segment.prompt_ids)
             for old, _ in leaving:
                 self._prefixes.remove(old)
-            cpu = [torch.device("cpu")] * len(kv.keys)
+            cpu = [torch.device("cpu")] * len(kv[0])
             if self.spilled.limit:
                 leaving = [left for key, kv in leaving for left in self.spilled.put(key, kv.to(cpu))]
             if self.disk is not None:

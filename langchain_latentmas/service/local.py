@@ -33,7 +33,7 @@ from .transfer import read_memory, write_memory
 
 LOADING = ("device", "dtype", "quantization", "revision", "trust_remote_code")  # go to `LanguageModel.load`
 KV_FRACTION = 0.4  # of the device memory that is free once the model is loaded
-LIVE_FRACTION = 0.4
+LIVE_FRACTION = 1 / 3  # and a quarter of it more for a moment, whenever the slots grow
 CPU_FRACTION = 0.2
 
 
@@ -55,8 +55,8 @@ class LocalSettings(RecipeSettings):
             free, and nothing where the CPU is the device.
         kv_disk_budget: Bytes of KV to keep on the disk when there is no room there either.
         kv_folder: Where that is; None takes the folder `kv` of a store that is a folder. One process at a time.
-        live_budget: Bytes of slots for the rows that are at work; None takes 40 % of the free device
-            memory, whatever `kv_budget` is.
+        live_budget: Bytes of slots for the rows that are at work; None takes a third of the free device memory,
+            whatever `kv_budget` is. Where slots grow up to it, a quarter more is in use for a moment.
         max_rows: Most rows in a tick.
         prefill_chunk: Most positions of one row that a tick prefills.
         merge: "rotate" re-rotates the keys of moved segments, "rebuild" computes them anew; "auto" rotates where the

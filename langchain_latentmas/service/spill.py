@@ -196,7 +196,7 @@ class Spill:
         shapes = {f"{side}.{i}": (t.shape, t.dtype) for side, i, t in _tensors(blank)}
         if {name: (t.shape, t.dtype) for name, t in tensors.items()} != shapes:
             raise StoreCorrupted("its tensors have other shapes than it says")
-        layers = range(len(blank.keys))
+        layers = range(len(blank[0]))
         return type(blank)(*(stacked([tensors[f"{side}.{i}"] for i in layers]) for side in blank._fields))
 
     def _count(self, key: str, size: int) -> None:

@@ -48,16 +48,15 @@ def wrapped(kind: str, dtype: torch.dtype, **config: Any) -> LanguageModel:
 def both(model: LanguageModel, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Hidden states of ragged rows and one step more, from our own forward pass and from the decoder as it is."""
     torch.manual_seed(1)
-    found, rows, new = [], len(lengths), max(lengths)
-    embeds, ends = torch.randn(rows, new + 1, model.config.hidden_size).to(model.dtype), torch.tensor(lengths)[:, None]
-    cells = torch.where(torch.arange(new) < ends, torch.arange(new), 2 * new)
+    found, after = [], torch.tensor(lengths)
+    embeds = torch.randn(sum(lengths) + len(lengths), model.config.hidden_size).to(model.dtype)
+    cells = torch.cat([torch.arange(length) for length in lengths])
     for forward in (model._forward, model._as_it_is):
         cache, model._forward, model.decode = model.new_cache(), forward, forward
         with torch.inference_mode():
-            ragged = Ragged(lengths, lengths, new, model.device)
-            first = model._on_slots(embeds[:, :new], cells, cells.clamp_max(new), cache, ragged)
-            last = model._on_slots(embeds[:, new:], ends, ends, cache)
-        found.append(torch.cat([first[cells < new], last.flatten(0, 1)]))
+            first = model._on_slots(embeds[: len(cells)], cells, cells, cache, lengths)
+            last = model._on_slots(embeds[len(cells) :], after, after, cache, [1] * len(lengths))
+        found.append(torch.cat([first, last]))
     return found[0], found[1]
 
 
@@ -76,21 +75,20 @@ def test_our_own_forward_pass_is_the_decoder(
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3"])
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [6, 1, 4], [140, 3, 150]])
 def test_one_position_of_each_row_can_be_asked_for(kind: str, lengths: list[int]) -> None:
-    model, new = wrapped(kind, torch.float64, **dict(KIN).get(kind, {}), max_position_embeddings=256), max(lengths)
+    model = wrapped(kind, torch.float64, **dict(KIN).get(kind, {}), max_position_embeddings=256)
     only = torch.tensor([lengths[0] - 1, 0, lengths[2] // 2])
-    embeds, cells = torch.randn(3, new, 64).double(), torch.arange(new).expand(3, -1)
-    cells = torch.where(cells < torch.tensor(lengths)[:, None], cells, 255)
-    found, caches = [], []
+    embeds, cells = torch.randn(sum(lengths), 64).double(), torch.cat([torch.arange(length) for length in lengths])
+    ragged, found, caches = Ragged(lengths, lengths, model.device), [], []
     for asked in (None, only):
         cache = model.new_cache()
         cache.reserve(3, 256)
-        cache.window = Window(slice(0, 3), cells, new, cache.capacity, Ragged(lengths, lengths, new, model.device))
-        mask = model.mask(torch.arange(new) <= cells[:, None, :, None])
+        cache.window = Window(slice(0, 3), cells, cache.capacity, ragged)
+        masks = model.masks(ragged, torch.zeros(3, dtype=torch.long))
         with torch.inference_mode():
-            found.append(model.hidden(embeds, cells.clamp_max(new), mask, cache, asked))
+            found.append(model.hidden(embeds, cells, masks, cache, asked))
         caches.append(cache)
-    assert found[1].shape == (3, 1, 64)
-    assert relative(found[1][:, 0], found[0][torch.arange(3), only]) < 1e-12
+    assert found[1].shape == (3, 64)
+    assert relative(found[1], found[0][ragged.starts + only]) < 1e-12
     for row, length in enumerate(lengths):
         assert kv_difference(caches[0].read(row, 0, length), caches[1].read(row, 0, length)) < 1e-12
 

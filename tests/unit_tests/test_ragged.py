@@ -1,4 +1,4 @@
-"""Rows of different lengths without padding: every position is computed once, and comes back to its place."""
+"""Rows of different lengths, one behind the other: every position attends once, and comes back to its place."""
 
 from itertools import pairwise
 
@@ -9,41 +9,54 @@ from hypothesis import strategies as st
 from langchain_latentmas.engine.ragged import Ragged, bucket, taken
 
 CPU = torch.device("cpu")
-ROWS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 700)), min_size=1, max_size=12)
+ROWS = st.lists(st.tuples(st.integers(1, 9) | st.integers(1, 600), st.integers(0, 700)), min_size=1, max_size=12)
 
 
-@given(ROWS, st.integers(0, 3))
-def test_every_position_comes_back_to_its_place(rows: list[tuple[int, int]], padding: int) -> None:
-    counts, lengths = [n for n, _ in rows], [n + past for n, past in rows]
-    new = max(counts) + padding
-    ragged = Ragged(counts, lengths, new, CPU)
-    padded = torch.arange(len(rows) * new)
-    real = taken(padded, ragged.real)
-    assert real.tolist() == [row * new + i for row, n in enumerate(counts) for i in range(n)]
-    assert real[ragged.starts].tolist() == [row * new for row in range(len(rows))]
-    placed = taken(real, ragged.spread)
-    assert torch.equal(taken(placed, ragged.back), real)
-    place = 0
-    for run in ragged.runs:
+def ragged(rows: list[tuple[int, int]]) -> Ragged:
+    return Ragged([n for n, _ in rows], [n + past for n, past in rows], CPU)
+
+
+@given(ROWS)
+def test_every_position_comes_back_to_its_place(rows: list[tuple[int, int]]) -> None:
+    plan, total = ragged(rows), torch.arange(sum(n for n, _ in rows))
+    ends = [*plan.starts.tolist()[1:], len(total)]
+    placed, place = taken(total, plan.spread), 0
+    assert torch.equal(taken(placed, plan.back), total)
+    assert plan.new == max(plan.counts)
+    if plan.even:
+        assert plan.owners is None
+    else:
+        assert plan.owners is not None
+        assert plan.owners.tolist() == [row for row, (n, _) in enumerate(rows) for _ in range(n)]
+    for run in plan.runs:
         within = placed[place : (place := place + (run.rows.stop - run.rows.start) * run.new)].view(-1, run.new)
-        for row, positions in zip(range(run.rows.start, run.rows.stop), within, strict=True):
-            assert positions[: counts[row]].tolist() == [row * new + i for i in range(counts[row])]
-            assert set(positions[counts[row] :].tolist()) <= {row * new + counts[row] - 1}  # its last one again
+        for row, positions in zip(range(run.rows.start, run.rows.stop), within.tolist(), strict=True):
+            start, count = ends[row] - rows[row][0], rows[row][0]
+            assert positions == [min(start + i, ends[row] - 1) for i in range(run.new)]  # its last one again
+            assert plan.counts[row] == count
     assert place == len(placed)
 
 
 @given(ROWS)
-def test_rows_that_attend_together_see_about_as_far(rows: list[tuple[int, int]]) -> None:
-    counts, lengths = [n for n, _ in rows], [n + past for n, past in rows]
-    runs = Ragged(counts, lengths, max(counts), CPU).runs
-    assert [row for run in runs for row in range(run.rows.start, run.rows.stop)] == list(range(len(rows)))
-    for run in runs:
-        assert run.new == max(counts[run.rows])
-        assert run.length == max(lengths[run.rows])
-        assert len({bucket(n) for n in lengths[run.rows]}) == 1
-    assert all(bucket(a.length) != bucket(b.length) for a, b in pairwise(runs))
+def test_rows_that_attend_together_are_about_as_long_and_see_about_as_far(rows: list[tuple[int, int]]) -> None:
+    plan = ragged(rows)
+    assert [row for run in plan.runs for row in range(run.rows.start, run.rows.stop)] == list(range(len(rows)))
+    for run in plan.runs:
+        mine = rows[run.rows]
+        assert run.new == max(n for n, _ in mine)
+        assert run.length == max(n + past for n, past in mine)
+        assert len({(bucket(n), bucket(n + past)) for n, past in mine}) == 1 or plan.new == 1
+    kinds = [(bucket(run.new), bucket(run.length)) for run in plan.runs]
+    assert all(a != b for a, b in pairwise(kinds))
+    assert len(plan.runs) == 1 or plan.new > 1  # as rows that decode
+    assert plan.length == max(n + past for n, past in rows)
+
+
+def test_a_long_prompt_widens_no_short_one() -> None:
+    plan = ragged([(8, 1500)] * 60 + [(512, 1024)])
+    assert [(run.rows, run.new) for run in plan.runs] == [(slice(0, 60), 8), (slice(60, 61), 512)]
 
 
 def test_rows_that_are_even_are_not_copied() -> None:
-    even = Ragged([5, 5], [5, 90], 5, CPU)
-    assert even.real is even.spread is even.back is None
+    even = ragged([(5, 0), (5, 85)])
+    assert even.spread is even.back is None
