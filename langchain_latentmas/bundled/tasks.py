@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..evaluation.boxed import boxed
+from ..evaluation.graders import boxed_number
 
 ROLES: dict[str, str] = {
     "planner": "You are a planner. Plan the steps for the question.",
@@ -252,8 +252,8 @@ def answer_text(answer: int) -> str:
 
 
 def grade(text: str, answer: int) -> bool:
-    r"""Whether the last \boxed{...} in `text` holds `answer`."""
-    return boxed(text) == str(answer)
+    r"""Whether the last \boxed{...} in `text` holds `answer`, maybe with a unit."""
+    return boxed_number(text) == answer
 
 
 def prompt(role: str | None, user: str | None = None, think: bool = False) -> str:

@@ -81,7 +81,7 @@ class Feedback:
         if self.graphs is None or self.graphs.fault:
             step = self._compute(alignment, rows, length, thinking, speaking)
         else:
-            # Slots in excess write into their last cell, as padding does, and nobody sees that.
+            # Slots in excess write into their last cell; a row that will have it writes it anew before it sees it.
             size = power_of_two(rows), min(bucket(length), self.cache.capacity)
             self.positions[rows : size[0]] = self.cache.capacity - 1
             self.mask[rows : size[0], 0] = 0  # some kernels make NaN of attention to nothing
@@ -104,7 +104,7 @@ class Feedback:
         if speaking:
             embeds = self.model.embed(self.tokens[slots])
             inputs = torch.where(self.speaking[slots, None], embeds, inputs) if thinking else embeds
-        self.cache.window = Window(slots, positions, self.cache.capacity, Ragged.decoding(rows, length))
+        self.cache.window = Window(slots, self.cache.capacity, Ragged.decoding(positions, length))
         self.mask[slots].scatter_(1, positions[:, None], 0)
         mask = self.mask[slots, None, None, :length]
         # A slot in excess may be longer than the model can see.

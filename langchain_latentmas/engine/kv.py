@@ -77,7 +77,11 @@ class KV(NamedTuple):
         return KV(*(of_each(side, lambda t: t[..., :positions, :]) for side in self))
 
     def split(self, lengths: Sequence[int]) -> list["KV"]:
-        """Cuts along the positions; every part gets storage of its own, so that it can be freed alone."""
+        """Cuts along the positions; every part gets storage of its own, so that it can be freed alone.
+
+        Raises:
+            ValueError: If the lengths do not add up to the positions.
+        """
         ends = list(accumulate(lengths))
         if ends[-1:] != [self.positions]:
             raise ValueError(f"{self.positions} positions cannot be cut into {list(lengths)}.")

@@ -64,18 +64,18 @@ class LlamaDecoder:
         return ""
 
     def __call__(
-        self, embeds: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: SlotCache, only: Tensor | None = None
+        self, embeds: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: SlotCache, last_only: bool = False
     ) -> Tensor:
         """Last hidden states after the final norm; arguments and result as for `LanguageModel.hidden`."""
         ragged = cache.window.ragged
         cos, sin = (F.embedding(positions, angles)[:, None] for angles in (self.cos, self.sin))
         x, queries = _padded(embeds), Queries(masks, ragged.cuts, ragged.spread, ragged.back)
         for layer, slots in zip(self.layers, cache.layers, strict=True):
-            if only is not None and layer is self.layers[-1]:
+            if last_only and layer is self.layers[-1]:
                 # Keys and values are needed of all positions; what the last layer makes of the others nobody reads.
-                queries = Queries.of_one(ragged, masks, only)
+                queries = Queries.of_last(ragged, masks)
             x = layer(x, cos, sin, queries, slots)
-        return self.norm(x)[: len(positions) if only is None else len(only)]
+        return self.norm(x)[: len(ragged.lasts) if last_only else len(positions)]
 
 
 class Queries(NamedTuple):
@@ -90,14 +90,14 @@ class Queries(NamedTuple):
     """Whether they are not all of the new positions, and the layer's result is wanted of `spread` alone."""
 
     @classmethod
-    def of_one(cls, ragged: Ragged, masks: Sequence[Tensor], only: Tensor) -> "Queries":
-        """Of one position of each row, `only` [rows]."""
-        rows = torch.arange(len(only), device=only.device)
-        parts = [
-            mask[rows[: len(mask)], :, only[run.rows]][:, :, None] for run, mask in zip(ragged.runs, masks, strict=True)
-        ]
+    def of_last(cls, ragged: Ragged, masks: Sequence[Tensor]) -> "Queries":
+        """Of the last new position of each row."""
+        at = ragged.lasts - ragged.firsts
+        rows = torch.arange(len(at), device=at.device)
+        pairs = zip(ragged.runs, masks, strict=True)
+        masks = [mask[rows[: len(mask)], :, at[run.rows]][:, :, None] for run, mask in pairs]
         cuts = ragged.cuts and ragged.cuts._replace(places=ragged.cuts.rows)
-        return cls(parts, cuts, ragged.starts + only, None, alone=True)
+        return cls(masks, cuts, ragged.lasts, None, alone=True)
 
 
 class Layer:

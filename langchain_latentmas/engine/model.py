@@ -224,14 +224,11 @@ class LanguageModel:
         """What is added to attention scores, of the shape of `seen`, which says where a cell is seen."""
         return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(~seen, self.unseen)
 
-    def masks(
-        self, ragged: Ragged, firsts: Tensor, holes: Sequence[Sequence[tuple[int, int]]] | None = None
-    ) -> list[Tensor]:
+    def masks(self, ragged: Ragged, holes: Sequence[Sequence[tuple[int, int]]] | None = None) -> list[Tensor]:
         """What is added to attention scores in a pass in which every position sees the cells before it, and its own.
 
         Args:
             ragged: How the rows lie.
-            firsts: [rows]: the cell of each row's first new position.
             holes: Of each row, ranges of cells that it must not see.
 
         Returns:
@@ -239,7 +236,7 @@ class LanguageModel:
         """
         masks = []
         for run in ragged.runs:
-            cells = firsts[run.rows, None] + torch.arange(run.new, device=self.device)
+            cells = ragged.cells[ragged.firsts[run.rows, None]] + torch.arange(run.new, device=self.device)
             seen = torch.arange(run.length, device=self.device) <= cells[:, None, :, None]
             for row, ranges in zip(seen, holes[run.rows] if holes else (), strict=False):
                 for start, end in ranges:
@@ -248,7 +245,7 @@ class LanguageModel:
         return masks
 
     def hidden(
-        self, embeds: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: SlotCache, only: Tensor | None = None
+        self, embeds: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: SlotCache, last_only: bool = False
     ) -> Tensor:
         """One forward pass without logits, over the new positions of some rows, one row behind the other.
 
@@ -258,14 +255,14 @@ class LanguageModel:
             masks: For each run of the rows [rows, 1, new, length], in the model's dtype: what is added to attention
                 scores, 0 for cells that a position sees and `unseen` for others.
             cache: Its window says how the rows lie, and where the new keys go.
-            only: [rows]: the one new position of each row whose hidden state is wanted; None for all of them.
+            last_only: Whether the hidden state is wanted of the last new position of each row alone.
 
         Returns:
-            Last hidden states after the final norm, [total, hidden], or with `only` [rows, hidden].
+            Last hidden states after the final norm, [total, hidden], or with `last_only` [rows, hidden].
         """
         if cache.window.ragged.new == 1:
             return self.decode(embeds, positions, masks, cache)
-        return self._forward(embeds, positions, masks, cache, only)
+        return self._forward(embeds, positions, masks, cache, last_only)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of hidden states [..., hidden]."""
@@ -364,21 +361,21 @@ class LanguageModel:
         return f"oneDNN takes no {self.dtype} weights on {self.device.type} here, or these are quantized"
 
     def _as_it_is(
-        self, embeds: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: SlotCache, only: Tensor | None = None
+        self, embeds: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: SlotCache, last_only: bool = False
     ) -> Tensor:
         window = cache.window
         hidden = window.real(
             self.decoder(
                 inputs_embeds=window.padded(embeds),
                 position_ids=window.padded(positions),
-                attention_mask=self._whole(masks, window.ragged),
+                attention_mask=self._joined(masks, window.ragged),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
         )
-        return hidden if only is None else hidden[(window.ragged.starts + only).to(hidden.device)]
+        return hidden[window.ragged.lasts.to(hidden.device)] if last_only else hidden
 
-    def _whole(self, masks: Sequence[Tensor], ragged: Ragged) -> Tensor:
+    def _joined(self, masks: Sequence[Tensor], ragged: Ragged) -> Tensor:
         """The masks of all runs in one, [rows, 1, new, length]."""
         if len(masks) == 1:
             return masks[0]
@@ -390,23 +387,28 @@ class LanguageModel:
         return whole
 
     def _on_slots(
-        self, embeds: Tensor, cells: Tensor, positions: Tensor, cache: SlotCache, counts: Sequence[int]
+        self, embeds: Tensor, counts: Sequence[int], starts: Sequence[int], cache: SlotCache, shift: int = 0
     ) -> Tensor:
-        """A pass of rows with `counts` new positions each, in the first slots; all arguments as for `hidden`."""
-        firsts = torch.stack([row[0] for row in cells.split(list(counts))])
-        lengths = [int(first) + count for first, count in zip(firsts, counts, strict=True)]
-        cache.reserve(len(counts), max(lengths))
-        ragged = Ragged(counts, lengths, self.device)
-        cache.window = Window(slice(0, len(counts)), cells, cache.capacity, ragged)
-        return self.hidden(embeds, positions, self.masks(ragged, firsts), cache)
+        """Last hidden states [total, hidden] of a pass of rows in the first slots.
+
+        Args:
+            embeds: [total, hidden].
+            counts: New positions of each row.
+            starts: Cell of each row's first one.
+            cache: The slots.
+            shift: How far behind its cell a position is.
+        """
+        ragged = Ragged(counts, starts, self.device)
+        cache.reserve(len(counts), ragged.length)
+        cache.window = Window(slice(0, len(counts)), cache.capacity, ragged)
+        return self.hidden(embeds, ragged.cells + shift, self.masks(ragged), cache)
 
     def _probe_ids(self) -> Tensor:
         return torch.arange(5, 5 + 12, device=self.device) % self.config.vocab_size
 
     def _probe_keys(self, start: int) -> KV:
         cache = self.new_cache()
-        cells = torch.arange(3, device=self.device)
-        self._on_slots(self.embed(self._probe_ids()[:3]), cells, cells + start, cache, [3])
+        self._on_slots(self.embed(self._probe_ids()[:3]), [3], [0], cache, shift=start)
         return cache.read(0, 0, 3)
 
     def _check_against_plain_forward(self, cache: SlotCache) -> None:
@@ -449,10 +451,8 @@ class LanguageModel:
             The difference of logits, root mean square, relative to their size; that of the row where it is larger.
         """
         ids = self._probe_ids()
-        cells = torch.tensor([*range(6), *range(3)], device=self.device)  # a row of 6, one of 3
-        self._on_slots(self.embed(ids[:9]), cells, cells, cache, [6, 3])
-        after = torch.tensor([6, 3], device=self.device)
-        ours = self.logits(self._on_slots(self.embed(ids[[6, 9]]), after, after, cache, [1, 1]))
+        self._on_slots(self.embed(ids[:9]), [6, 3], [0, 0], cache)
+        ours = self.logits(self._on_slots(self.embed(ids[[6, 9]]), [1, 1], [6, 3], cache))
         plain = [self.model(input_ids=row[None], use_cache=False).logits[0, -1] for row in (ids[:7], ids[6:10])]
         pairs = [(mine, theirs.to(mine.device)) for mine, theirs in zip(ours, plain, strict=True)]
         return max(float(relative_difference(mine, theirs)) for mine, theirs in pairs)

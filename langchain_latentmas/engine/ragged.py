@@ -1,11 +1,12 @@
 """Rows with different numbers of new positions, laid one behind the other, so that only attention computes padding."""
 
 from collections.abc import Sequence
-from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+PADDED = 2  # times the positions of a run that its places may be
 
 
 class Run(NamedTuple):
@@ -36,65 +37,89 @@ class Ragged:
         counts: New positions of each row.
         new: Those of the row that has most.
         even: Whether all have as many.
+        length: Cells in sight of the row that sees most.
         runs: All rows, in order.
         cuts: Between them; None where there is one, so that whoever compiles what follows sees no number of rows.
-        starts: [rows]: at which of all new positions each row begins.
+        cells: [total]: where in its slot each new position is written.
         owners: [total]: whose each new position is; None where all have as many.
         spread: Which of all new positions each place of the runs takes, one run behind the other; None where they lie
             there as they are. What a row is filled up with is its last position again.
         back: [total]: at which place of the runs each new position is; None likewise.
+        firsts: [rows]: which of all new positions is the first of each row; not for rows that decode.
+        lasts: [rows]: which one is the last; likewise.
     """
 
     cuts: Cuts | None = None
-    starts: Tensor
     owners: Tensor | None = None
     spread: Tensor | None = None
     back: Tensor | None = None
+    firsts: Tensor
+    lasts: Tensor
 
-    def __init__(self, counts: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, counts: Sequence[int], starts: Sequence[int], device: torch.device) -> None:
         """Plans a pass.
 
         Args:
             counts: New positions of each row.
-            lengths: Cells in sight of each row's last one.
+            starts: Cell of each row's first one; those behind it follow, and all see the cells before them.
             device: Where the indices are needed.
         """
+        lengths = [start + count for start, count in zip(starts, counts, strict=True)]
         self.counts, self.new, self.even = tuple(counts), max(counts), len(set(counts)) == 1
         # On a GPU a call more costs more than cells that a short row need not have read. Rows with one new position
         # are computed as those that decode, by what may be compiled for one run.
-        far = [bucket(length) if device.type == "cpu" and self.new > 1 else 0 for length in lengths]
-        alike, self.runs = groupby(zip(far, map(bucket, counts), strict=True)), list[Run]()
-        for first, end in pairwise(accumulate((len(list(rows)) for _, rows in alike), initial=0)):
-            rows = slice(first, end)
-            self.runs.append(Run(rows, max(counts[rows]), max(lengths[rows])))
+        self.length, self.runs = max(lengths), _runs(counts, lengths, device.type == "cpu" and self.new > 1)
         if len(self.runs) > 1:
             sizes = [run.rows.stop - run.rows.start for run in self.runs]
             self.cuts = Cuts(sizes, [size * run.new for size, run in zip(sizes, self.runs, strict=True)])
-        new = torch.tensor(counts)[:, None]
-        starts = new.cumsum(0) - new
-        indices = [starts.flatten(), torch.arange(len(counts)).repeat_interleave(new.flatten())]
+        new = torch.tensor(counts)
+        ends = new.cumsum(0)
+        firsts, owners = ends - new, torch.arange(len(counts)).repeat_interleave(new)
+        within = torch.arange(len(owners)) - firsts[owners]
+        indices = [firsts, ends - 1, torch.tensor(starts)[owners] + within, owners]
         if any(count < run.new for run in self.runs for count in counts[run.rows]):
-            places = [(run.rows, torch.arange(run.new)[None]) for run in self.runs]
-            indices.append(torch.cat([(starts[rows] + at.minimum(new[rows] - 1)).flatten() for rows, at in places]))
-            indices.append(torch.cat([(at < new[rows]).flatten() for rows, at in places]).nonzero()[:, 0])
+            places = [(slice(run.rows.start, run.rows.stop), torch.arange(run.new)[None]) for run in self.runs]
+            spread = [firsts[rows, None] + at.minimum(new[rows, None] - 1) for rows, at in places]
+            indices.append(torch.cat([part.flatten() for part in spread]))
+            indices.append(torch.cat([(at < new[rows, None]).flatten() for rows, at in places]).nonzero()[:, 0])
         # In one, since each copy waits for the device.
-        self.starts, owners, *others = torch.cat(indices).to(device).split([len(index) for index in indices])
+        found = torch.cat(indices).to(device).split([len(index) for index in indices])
+        self.firsts, self.lasts, self.cells, owners, *others = found
         if not self.even:
             self.owners = owners
         if others:
             self.spread, self.back = others
 
     @classmethod
-    def decoding(cls, rows: int, length: int) -> "Ragged":
-        """Rows with one new position each, all in one run; nothing is copied to a device."""
-        one = cls.__new__(cls)
-        one.counts, one.new, one.even, one.runs = (1,) * rows, 1, True, [Run(slice(0, rows), 1, length)]
+    def decoding(cls, cells: Tensor, length: int) -> "Ragged":
+        """Rows with one new position each, all in one run; nothing is copied to a device.
+
+        Args:
+            cells: [rows]: where in its slot each is written.
+            length: Cells in sight.
+        """
+        one, rows = cls.__new__(cls), len(cells)
+        one.counts, one.new, one.even, one.length = (1,) * rows, 1, True, length
+        one.runs, one.cells = [Run(slice(0, rows), 1, length)], cells
         return one
 
-    @property
-    def length(self) -> int:
-        """Cells in sight of the row that sees most."""
-        return max(run.length for run in self.runs)
+
+def _runs(counts: Sequence[int], lengths: Sequence[int], by_length: bool) -> list[Run]:
+    """Rows behind each other, as long as that computes at most `PADDED` times their positions."""
+    runs: list[Run] = []
+    real = 0  # positions of the last run
+    for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        mine = Run(slice(row, row + 1), count, length)
+        if runs:
+            last = runs[-1]
+            both = Run(slice(last.rows.start, row + 1), max(last.new, count), max(last.length, length))
+            fits = (row + 1 - both.rows.start) * both.new <= PADDED * (real + count)
+            if fits and not (by_length and bucket(last.length) != bucket(length)):
+                runs[-1], real = both, real + count
+                continue
+        runs.append(mine)
+        real = count
+    return runs
 
 
 def bucket(length: int) -> int:

@@ -19,17 +19,15 @@ class Window:
         ragged: How their new positions lie one behind the other.
     """
 
-    def __init__(self, rows: slice, cells: Tensor, capacity: int, ragged: Ragged) -> None:
+    def __init__(self, rows: slice, capacity: int, ragged: Ragged) -> None:
         """Takes down where all layers write.
 
         Args:
             rows: The slots that take part.
-            cells: [total]: where in its slot each new position is written.
             capacity: Cells of a slot.
             ragged: How they lie.
         """
-        self.rows, self.ragged = rows, ragged
-        self._cells, self._capacity = cells, capacity
+        self.rows, self.ragged, self._capacity = rows, ragged, capacity
         self._targets: dict[tuple[int, torch.device], Tensor] = {}
 
     def targets(self, heads: int, device: torch.device) -> Tensor:
@@ -48,7 +46,7 @@ class Window:
                 slots = slots[self.ragged.owners.to(device)]
             elif self.ragged.new > 1:
                 slots = slots.repeat_interleave(self.ragged.new)
-            first = slots * heads * self._capacity + self._cells.to(device)
+            first = slots * heads * self._capacity + self.ragged.cells.to(device)
             self._targets[heads, device] = (
                 first[:, None] + torch.arange(heads, device=device) * self._capacity
             ).flatten()
@@ -78,7 +76,7 @@ class SlotLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocates the slots, once the model has shown shape, dtype and device."""
+        """Allocates the slots, of all layers if they are alike, once the model has shown shape, dtype and device."""
         if not self.cache.allocate():
             self.keys, self.values = map(self.cache.new_side, (key_states[0], value_states[0]))
             self.is_initialized = True
@@ -184,17 +182,18 @@ class SlotCache(Cache):
             both = min(slots, self.slots), min(capacity, self.capacity)
             self.slots, self.capacity = slots, capacity
             for side, name in enumerate(("keys", "values")):
-                if self._whole:
-                    kept = self._whole[side][..., : both[0], :, : both[1], :].clone()
-                    self._whole[side] = kept  # what was there goes before what comes
+                if not self._whole:
                     for layer in self.layers:
-                        delattr(layer, name)
-                    self._whole[side] = self._filled(kept)
-                for i, layer in enumerate(self.layers):
-                    if self._whole:
-                        setattr(layer, name, self._whole[side][i])
-                    elif layer.is_initialized:
-                        setattr(layer, name, self._filled(getattr(layer, name)[: both[0], :, : both[1]]))
+                        if layer.is_initialized:
+                            setattr(layer, name, self._filled(getattr(layer, name)[: both[0], :, : both[1]]))
+                    continue
+                kept = self._whole[side][..., : both[0], :, : both[1], :].clone()
+                self._whole[side] = kept  # what was there goes before what comes
+                for layer in self.layers:
+                    delattr(layer, name)
+                self._whole[side] = self._filled(kept)
+                for layer, own in zip(self.layers, self._whole[side], strict=True):
+                    setattr(layer, name, own)
 
     def blank(self, slot: int) -> None:
         """Zeroes a slot."""

@@ -224,8 +224,7 @@ class Ticker:
     def _needed(self, row: Row) -> tuple[int, int]:
         """Slots and cells that the live rows and this one take."""
         end = max(other.end for other in (*self.rows, row))
-        # The last cell takes what padding writes.
-        return power_of_two(len(self.rows) + 1), max(LEAST, power_of_two(end + 1))
+        return power_of_two(len(self.rows) + 1), max(LEAST, power_of_two(end))
 
     def _bytes(self, size: tuple[int, int]) -> int:
         return size[0] * size[1] * self.model.bytes_per_position
@@ -266,26 +265,22 @@ class Ticker:
                 set(counts), key=lambda width: sum(min(n, width) for n in counts) / (PASS_COST + len(counts) * width)
             )
             counts = [min(n, width) for n in counts]
-        device, firsts, ends = self.model.device, [row.position for row in rows], list(accumulate(counts))
-        ragged = Ragged(counts, [first + n for first, n in zip(firsts, counts, strict=True)], device)
-        ids = torch.tensor([token for row, n in zip(rows, counts, strict=True) for token in row.ids[:n]])
-        cells = torch.cat([torch.arange(first, first + n) for first, n in zip(firsts, counts, strict=True)])
-        whole = torch.cat([ids, cells, torch.tensor(firsts), torch.tensor(counts)]).to(device)  # each copy waits
-        ids, cells, first_cells, new = whole.split([ends[-1], ends[-1], together, together])
-        embeds = self.model.embed(ids)
+        ids = [token for row, n in zip(rows, counts, strict=True) for token in row.ids[:n]]
+        embeds, ends = self.model.embed(torch.tensor(ids, device=self.model.device)), list(accumulate(counts))
         for row, n, end in zip(rows, counts, ends, strict=True):
             row.ids = row.ids[n:]
             if row.embeds is not None:
                 embeds[end - n : end] = row.embeds[:n]
                 row.embeds = row.embeds[n:]
-        self.cache.window = Window(slice(slot, slot + together), cells, self.cache.capacity, ragged)
-        only = None if any(row.keep_hidden for row in rows) else new - 1
-        masks = self.model.masks(ragged, first_cells, [row.holes for row in rows])
-        hidden = self.model.hidden(embeds, cells, masks, self.cache, only)
+        ragged = Ragged(counts, [row.position for row in rows], self.model.device)
+        self.cache.window = Window(slice(slot, slot + together), self.cache.capacity, ragged)
+        masks = self.model.masks(ragged, [row.holes for row in rows])
+        last_only = not any(row.keep_hidden for row in rows)
+        hidden = self.model.hidden(embeds, ragged.cells, masks, self.cache, last_only)
         self.prefilled += ends[-1]
         for i, (row, n, end) in enumerate(zip(rows, counts, ends, strict=True)):
             row.position += n
-            row.hidden = hidden[i if only is not None else end - 1]
+            row.hidden = hidden[i if last_only else end - 1]
             if row.keep_hidden:
                 row.prefilled.append(hidden[end - n : end])
         return together

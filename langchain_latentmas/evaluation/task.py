@@ -15,7 +15,6 @@ from ..errors import InvalidRequest
 from ..node import Prompt
 from ..service import LatentService
 from ..state import LatentState
-from . import graders
 from .roles import BOXED, BUNDLED, Roles
 
 
@@ -138,7 +137,7 @@ class BundledTask(Task):
 
     def grade(self, text: str, question: Question) -> bool:
         r"""Whether the last \boxed{...} holds the answer."""
-        return graders.boxed_number(text) == int(question.answer)
+        return tasks.grade(text, int(question.answer))
 
     def roles(self, service: LatentService) -> Roles:
         """See `Task.roles`."""

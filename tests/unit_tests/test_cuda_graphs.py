@@ -78,6 +78,24 @@ def test_replayed_steps_give_what_computed_ones_give(model: LanguageModel) -> No
     assert {rows for rows, _ in recorder.recorded} >= {1, 4}
 
 
+def test_slots_in_excess_take_nothing_from_a_row_that_fills_its_slot(model: LanguageModel) -> None:
+    """Beside three that decode in four slots, a row fills the fourth to its last cell, a few positions a tick."""
+    ends = []
+    for graphs in (None, Graphs(Recorder(), tolerance=1e-8)):
+        tick, found = Ticker(model, max_rows=4, live_bytes=1 << 40, chunk=9, graphs=graphs), list[Result]()
+        with torch.inference_mode():
+            for i in range(3):
+                tick.join(Row((), 0, [[5 + i]], steps=60, on_done=len, on_error=pytest.fail))
+            tick.step()
+            ids = torch.randint(3, 384, (128,), generator=torch.Generator().manual_seed(1)).tolist()
+            tick.join(Row((), 0, [ids], on_done=found.append, on_error=pytest.fail))
+            assert tick.cache.capacity == 128
+            while tick.rows:
+                tick.step()
+        ends += found
+    assert kv_difference(ends[0].kv, ends[1].kv) < 1e-8
+
+
 def test_one_graph_serves_many_steps_and_a_grown_cache_gets_new_ones(model: LanguageModel) -> None:
     recorder = Recorder()
     graphs = Graphs(recorder, tolerance=1e-8)

@@ -48,14 +48,13 @@ def wrapped(kind: str, dtype: torch.dtype, **config: Any) -> LanguageModel:
 def both(model: LanguageModel, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Hidden states of ragged rows and one step more, from our own forward pass and from the decoder as it is."""
     torch.manual_seed(1)
-    found, after = [], torch.tensor(lengths)
-    embeds = torch.randn(sum(lengths) + len(lengths), model.config.hidden_size).to(model.dtype)
-    cells = torch.cat([torch.arange(length) for length in lengths])
+    found, total, rows = [], sum(lengths), len(lengths)
+    embeds = torch.randn(total + rows, model.config.hidden_size).to(model.dtype)
     for forward in (model._forward, model._as_it_is):
         cache, model._forward, model.decode = model.new_cache(), forward, forward
         with torch.inference_mode():
-            first = model._on_slots(embeds[: len(cells)], cells, cells, cache, lengths)
-            last = model._on_slots(embeds[len(cells) :], after, after, cache, [1] * len(lengths))
+            first = model._on_slots(embeds[:total], lengths, [0] * rows, cache)
+            last = model._on_slots(embeds[total:], [1] * rows, lengths, cache)
         found.append(torch.cat([first, last]))
     return found[0], found[1]
 
@@ -74,21 +73,19 @@ def test_our_own_forward_pass_is_the_decoder(
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3"])
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [6, 1, 4], [140, 3, 150]])
-def test_one_position_of_each_row_can_be_asked_for(kind: str, lengths: list[int]) -> None:
+def test_the_last_position_of_each_row_can_be_asked_for(kind: str, lengths: list[int]) -> None:
     model = wrapped(kind, torch.float64, **dict(KIN).get(kind, {}), max_position_embeddings=256)
-    only = torch.tensor([lengths[0] - 1, 0, lengths[2] // 2])
-    embeds, cells = torch.randn(sum(lengths), 64).double(), torch.cat([torch.arange(length) for length in lengths])
-    ragged, found, caches = Ragged(lengths, lengths, model.device), [], []
-    for asked in (None, only):
+    embeds, ragged = torch.randn(sum(lengths), 64).double(), Ragged(lengths, [0, 0, 0], model.device)
+    found, caches = [], []
+    for last_only in (False, True):
         cache = model.new_cache()
         cache.reserve(3, 256)
-        cache.window = Window(slice(0, 3), cells, cache.capacity, ragged)
-        masks = model.masks(ragged, torch.zeros(3, dtype=torch.long))
+        cache.window = Window(slice(0, 3), cache.capacity, ragged)
         with torch.inference_mode():
-            found.append(model.hidden(embeds, cells, masks, cache, asked))
+            found.append(model.hidden(embeds, ragged.cells, model.masks(ragged), cache, last_only))
         caches.append(cache)
     assert found[1].shape == (3, 64)
-    assert relative(found[1], found[0][ragged.starts + only]) < 1e-12
+    assert relative(found[1], found[0][torch.tensor(lengths).cumsum(0) - 1]) < 1e-12
     for row, length in enumerate(lengths):
         assert kv_difference(caches[0].read(row, 0, length), caches[1].read(row, 0, length)) < 1e-12
 

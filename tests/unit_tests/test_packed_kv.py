@@ -10,7 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from langchain_latentmas import LatentRef, LatentService
+from langchain_latentmas.engine import kv as kv_module
 from langchain_latentmas.engine.kv import KV, AnyKV
+from langchain_latentmas.engine.rotary import Rotary, _halves
 from langchain_latentmas.errors import InvalidRequest, ModelNotSupported
 from langchain_latentmas.service.local import LocalService
 
@@ -193,6 +195,7 @@ def test_greedy_answers_of_the_bundled_model_stay(bundled: LatentService) -> Non
     [
         lambda kv: kv.first(3),
         lambda kv: kv.split([2, 4])[1],
+        lambda kv: Rotary(torch.tensor([1.0, 0.1]), _halves).turn(kv, 5),
         lambda kv: KV.join([kv, kv.first(2)]),
         lambda kv: KV.join([kv.packed(), kv]),
         lambda kv: kv.packed(),
@@ -201,11 +204,16 @@ def test_greedy_answers_of_the_bundled_model_stay(bundled: LatentService) -> Non
         lambda kv: kv.to([CPU, META, META]).first(2).to([META] * 3),
     ],
 )
-def test_stacked_layers_are_the_same_as_layers_apart(what: Callable[[KV], AnyKV]) -> None:
+@pytest.mark.parametrize("at_once", [0, 1 << 22])
+def test_stacked_layers_are_the_same_as_layers_apart(
+    monkeypatch: pytest.MonkeyPatch, what: Callable[[KV], AnyKV], at_once: int
+) -> None:
+    monkeypatch.setattr(kv_module, "AT_ONCE", at_once)
     apart = some(6, torch.float32)
     ours, theirs = what(apart.stacked()), what(apart)
     assert ours.positions == theirs.positions
     assert ours.nbytes == theirs.nbytes
     for a, b in [*zip(ours.keys, theirs.keys, strict=True), *zip(ours.values, theirs.values, strict=True)]:
         assert a.shape == b.shape
+        assert a.dtype == b.dtype
         assert a.is_meta or torch.equal(a, b)

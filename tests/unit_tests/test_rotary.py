@@ -124,10 +124,12 @@ def test_frequencies_that_do_not_fit_the_keys_are_noticed() -> None:
         assert Rotary.probe(torch.nn.Module(), language_model._probe_keys, 64, 1e-3) is None
 
 
-def test_what_is_split_is_joined_again_in_storage_of_its_own() -> None:
-    kv = some_kv()
+@pytest.mark.parametrize("kv", [some_kv(), some_kv().stacked()], ids=["layers apart", "stacked"])
+def test_what_is_split_is_joined_again_in_storage_of_its_own(kv: KV) -> None:
     parts = kv.split([2, 3])
     assert [part.positions for part in parts] == [2, 3]
     assert kv_equal(KV.join(parts), kv)
-    assert all(part.keys[0].untyped_storage().nbytes() == part.keys[0].nbytes for part in parts)
+    assert sum(side[0].untyped_storage().nbytes() for part in parts for side in part) <= kv.nbytes
     assert sum(part.nbytes for part in parts) == kv.nbytes
+    with pytest.raises(ValueError, match="5 positions cannot be cut"):
+        kv.split([2, 9])

@@ -71,11 +71,10 @@ def test_moving_a_slot_leaves_its_source(cache: SlotCache) -> None:
 
 def test_an_update_writes_each_row_at_its_own_cells(cache: SlotCache) -> None:
     cache.reserve(3, 128)
-    ragged = Ragged([2, 2], [2, 10], torch.device("cpu"))
-    cache.window = Window(slice(1, 3), torch.tensor([0, 1, 7, 8]), cache.capacity, ragged)
+    cache.window = Window(slice(1, 3), cache.capacity, Ragged([2, 2], [0, 7], torch.device("cpu")))
     new = torch.randn(2, 2, 2, 4)
     keys, values = cache.layers[0].update(new, -new)
-    assert keys.shape == values.shape == (2, 2, 10, 4)
+    assert keys.shape == values.shape == (2, 2, 9, 4)
     assert torch.equal(keys[0, :, :2], new[0])
     assert torch.equal(values[1, :, 7:9], -new[1])
     assert keys[0, :, 2:].count_nonzero() == keys[1, :, :7].count_nonzero() == 0
@@ -89,15 +88,13 @@ def test_the_bytes_of_a_position_are_those_of_all_layers(cache: SlotCache) -> No
 
 def test_padding_is_not_written(cache: SlotCache) -> None:
     cache.reserve(2, 128)
-    cache.window = Window(
-        slice(0, 2), torch.tensor([0, 1, 2, 7]), cache.capacity, Ragged([3, 1], [3, 10], torch.device("cpu"))
-    )
+    cache.window = Window(slice(0, 2), cache.capacity, Ragged([3, 1], [0, 7], torch.device("cpu")))
     new = torch.randn(4, 2, 4)
     keys, values = cache.layers[0].put(new, -new)
     padded = cache.window.padded(new).transpose(1, 2)
     assert padded.shape == (2, 2, 3, 4)
     for found in ((keys, values), cache.layers[1].update(padded, -padded)):
-        assert found[0].shape == found[1].shape == (2, 2, 10, 4)
+        assert found[0].shape == found[1].shape == (2, 2, 8, 4)
         assert torch.equal(found[0][0, :, :3], new[:3].transpose(0, 1))
         assert torch.equal(found[1][1, :, 7], -new[3])
         assert found[0].count_nonzero() == 4 * 2 * 4

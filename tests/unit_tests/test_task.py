@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from langchain_latentmas.bundled import tasks
 from langchain_latentmas.errors import InvalidRequest
 from langchain_latentmas.evaluation.roles import BOXED, BUNDLED
 from langchain_latentmas.evaluation.task import BUNDLED_TASKS, Question, Split
@@ -39,6 +40,7 @@ def test_answers_are_graded(name: str) -> None:
     task = BUNDLED_TASKS[name]()
     for question in task.questions(20):
         assert task.grade(f"The answer is \\boxed{{{question.answer}}}.", question)
+        assert tasks.grade(f"\\boxed{{{question.answer}\\text{{ coins}}}}", int(question.answer))  # the demo's, too
         assert not task.grade(f"The answer is \\boxed{{{int(question.answer) + 1}}}.", question)
         assert not task.grade("", question)
 

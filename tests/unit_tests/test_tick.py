@@ -222,11 +222,21 @@ def test_no_steps_hand_the_prompt_over(model: LanguageModel) -> None:
     assert (result.tokens, result.text, result.finish) == ([], "", "")
 
 
-def test_the_hidden_states_of_a_prefill_are_there_on_demand(model: LanguageModel) -> None:
-    kept = alone(model, Request([ids(9, 1), torch.ones(2, 128, dtype=torch.float64)], keep_hidden=True))
-    assert kept.hidden is not None
-    assert kept.hidden.shape == (11, 128)
+@pytest.mark.parametrize("chunk", [4, 512])
+def test_the_hidden_states_of_a_prefill_are_there_on_demand(model: LanguageModel, chunk: int) -> None:
     assert alone(model, Request([ids(9, 1)])).hidden is None
+    inputs = [[ids(9, 1), torch.ones(2, 128, dtype=torch.float64)], [ids(3, 2)], [ids(150, 3)]]
+    tick, found = ticker(model, chunk), []
+    with torch.inference_mode():
+        for each in inputs:
+            row = Request(each, keep_hidden=True).row()
+            row.on_done = found.append
+            tick.join(row)
+    finish(tick)
+    together = {len(result.hidden): result.hidden for result in found}
+    for each in inputs:
+        hidden = alone(model, Request(each, keep_hidden=True)).hidden
+        assert relative(together[sum(map(len, each))], hidden) < 1e-9
 
 
 def test_every_spoken_token_is_in_the_memory_the_last_one_too(model: LanguageModel) -> None:
@@ -260,6 +270,7 @@ def test_a_hole_is_not_seen(model: LanguageModel) -> None:
         row.position = 8
         tick = ticker(model)
         with torch.inference_mode():
+            tick.join(Request([ids(150, 4)]).row())  # prefilled beside it, in another run
             tick.join(row)
         finish(tick)
         results.append(request.results[0])
