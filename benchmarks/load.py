@@ -128,8 +128,8 @@ def main(
     graphs: Annotated[int, typer.Option(help="Graphs at a time.")] = 20,
     seconds: Annotated[float, typer.Option(help="How long it is measured.")] = 15,
     steps: Annotated[int, typer.Option(help="Latent steps of each of the three thinkers.")] = 8,
-    max_running: Annotated[int, typer.Option(help="Requests that the server works on at a time.")] = 64,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; fewer make more 429s.")] = 128,
+    max_running: Annotated[int, typer.Option(help="Requests that the server works on at a time.")] = 128,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; fewer make more 429s.")] = 48,
     kv_budget: Annotated[
         str, typer.Option(help="KV that the server keeps: memory grows until it is full, and too little is rebuilt.")
     ] = "160MiB",

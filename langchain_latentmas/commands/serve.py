@@ -14,7 +14,7 @@ from ..errors import MissingExtra
 from .options import Options, named
 from .session import loading, reported
 
-SWITCH_SECONDS = 0.0001
+SWITCH_SECONDS = 0.0005
 
 
 def serve(
@@ -31,7 +31,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="8765 by default; 0 takes a free one.")] = None,
     certificate: Annotated[Path | None, typer.Option(help="PEM file, for HTTPS.")] = None,
     certificate_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
-    max_running: Annotated[int | None, typer.Option(help="Most requests at work; 64 by default.")] = None,
+    max_running: Annotated[int | None, typer.Option(help="Most requests at work; 128 by default.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Most requests that wait; 256 by default.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds that a request may take; 600 by default.")] = None,
     drain: Annotated[float | None, typer.Option(help="Seconds for work to end after SIGTERM; 30 by default.")] = None,

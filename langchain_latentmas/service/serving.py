@@ -35,7 +35,8 @@ class ServeSettings(BaseSettings):
         certificate_key: PEM file of its key.
         token: Who has it may use the server, and read its metrics.
         tokens: Further tokens by tenant; no tenant sees anything of another.
-        max_running: Most requests at work; the others wait.
+        max_running: Most requests at work; the others wait. More than the rows of a tick, since some are being checked,
+            stored or sent meanwhile.
         max_waiting: Most requests that wait.
         deadline: Seconds after which a request is given up, its wait included; the most that a client can ask for.
         drain: Seconds for which work goes on after SIGTERM.
@@ -63,7 +64,7 @@ class ServeSettings(BaseSettings):
     certificate_key: Path | None = None
     token: SecretStr | None = None
     tokens: dict[str, SecretStr] = Field(default_factory=dict)
-    max_running: int = Field(64, ge=1)
+    max_running: int = Field(128, ge=1)
     max_waiting: int = Field(256, ge=0)
     deadline: float = Field(600, gt=0)
     drain: float = Field(30, ge=0)
