@@ -161,9 +161,9 @@ def test_a_conversation_reads_its_first_turn_through_memory_alone(fresh_service:
 def test_batches_share_ticks_and_equal_single_runs(fresh_service: Fresh) -> None:
     questions = [{"messages": [("human", f"What is {i} plus {'1 plus ' * i}1?")]} for i in range(4)]
     single = fresh_service(key=bytes(32))
-    alone = [hierarchical(single, steps=4, max_tokens=6).compile().invoke(q)["latents"] for q in questions]  # type: ignore[arg-type]
+    alone = [hierarchical(single, steps=60, max_tokens=6).compile().invoke(q)["latents"] for q in questions]  # type: ignore[arg-type]
     service = fresh_service(key=bytes(32))
-    together = hierarchical(service, steps=4, max_tokens=6).compile().batch(questions)  # type: ignore[arg-type]
+    together = hierarchical(service, steps=60, max_tokens=6).compile().batch(questions)  # type: ignore[arg-type]
     assert [state["latents"] for state in together] == alone
     assert service.info()["ticks"] < single.info()["ticks"]
 
