@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-AT_ONCE = 1 << 22  # numbers
+AT_ONCE = 1 << 22  # numbers of all layers up to which what is computed of them may be held several times
 
 Side = Tensor | Sequence[Tensor]
 """Keys or values of all layers: one tensor [layers, kv_heads, positions, head_dim], or one [kv_heads, positions,

@@ -220,10 +220,6 @@ class LanguageModel:
         """What is added to the attention score of a cell that a position does not see."""
         return torch.finfo(self.dtype).min
 
-    def mask(self, seen: Tensor) -> Tensor:
-        """What is added to attention scores, of the shape of `seen`, which says where a cell is seen."""
-        return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(~seen, self.unseen)
-
     def masks(self, ragged: Ragged, holes: Sequence[Sequence[tuple[int, int]]] | None = None) -> list[Tensor]:
         """What is added to attention scores in a pass in which every position sees the cells before it, and its own.
 
@@ -238,10 +234,11 @@ class LanguageModel:
         for run in ragged.runs:
             cells = ragged.cells[ragged.firsts[run.rows, None]] + torch.arange(run.new, device=self.device)
             seen = torch.arange(run.length, device=self.device) <= cells[:, None, :, None]
-            for row, ranges in zip(seen, holes[run.rows] if holes else (), strict=False):
+            for row, ranges in enumerate(holes[run.rows] if holes else ()):
                 for start, end in ranges:
-                    row[:, :, start:end] = False
-            masks.append(self.mask(seen))
+                    seen[row, :, :, start:end] = False
+            blank = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+            masks.append(blank.masked_fill_(~seen, self.unseen))
         return masks
 
     def hidden(

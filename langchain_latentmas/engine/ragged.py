@@ -78,7 +78,7 @@ class Ragged:
         within = torch.arange(len(owners)) - firsts[owners]
         indices = [firsts, ends - 1, torch.tensor(starts)[owners] + within, owners]
         if any(count < run.new for run in self.runs for count in counts[run.rows]):
-            places = [(slice(run.rows.start, run.rows.stop), torch.arange(run.new)[None]) for run in self.runs]
+            places = [(run.rows, torch.arange(run.new)[None]) for run in self.runs]
             spread = [firsts[rows, None] + at.minimum(new[rows, None] - 1) for rows, at in places]
             indices.append(torch.cat([part.flatten() for part in spread]))
             indices.append(torch.cat([(at < new[rows, None]).flatten() for rows, at in places]).nonzero()[:, 0])

@@ -149,7 +149,8 @@ class SlotCache(Cache):
             layers: Number of the model's layers that hold keys and values.
             like: A KV of the model; if its layers are stacked, so are those of the slots.
         """
-        self.slots, self.capacity, self._like = 1, LEAST, like
+        self.slots, self.capacity = 1, LEAST
+        self._like = [side for side in like or () if isinstance(side, Tensor)]
         self._whole: list[Tensor] = []  # keys and values [layers, slots, kv_heads, capacity, head_dim], if stacked
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
@@ -165,9 +166,9 @@ class SlotCache(Cache):
 
     def allocate(self) -> bool:
         """Allocates the slots of all layers in one, if it is known that they are alike."""
-        if self._like is None or not all(isinstance(side, Tensor) for side in self._like):
+        if len(self._like) < 2:
             return False
-        self._whole = [self.new_side(side) for side in self._like if isinstance(side, Tensor)]
+        self._whole = [self.new_side(side) for side in self._like]
         for layer, keys, values in zip(self.layers, *self._whole, strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
         return True
