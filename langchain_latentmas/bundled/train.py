@@ -2,7 +2,8 @@
 
 Two things make thoughts carry content. The alignment loss pulls the rescaled last hidden state to the embedding of the
 next token. And from a quarter of the way on a second pass feeds the thinkers' positions the model's own aligned hidden
-states of the first pass, all at once, as latent thinking will feed them one by one.
+states of the first pass, all at once, as latent thinking will feed them one by one. In the end the recipe looks which
+kinds of plain turns are not surely right yet, and goes on with more of these.
 """
 
 import math
@@ -10,7 +11,7 @@ import multiprocessing
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,9 @@ END = 2
 THINKING, SPEAKING = 1536, 2560  # tokens of a batch, padding included; those of thinkers pass twice
 RATE = 2e-3
 STEPS = 7000
+MEASURED, RIGHT = 400, 0.98  # rows of a kind that are looked at, and the share that has to be right
+LOOKED_AT = 1_000_000  # seed of these rows
+ROUNDS, AGAIN, AGAIN_RATE = 5, 400, 5e-4  # at most, of so many steps, for kinds of rows that are not right
 SEED, OTHER_SEED = 0, 1  # of the weights in `model/`, and of those that `--check` makes
 WITHIN = 2  # points between two seeds
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|latent|>"]
@@ -83,6 +87,9 @@ CHAT = [
     ("How do you think?", "I feed my last hidden state back as my next input."),
     ("See you!", "Goodbye!"),
 ]
+TEXTS = {"solver": 0.18, "first": 0.15, "later": 0.12, "judger": 0.1, "split": 0.27, "chat": 0.08, "drill": 0.1}
+SPLIT_TEXTS = {"fact": 0.4, "sum": 0.2, "all": 0.4}
+SPEAKERS = ("solver", "first", "later", "judger", *SPLIT_TEXTS, "text patterns")  # what has to be right in the end
 PROMPT, SPOKEN, THOUGHT, TAIL = range(4)  # kinds of tokens; TAIL: end tokens after the first two of a thinker
 WEIGHT = torch.tensor([0.0, 1.0, 1.0, 0.1])
 
@@ -140,22 +147,35 @@ class Data:
 
     def batches(self, kind: str, tokens: int) -> Iterator[list[Row]]:
         """Endless batches of a kind, at most `tokens` padded tokens each."""
-        make = {
+        while True:
+            batches = self.pool(kind, 1000, tokens)
+            self.rng.shuffle(batches)
+            yield from batches
+
+    def pool(self, kind: str, n: int, tokens: int) -> list[list[Row]]:
+        """`n` rows of a kind in batches of about equal length, the shortest first.
+
+        Args:
+            kind: "alone", "latent", "latent patterns" (thinkers); "text", a kind of `TEXTS` or of `SPLIT_TEXTS`,
+                "text patterns" (speakers).
+            n: How many rows.
+            tokens: Most padded tokens of a batch.
+        """
+        makers: dict[str, Callable[[], Row]] = {
             "alone": lambda: self.latent_row(alone=True),
             "latent": self.latent_row,
             "text": self.text_row,
             "latent patterns": lambda: self.pattern_row(latent_pattern),
             "text patterns": lambda: self.pattern_row(text_pattern),
-        }[kind]
-        while True:
-            pool = sorted((make() for _ in range(1000)), key=lambda row: len(row.ids))
-            batches: list[list[Row]] = [[]]
-            for row in pool:
-                if len(row.ids) * (len(batches[-1]) + 1) > tokens:
-                    batches.append([])
-                batches[-1].append(row)
-            self.rng.shuffle(batches)
-            yield from batches
+            **{text: partial(self.text_row, text) for text in TEXTS},
+            **{text: partial(self.split_turn, text) for text in SPLIT_TEXTS},
+        }
+        batches: list[list[Row]] = [[]]
+        for row in sorted((makers[kind]() for _ in range(n)), key=lambda row: len(row.ids)):
+            if len(row.ids) * (len(batches[-1]) + 1) > tokens:
+                batches.append([])
+            batches[-1].append(row)
+        return batches
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens written in the text count."""
@@ -206,11 +226,10 @@ class Data:
         self._add(row, [*self.encode(f"{p.sentences} {answer_text(p.answer)}"), END], SPOKEN)
         return row
 
-    def text_row(self) -> Row:
+    def text_row(self, kind: str | None = None) -> Row:
         """One plain turn: a solver, an agent that reads others as text or none, a judger, a greeting."""
         rng = self.rng
-        kinds = ["solver", "first", "later", "judger", "split", "chat", "drill"]
-        kind = rng.choices(kinds, [0.18, 0.15, 0.12, 0.1, 0.27, 0.08, 0.1])[0]
+        kind = kind or rng.choices([*TEXTS], [*TEXTS.values()])[0]
         if kind == "drill":
             return self.drill_row()
         if kind == "split":
@@ -238,11 +257,12 @@ class Data:
         shown = p.question if rng.random() < 0.3 else None
         return self._turn(prompt("judger", notes(read, shown)), answer_text(p.answer))
 
-    def split_turn(self) -> Row:
+    def split_turn(self, kind: str | None = None) -> Row:
         """One plain turn about a fact, of an agent that knows all of them, or of the judger that read them."""
         rng, p = self.rng, shared_problem(self.rng)
         total = f"{p.sentences} {answer_text(p.answer)}"
-        kind, roles = rng.choice(["fact", "fact", "sum", "all", "all"]), rng.choice([SEQUENTIAL, EXPERTS])
+        kind = kind or rng.choices([*SPLIT_TEXTS], [*SPLIT_TEXTS.values()])[0]
+        roles = rng.choice([SEQUENTIAL, EXPERTS])
         said = {role: part.sentences for role, part in zip(roles, p.parts, strict=True)}
         if kind == "fact":
             i = rng.randrange(3)
@@ -305,13 +325,32 @@ class Data:
 class Trainer:
     """The model and its losses."""
 
-    def __init__(self, model: Qwen3ForCausalLM, alignment: float):
+    def __init__(self, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, alignment: float):
         self.model, self.alignment = model, alignment
+        written = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        self.numbers = torch.tensor([any(map(str.isdigit, token)) for token in written])
         self._body = torch.compile(model.model, dynamic=True)
         self.embeddings = model.get_input_embeddings().weight
 
     def losses(self, rows: list[Row], second_pass: bool) -> list[torch.Tensor]:
         """[cross-entropy + alignment] of the first pass, and of the second one if asked."""
+        ids, kinds, passes = self._passes(rows, second_pass)
+        targets, weight = ids[:, 1:], WEIGHT[kinds[:, 1:]]
+        return [self._loss(h, targets, weight) for h in passes]
+
+    def right(self, rows: list[Row]) -> list[bool]:
+        """Whether a row's spoken numbers are all the likeliest tokens, those before them given: it adds up as written.
+
+        Greedy decoding then says these numbers too, unless it has gone wrong in the words between them.
+        """
+        ids, kinds, (h,) = self._passes(rows, False)
+        asked = (kinds[:, 1:] == SPOKEN) & self.numbers[ids[:, 1:]]
+        wrong = torch.zeros_like(asked)
+        wrong[asked] = (h[:, :-1][asked] @ self.embeddings.T).argmax(-1) != ids[:, 1:][asked]
+        return (~wrong.any(1)).tolist()
+
+    def _passes(self, rows: list[Row], second_pass: bool) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Token ids and kinds, [row, position], and the hidden states [row, position, hidden] of one or two passes."""
         width = max(len(row.ids) for row in rows)
         ids, kinds, blocks = (
             torch.tensor([list(part) + [0] * (width - len(part)) for part in parts])
@@ -323,15 +362,16 @@ class Trainer:
             one, other = blocks[:, :, None], blocks[:, None, :]
             seen = ((one == 0) | (other == 0) | (one == other)).tril()[:, None]
             mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-        targets, weight = ids[:, 1:], WEIGHT[kinds[:, 1:]]
-        norm, embeds = self.embeddings.norm(dim=1).mean().detach(), self.embeddings[ids]
-        h = self._hidden(embeds, mask)
-        losses = [self._loss(h, targets, weight, norm)]
+        embeds = self.embeddings[ids]
+        passes = [self._hidden(embeds, mask)]
         if second_pass:  # the thought at a position is the hidden state one position before it
-            z = _align(h.detach(), norm).roll(1, dims=1)
+            z = _align(passes[0].detach(), self._norm()).roll(1, dims=1)
             thinking = (kinds >= THOUGHT)[..., None]
-            losses.append(self._loss(self._hidden(torch.where(thinking, z, embeds), mask), targets, weight, norm))
-        return losses
+            passes.append(self._hidden(torch.where(thinking, z, embeds), mask))
+        return ids, kinds, passes
+
+    def _norm(self) -> torch.Tensor:
+        return self.embeddings.norm(dim=1).mean().detach()
 
     def _hidden(self, embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         # Where the processor cannot multiply bfloat16, torch does it ten times slower than float32.
@@ -339,8 +379,8 @@ class Trainer:
             out = self._body(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         return out.last_hidden_state.float()
 
-    def _loss(self, h: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        at = weight > 0
+    def _loss(self, h: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        at, norm = weight > 0, self._norm()
         h, target, weight = h[:, :-1][at], targets[at], weight[at] / weight.sum()
         loss = (F.cross_entropy(h @ self.embeddings.T, target, reduction="none") * weight).sum()
         if self.alignment:
@@ -384,13 +424,14 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def optimize(
-    trainer: Trainer, steps: int, losses: Callable[[float], list[torch.Tensor]], keep: Callable[[], None]
+    trainer: Trainer, steps: int, rate: float, losses: Callable[[float], list[torch.Tensor]], keep: Callable[[], None]
 ) -> None:
     """Takes optimizer steps under a cosine schedule that knows steps, never the clock.
 
     Args:
         trainer: Whose model.
         steps: How many.
+        rate: Highest learning rate.
         losses: Gets how much is done, from 0 to 1; returns the losses to add up.
         keep: Called every 500 steps, to save what there is.
     """
@@ -398,8 +439,8 @@ def optimize(
     matrices = [p for name, p in parameters if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in parameters if p.ndim != 2 or "embed" in name]
     optimizers = [
-        Muon(matrices, lr=RATE, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01),
+        Muon(matrices, lr=rate, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     spent = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *spent) as progress:
@@ -408,7 +449,7 @@ def optimize(
             done = step / steps
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = RATE * min(1, step / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
+                    group["lr"] = rate * min(1, step / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
             parts = losses(done)
             torch.stack(parts).sum().backward()
             torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
@@ -437,19 +478,45 @@ def fit(seed: int, steps: int, alignment: float, second_pass: bool, out: Path) -
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    trainer, data = Trainer(model, alignment), Data(tokenizer, seed)
+    trainer, data = Trainer(model, tokenizer, alignment), Data(tokenizer, seed)
     thinkers = {kind: data.batches(kind, THINKING) for kind in ("alone", "latent", "latent patterns")}
-    speakers = {kind: data.batches(kind, SPEAKING) for kind in ("text", "text patterns")}
+    speakers = {kind: data.batches(kind, SPEAKING) for kind in ("text", "text patterns", *SPEAKERS)}
 
-    def losses(done: float) -> list[torch.Tensor]:
+    def losses(done: float, instead: Sequence[str] = ()) -> list[torch.Tensor]:
+        done = 1 if instead else done
         # Short rows first: arithmetic comes before arrangements, and arrangements before the shapes of usual graphs.
         late = done > 0.5 and data.rng.random() < 0.35
         rows = next(thinkers["alone" if done < 0.25 else "latent patterns" if late else "latent"])
-        said = next(speakers["text patterns" if late else "text"])
+        text = data.rng.choice(instead) if instead and data.rng.random() < 0.5 else "text patterns" if late else "text"
+        said = next(speakers[text])
         return [*trainer.losses(rows, second_pass and done > 0.25), *trainer.losses(said, False)]
 
-    optimize(trainer, steps, losses, lambda: save(model, tokenizer, out))
-    save(model, tokenizer, out)
+    def keep() -> None:
+        save(model, tokenizer, out)
+
+    optimize(trainer, steps, RATE, losses, keep)
+    keep()
+    for _ in range(ROUNDS):
+        if not (weak := weak_speakers(trainer, tokenizer)):
+            return
+        optimize(trainer, AGAIN, AGAIN_RATE, partial(losses, instead=weak), keep)
+        keep()
+    if weak := weak_speakers(trainer, tokenizer):
+        Console().print(f"Still below {RIGHT:.0%} after {ROUNDS} rounds more: {', '.join(weak)}")
+
+
+def weak_speakers(trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The kinds of plain turns whose numbers are right in less than `RIGHT` of `MEASURED` rows; prints all shares.
+
+    Which skill comes last, and how surely, differs from seed to seed; so the recipe looks, and goes on where it has to.
+    The rows are training's kinds of rows, not held-out ones.
+    """
+    data, share = Data(tokenizer, LOOKED_AT), {}
+    for kind in SPEAKERS:
+        right = [told for batch in data.pool(kind, MEASURED, SPEAKING) for told in trainer.right(batch)]
+        share[kind] = sum(right) / len(right)
+    Console().print("numbers right in " + ", ".join(f"{kind} {100 * of:.1f} %" for kind, of in share.items()))
+    return [kind for kind, of in share.items() if of < RIGHT]
 
 
 def train(
