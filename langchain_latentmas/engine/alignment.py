@@ -10,7 +10,7 @@ ROWS_AT_ONCE = 16384  # vocabulary rows per product, so that a 150k vocabulary n
 
 
 class Alignment:
-    """Turns a hidden state into the next input embedding (paper, section 3.1 and equation 3; design, rule 2).
+    """Turns a hidden state into the next input embedding (paper, section 3.1 and equation 3).
 
     `z = h·W`, rescaled to the mean row norm of the input embeddings, with `W = solve(OᵀO + 1e-5·I, OᵀI)`; without
     `realign`, `W` is left out. `W` is computed in float32, or in the model's own dtype if that is wider.

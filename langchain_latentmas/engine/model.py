@@ -76,7 +76,7 @@ class LanguageModel:
             model: Any decoder-only causal language model with full attention.
             tokenizer: Its tokenizer.
             name: What to call it.
-            realign: Whether the alignment uses `W` (design, rule 2).
+            realign: Whether the alignment uses `W`.
             max_positions: A lower limit than the model's own; needed for models that are exact only up to a length.
             compile: Whether decode steps go through `torch.compile`: faster, after seconds to minutes of compiling. If
                 the model attends by "sdpa", it then attends by "latentmas" for good, see `attention.attend`.

@@ -31,7 +31,7 @@ class Usage(TypedDict):
     positions_read: int
     """Positions of the memory that was read."""
     merge: Merge
-    """How several memories became one (design, rule 7): keys re-rotated, recomputed at their new positions, or, on
+    """How several memories became one: keys re-rotated, recomputed at their new positions, or, on
     vLLM, all computed anew as one chain in which each later memory sees the earlier ones."""
 
 
@@ -182,7 +182,7 @@ class LatentService(ABC):
         agent: str = "agent",
         on_step: Callable[[int], None] | None = None,
     ) -> LatentRef:
-        """Prefills the messages on top of a memory and takes latent steps; decodes nothing (design, rule 1).
+        """Prefills the messages on top of a memory and takes latent steps; decodes nothing.
 
         Thinking is deterministic: the same call returns the same reference, without work where it is still known.
 

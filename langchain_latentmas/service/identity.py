@@ -61,7 +61,7 @@ def memory_id(
     steps: int,
     spoken_ids: Sequence[int] = (),
 ) -> str:
-    """The id of a memory: a digest of what it is made from and free of float noise (design, rule 5)."""
+    """The id of a memory: a digest of what it is made from and free of float noise."""
     made_from = [IDENTITY, model, alignment, list(parents), list(prompt_ids), steps, list(spoken_ids)]
     return "lat_" + hashlib.sha256(_canonical(made_from)).hexdigest()[:32]
 

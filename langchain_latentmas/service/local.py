@@ -41,7 +41,7 @@ class LocalSettings(RecipeSettings):
     """Settings of a model service in this process, besides those of `RecipeSettings`.
 
     Attributes:
-        realign: Whether the alignment uses `W`, or only rescales (design, rule 2; the paper treats it as a setting).
+        realign: Whether the alignment uses `W`, or only rescales (the paper treats it as a setting).
         compile: Whether decode steps go through `torch.compile`. On a CPU that takes a C++ compiler. The first steps
             take seconds for the bundled model, and minutes for one of 28 layers; torch keeps what it compiled.
         pack: Whether to keep large matrices a second time, in the layout that a CPU reads fastest (docs/speed.md).
@@ -251,7 +251,7 @@ class LocalService(RecipeService):
             own = recipe.segment
             sizes = len(own.prompt_ids), len(own.thoughts), len(own.spoken_ids)
             with self._store.room(self._store.most_bytes(own.agent, recipe.parents, *sizes)):
-                self._store.put(recipe)  # what is known here already stays as it is (design, rule 4)
+                self._store.put(recipe)  # what is known here already stays as it is
         last = exported.recipes[-1]
         return self.signed_ref(last.id, last.segment.agent, last.parents, len(last.segment.thoughts))
 

@@ -95,7 +95,7 @@ Layout = tuple[Piece, ...]
 
 
 def merge(lines: Sequence[Layout]) -> Layout:
-    """Lays several memories out as one: common ancestry first, then each branch's own segments (design, rule 7).
+    """Lays several memories out as one: common ancestry first, then each branch's own segments.
 
     Args:
         lines: The memories, in the order in which they are read.

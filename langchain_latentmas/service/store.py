@@ -351,7 +351,7 @@ class RecipeStore:
 
         Returns:
             What the store has under this id: the recipe, or the one that somebody put there before. Floats differ in
-            their last bits from batch to batch, and what has a reference stays as it was (design, rule 4).
+            their last bits from batch to batch, and what has a reference stays as it was.
 
         Raises:
             InvalidRequest: If it is larger than `get` would read.

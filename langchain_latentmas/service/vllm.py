@@ -1,4 +1,4 @@
-"""The model service of a vLLM, on a server or in this process: thoughts are latent tokens (design, section 8).
+"""The model service of a vLLM, on a server or in this process: thoughts are latent tokens.
 
 vLLM keeps nothing but its KV cache. A memory is token ids with placeholders for thoughts, so its recipe is kept here,
 and references outlive a restart of the server and can be read on any replica of it.
