@@ -204,12 +204,13 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             messages = [message for message in messages if key_of(message) not in known_already]
         else:
             messages = [message for message in messages if memory_of(message) not in read]
+        messages = _with_notes(messages, notes)
         thinks = not self.speak and not leaves_text
         if thinks:  # whoever speaks does it through a chat model, which takes markers by itself
             messages, marked = without_markers(messages, service, "")
             latents = [*latents, *marked]
         heard = conversation if whole and not leaves_text else ()
-        return _Plan(service, _with_notes(messages, notes), latents, leaves_text, thinks, heard)
+        return _Plan(service, messages, latents, leaves_text, thinks, heard)
 
     def _messages(self, made: Any) -> list[BaseMessage]:
         """What the prompt made, as messages."""

@@ -87,7 +87,8 @@ class Feedback:
             self.mask[rows : size[0], 0] = 0  # some kernels make NaN of attention to nothing
             self.hidden[rows : size[0]] = 0  # and a row that overflowed may have left some
             made_of = alignment, self.model.decode  # kept, since what was recorded reads their tensors
-            if self._made_of != made_of:  # weights, modules or hooks were changed
+            # Weights, modules or hooks were changed. Not by ==: methods of one object are equal, however often taken.
+            if any(old is not new for old, new in zip(self._made_of, made_of, strict=True)):
                 self.graphs.clear()
                 self._made_of = made_of
             step = self.graphs.step(size, lambda: self._compute(alignment, *size, thinking=True, speaking=True))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from operator import attrgetter, contains, ne
@@ -116,6 +117,7 @@ class LanguageModel:
             self.rotary = Rotary.probe(model, self._probe_keys, min(64, self.max_positions - 3), tolerance)
         if self.rotary is None:
             logger.warning("%s: keys cannot be moved by a rotation; merged memories are rebuilt instead", self.name)
+        self._changing = threading.RLock()
         self._take_stock()
 
     @classmethod
@@ -267,8 +269,9 @@ class LanguageModel:
 
     def refresh(self) -> None:
         """Computes alignment and fingerprint anew, for weights that were changed in place."""
-        self._choose_forward()
-        self._take_stock()
+        with self._changing:
+            self._choose_forward()
+            self._take_stock()
 
     def _take_stock(self) -> None:
         modules = list(self.model.modules())
@@ -290,16 +293,19 @@ class LanguageModel:
 
         A hook or a `forward` of a module's own changes what is computed, but not what the model is.
         """
-        if self._look() != self._stock or any(map(ne, self._children, self._then)):
-            logger.warning("%s: the weights or modules changed; alignment and fingerprint are computed anew", self.name)
-            self.refresh()
-        elif self._alterations != (found := self._look_for_alterations()):
-            self._choose_forward()
-            self._alterations = found
+        with self._changing:  # whoever comes while another one hashes new weights waits for their fingerprint
+            if self._look() != self._stock or any(map(ne, self._children, self._then)):
+                logger.warning(
+                    "%s: the weights or modules changed; alignment and fingerprint are computed anew", self.name
+                )
+                self.refresh()
+            elif self._alterations != (found := self._look_for_alterations()):
+                self._choose_forward()
+                self._alterations = found
 
-    def _look_for_alterations(self) -> list[list[int]]:
-        """How many hooks there are, and who has a `forward` of its own."""
-        return [list(map(len, self._hooks)), list(map(contains, self._dicts, repeat("forward")))]
+    def _look_for_alterations(self) -> list[list[Any]]:
+        """Which hooks there are, and who has a `forward` of its own."""
+        return [list(map(tuple, self._hooks)), list(map(contains, self._dicts, repeat("forward")))]
 
     def _look(self) -> list[list[int]]:
         """Where each weight is, and how often it was written."""

@@ -6,6 +6,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 
 import torch
@@ -98,7 +99,9 @@ class Scheduler:
                         rows.append(self._joining)
                     _tell(rows, error)
                     self._renew()
-        _tell((*self.ticker.clear(), *self._left()))
+            _tell((*self.ticker.clear(), *self._left()))
+            with suppress(Exception):  # whoever keeps the service keeps neither slots nor recorded steps
+                self.ticker.renew()
 
     def _renew(self) -> None:
         """Gets new slots; where the device has none any more, nothing is worked on from then on."""

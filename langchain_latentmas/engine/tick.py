@@ -70,7 +70,8 @@ class Row:
         on_token: Called with each token.
         on_done: Called once with the result.
         on_error: Called once, instead, with what went wrong.
-        cancelled: Set by anyone, from any thread: the row leaves at the next tick, and nothing is called any more.
+        cancelled: Set by anyone, from any thread: the row leaves at the next tick, and its callbacks may be called
+            until then.
     """
 
     past: Sequence[Placed]

@@ -23,7 +23,7 @@ class Usage(TypedDict):
     """What one `speak` cost."""
 
     input_tokens: int
-    """Prompt tokens that were prefilled; the memory is not among them."""
+    """Prompt tokens, also those whose KV was copied from an earlier prompt; the memory is not among them."""
     output_tokens: int
     """Tokens that were decoded, the end token included."""
     latent_steps: int
@@ -464,7 +464,10 @@ class LatentService(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Ends all work and frees the model's memory; recipes in a durable store stay. Idempotent."""
+        """Ends all work and frees slots and KV; recipes in a durable store stay. Idempotent.
+
+        The weights go with the last variable that holds the service.
+        """
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -27,6 +27,7 @@ REUSED_FROM = 8  # tokens that two prompts begin with alike; fewer are sooner co
 
 A = TypeVar("A")
 B = TypeVar("B")
+_turns = threading.local()
 
 
 class KVPool:
@@ -34,8 +35,8 @@ class KVPool:
 
     A segment is kept once, with the keys of where it was computed; whoever reads it elsewhere turns them on the way
     into a slot. What leaves the device for want of room goes to CPU memory, from there to the disk, and comes back to
-    the device when somebody reads it. Nothing here waits for a disk or for the model: what has to be read or rebuilt
-    first arrives through the futures.
+    the device when somebody reads it. Nothing here waits for spilled KV or for the model: what has to be read or
+    rebuilt first arrives through the futures. Recipes that are in memory no more are read where they are needed.
 
     Attributes:
         packed: Whether it keeps KV in 8 bits.
@@ -264,11 +265,14 @@ class KVPool:
             for future in futures.values():
                 future.set_exception(error)
 
+        def begin() -> None:
+            try:
+                prefill(self.place(seen), seen[-1].end if seen else 0)
+            except Exception as error:  # a recipe that is gone: whoever else waits for this segment must hear of it
+                fail(error)
+
         wanted = futures[key]
-        try:
-            prefill(self.place(seen), seen[-1].end if seen else 0)
-        except Exception as error:  # a recipe that is gone: whoever else waits for this segment must hear of it
-            fail(error)
+        _in_turn(begin)
         return wanted
 
     def _is_somewhere(self, key: str) -> bool:
@@ -365,6 +369,22 @@ class _Place:
         return Placed(kv, self.piece.start, self.piece.start - self.piece.own_start)
 
 
+def _in_turn(call: Callable[[], None]) -> None:
+    """Makes a call, or if this thread is making another one, makes it once that has returned.
+
+    What follows on what is as deep as merges are stacked, hundreds of them in a long thread, and Python's stack is not.
+    """
+    if (queue := getattr(_turns, "queue", None)) is not None:
+        queue.append(call)
+        return
+    _turns.queue = queue = deque([call])
+    try:
+        while queue:
+            queue.popleft()()
+    finally:
+        del _turns.queue
+
+
 def _done(value: A) -> "Future[A]":
     future: Future[A] = Future()
     future.set_result(value)
@@ -405,6 +425,9 @@ def _gather(futures: "Sequence[Future[A]]") -> "Future[list[A]]":
             left -= 1
             if left > 0:
                 return
+        _in_turn(settle)
+
+    def settle() -> None:
         error = next((f.exception() for f in futures if f.exception() is not None), None)
         if error is not None:
             gathered.set_exception(error)

@@ -22,6 +22,7 @@ from ..engine.scheduler import Scheduler
 from ..engine.tick import Result, Row, Ticker
 from ..errors import InvalidRequest, ModelNotSupported, WrongModel, first_fault
 from ..state import LatentRef
+from .alteration import original
 from .base import LensRow
 from .budget import Budget
 from .identity import Signer
@@ -118,7 +119,7 @@ class LocalService(RecipeService):
         free = _free_bytes(model.device)
         live = int(free * LIVE_FRACTION) if settings.live_budget is None else settings.live_budget
         kept = int(free * KV_FRACTION) if settings.kv_budget is None else settings.kv_budget
-        self._host = host
+        self._host, self._tenants = host, weakref.WeakSet[LocalService]()
         if host is None:
             self._ticker = Ticker(
                 model,
@@ -144,7 +145,8 @@ class LocalService(RecipeService):
             packed=settings.kv_dtype == "int8",
         )
         # Also runs when the service is forgotten, and at exit: a tick must not outlive the interpreter.
-        self._finalizer = weakref.finalize(self, _close, None if host else self._scheduler, self._pool.kept, disk)
+        budgets = self._pool.kept, self._pool.spilled
+        self._finalizer = weakref.finalize(self, _close, None if host else self._scheduler, budgets, disk)
         self._collect_regularly()
 
     @classmethod
@@ -215,6 +217,7 @@ class LocalService(RecipeService):
             }
             settings = self.settings.model_copy(update=own)
             made[name] = LocalService(self.model, settings, signer=self._signer.derived(name), host=self)
+        self._tenants.update(made.values())
         return made
 
     def memory(self, ref: LatentRef) -> Memory:
@@ -234,7 +237,10 @@ class LocalService(RecipeService):
 
     def export_memory(self, ref: LatentRef, kv: bool = False) -> Iterator[bytes]:
         """See `LatentService.export_memory`."""
-        recipes = [self._recipe(piece.id) for piece in self._lineage.layout(self.verify([ref]))]
+        layout = self._lineage.layout(self.verify([ref]))
+        if altered := next((piece.id for piece in layout if original(piece.id) != piece.id), None):
+            raise InvalidRequest(f"{altered} is an altered memory; export the one it was made of.")
+        recipes = [self._recipe(piece.id) for piece in layout]
         return write_memory(recipes, self._memory(ref, torch.device("cpu")) if kv else None)
 
     def import_memory(self, file: str | Path) -> LatentRef:
@@ -348,6 +354,8 @@ class LocalService(RecipeService):
 
     def close(self) -> None:
         """See `LatentService.close`."""
+        for tenant in list(self._tenants):
+            tenant.close()
         super().close()
         self._finalizer()
 
@@ -363,7 +371,7 @@ class LocalService(RecipeService):
 
     @property
     def _closed(self) -> bool:
-        return self._scheduler.closed
+        return self._ended.is_set() or self._scheduler.closed
 
     def _start(self, row: Row, layout: Layout, after: Sequence[str]) -> None:
         self._pool.submit(row, self._pool.place(layout), after)
@@ -417,9 +425,10 @@ def _cpu_budget(device: torch.device) -> int:
     return 0 if device.type == "cpu" else int(psutil.virtual_memory().available * CPU_FRACTION)
 
 
-def _close(scheduler: Scheduler | None, kept: Budget[AnyKV], disk: Spill | None) -> None:
+def _close(scheduler: Scheduler | None, budgets: Sequence[Budget[AnyKV]], disk: Spill | None) -> None:
     if scheduler is not None:
         scheduler.close()
     if disk is not None:
         disk.close()
-    kept.clear()
+    for budget in budgets:
+        budget.clear()

@@ -562,9 +562,9 @@ class RecipeService(LatentService):
         key = original(key)
         if (recipe := self._recipes.get(key)) is None:
             recipe = self._store.get(key)
-            if recipe.model != self.model.fingerprint:
-                raise UnknownReference(f"The memory {key} was made by another model ({recipe.model}).")
             self._recipes.put(key, recipe)
+        if recipe.model != self.model.fingerprint:  # also where weights were changed while it was made
+            raise UnknownReference(f"The memory {key} was made by another model ({recipe.model}).")
         return recipe
 
     def _forget(self, keys: Sequence[str]) -> None:

@@ -155,14 +155,16 @@ class Spill:
                 size = file.tell()
             fresh.replace(self._path(key))
             self._count(key, size)
-            if key not in self._waiting:  # dropped in the meantime
-                self.drop(key)
+            if self._waiting.get(key) is not kv:  # dropped in the meantime, maybe made anew
+                self.files.pop(key)
+                self._path(key).unlink(missing_ok=True)
         except OSError as error:
             logger.warning("a KV could not be spilled to %s (%s)", self.folder, error)
         finally:
             fresh.unlink(missing_ok=True)
             with self._lock:
-                if self._waiting.pop(key, None) is not None:
+                if self._waiting.get(key) is kv:
+                    del self._waiting[key]
                     self._waiting_bytes -= kv.nbytes
 
     def _read(self, key: str, positions: int) -> AnyKV:

@@ -303,7 +303,9 @@ class RecipeStore:
         self._writer, self._process = ThreadPoolExecutor(1, "latentmas-store"), os.getpid()
         self._waiting: list[_Put] = []
         self._waiting_lock = threading.Lock()
-        self._room_lock = threading.Lock()  # never held while a disk is written, so event loops may wait for it
+        # Never held while a disk is written, so event loops may wait for it. A stream that was forgotten gives its room
+        # back when it is collected, which may happen to the thread that holds it.
+        self._room_lock = threading.RLock()
         self._reserved = self._used = 0
         self._counted = -1  # the folder's `changed` that `_used` belongs to
 

@@ -110,6 +110,9 @@ def test_an_altered_memory_has_an_identity_of_its_own(service: LatentService, wa
     assert on_altered["parents"] == [altered["id"]]
     assert kv_difference(service.memory(on_altered), service.memory(on_whole)) > 0
     assert kv_equal(service.memory(ref), before)
+    for kept_nowhere in (altered, on_altered):
+        with pytest.raises(InvalidRequest, match="export the one it was made of"):
+            service.export_memory(kept_nowhere)
     assert service.take_markers(service.marker(altered)) == ("", [altered])
     with pytest.raises(TamperedReference):
         service.memory({**ref, "id": altered["id"]})

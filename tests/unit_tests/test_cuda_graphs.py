@@ -143,6 +143,31 @@ def test_weights_that_were_changed_get_new_graphs() -> None:
     assert before() is None  # nor are the old ones kept
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["one is there", "none is there"])
+def test_a_hook_that_comes_later_gets_new_graphs(first: bool) -> None:
+    part, tokenizer = load_parts("qwen3-tied", "float64")
+    norm, hooks = part.get_decoder().norm, []
+    if first:
+        hooks.append(norm.register_forward_hook(lambda *_: None))
+    try:
+        model, recorder = LanguageModel(part, tokenizer), Recorder()
+        tick = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=Graphs(recorder, tolerance=1e-8))
+        with torch.inference_mode():
+            tick.join(Row((), 0, [[5] * 20], steps=40, on_done=len, on_error=pytest.fail))
+            tick.step()
+            tick.step()
+            assert len(recorder.recorded) == 1
+            hooks.append(norm.register_forward_hook(lambda *_: None))
+            if first:  # as many as before
+                hooks.pop(0).remove()
+            model.refresh_if_changed()
+            tick.step()
+        assert len(recorder.recorded) == 2
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def test_slots_in_excess_see_something(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tick = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=Graphs(Recorder(), tolerance=1e-8))
     seen, hidden = [], model.hidden

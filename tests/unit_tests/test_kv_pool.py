@@ -1,6 +1,8 @@
 """Rules 7 and 8: merged and rebuilt memories, against plain transformers and against what never was lost."""
 
+import sys
 from collections.abc import Iterator
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -321,3 +323,42 @@ def test_what_was_made_on_a_rebuilt_merge_stays_where_it_was_made(fresh_service:
     prefilled = service.info()["prefilled"]
     service.memory(judged)
     assert service.info()["prefilled"] - prefilled == refs[1]["positions"] + refs[2]["positions"]
+
+
+def test_merges_on_merges_are_rebuilt_or_fail_whatever_python_takes_of_nested_calls(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = fresh_service()
+    last = service.think([("human", "0")], steps=0)
+    for i in range(60):
+        note = service.think([("human", str(i))], steps=0, agent="note")
+        last = service.think([("human", "+")], [last, note], steps=0)
+    before = kv_copy(service.memory(last))
+    found: list[Any] = []
+
+    def read() -> None:
+        try:
+            found.append(service.memory(last))
+        except Exception as error:
+            found.append(error)
+
+    def read_aside() -> Any:
+        service._pool.kept.clear()
+        reader = Thread(target=read, daemon=True)
+        reader.start()
+        reader.join(60)
+        assert found, "whoever reads it waits for ever"
+        return found.pop()
+
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(230)  # of each thread; 60 merges have less than four calls each
+    try:
+        rebuilt = read_aside()
+        with monkeypatch.context() as broken:
+            broken.setattr(service._ticker, "join", lambda row: 1 / 0)
+            failed = read_aside()
+    finally:
+        sys.setrecursionlimit(limit)
+    assert kv_difference(rebuilt, before) < EXACT
+    assert isinstance(failed, EngineFailed)
+    assert kv_difference(service.memory(last), before) < EXACT

@@ -3,8 +3,10 @@
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -251,6 +253,34 @@ def test_another_vocabulary_is_another_model(service: LatentService) -> None:
     more = deepcopy(tokenizer)
     more.add_tokens(["<extra>"])
     assert LanguageModel(model, more).fingerprint != service.info()["fingerprint"]
+
+
+def test_who_comes_while_new_weights_are_hashed_waits_for_their_fingerprint(
+    writable: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, fingerprint = writable.think(messages("Hi"), steps=2), writable.model._fingerprint
+    before = writable.memory(old).segments[-1].thoughts
+    begun, go_on = Event(), Event()
+
+    def slow() -> str:
+        begun.set()
+        assert go_on.wait(60)
+        return fingerprint()
+
+    monkeypatch.setattr(writable.model, "_fingerprint", slow)
+    with torch.no_grad():
+        next(iter(writable.model.model.parameters())).add_(1e-3)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(writable.think, messages("Hi"), steps=2)
+        assert begun.wait(60)
+        second = threads.submit(writable.think, messages("Hi"), steps=2)
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        go_on.set()
+        new = first.result(60)
+        assert second.result(60) == new
+    assert new["model"] != old["model"]
+    assert not torch.equal(writable.memory(new).segments[-1].thoughts, before)
 
 
 def test_a_weight_changed_in_place_makes_another_model(writable: LocalService) -> None:

@@ -14,7 +14,7 @@ from langgraph.types import Send
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
-from langchain_latentmas import LatentAgentNode, LatentRef, LatentService, LatentState, merge_latents
+from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentRef, LatentService, LatentState, merge_latents
 from langchain_latentmas.errors import InvalidRequest
 from langchain_latentmas.service import shared
 
@@ -445,3 +445,16 @@ def test_the_state_imports_no_torch() -> None:
         "import langchain_latentmas.state, langchain_latentmas.bundled.tasks"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("reads", [None, ["planner"]])
+def test_a_thinker_reads_the_memory_behind_a_marker_and_not_its_words(
+    service32: LatentService, reads: list[str] | None
+) -> None:
+    marker = ChatLatentMAS(service=service32).invoke(ASKED["messages"], agent="planner", steps=2)
+    node = LatentAgentNode("critic", "Check.", service=service32, steps=1, reads=reads)
+    (ref,) = node.invoke({"messages": [*ASKED["messages"], marker], "latents": []})["latents"]
+    assert len(ref["parents"]) == 1
+    assert text_of(service32, ref, at=0) in text_of(service32, service32.take_markers(marker.text)[1][0], at=0)
+    assert "What is 1 plus 2?" in text_of(service32, ref)
+    assert "latent" not in text_of(service32, ref)

@@ -273,3 +273,5 @@ def test_a_closed_service_takes_nothing(fresh_service: Any) -> None:
     with pytest.raises(ServiceClosed):
         service.think("Plan.")
     service.close()
+    left, fresh = service._ticker.cache, service.model.new_cache()  # whoever keeps the variable keeps no slots
+    assert (left.slots, left.capacity) == (fresh.slots, fresh.capacity)

@@ -238,6 +238,27 @@ def test_a_dropped_kv_is_gone_whether_it_was_written_or_waits(tmp_path: Path) ->
     disk.close()
 
 
+def test_a_kv_that_was_dropped_and_made_anew_while_it_was_written_is_the_new_one(tmp_path: Path) -> None:
+    disk, old, new = spill(tmp_path), kv(), kv()
+    count = disk._count
+
+    def meanwhile(key: str, size: int) -> None:
+        disk._count = count  # type: ignore[method-assign]
+        disk.drop(key)
+        disk.put(key, new)
+        count(key, size)
+
+    disk._count = meanwhile  # type: ignore[method-assign]
+    disk.put("lat_a", old)
+    disk.flush()
+    disk.flush()
+    assert not disk._waiting
+    assert disk._waiting_bytes == 0
+    assert kv_equal(disk.get("lat_a", 3).result(), new)
+    assert not kv_equal(old, new)
+    disk.close()
+
+
 # The same in a service
 
 

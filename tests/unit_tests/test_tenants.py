@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from langchain_core.stores import InMemoryByteStore
 
-from langchain_latentmas.errors import InvalidRequest, TamperedReference, UnknownReference
+from langchain_latentmas.errors import InvalidRequest, ServiceClosed, TamperedReference, UnknownReference
 from langchain_latentmas.service import identity
 from langchain_latentmas.service.identity import Signer, key_file, key_ring, rotate_key
 from langchain_latentmas.service.local import LocalService
@@ -35,8 +35,20 @@ def test_a_tenant_does_not_end_the_others(fresh_service: Any) -> None:
     service = fresh_service()
     made = service.tenants(["a", "b"])
     made["a"].close()
+    with pytest.raises(ServiceClosed):
+        made["a"].think(PROMPT, steps=1)
     assert made["b"].think(PROMPT, steps=1)
     assert service.think(PROMPT, steps=1)
+
+
+def test_tenants_end_with_their_service_and_leave_their_folders_to_the_next(fresh_service: Any, tmp_path: Path) -> None:
+    service = fresh_service(store=tmp_path, kv_disk_budget=10**6)
+    made = service.tenants(["a"])
+    service.close()
+    with pytest.raises(ServiceClosed):
+        made["a"].think(PROMPT, steps=1)
+    again = fresh_service(store=tmp_path, kv_disk_budget=10**6).tenants(["a"])
+    assert again["a"].info()["kv_disk_budget"] == 10**6 // 2
 
 
 def test_the_budget_is_shared_out(fresh_service: Any) -> None:
