@@ -22,8 +22,15 @@ def _as_it_is(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_it_makes_a_model_that_thinks_and_speaks(tmp_path: Path, bundled: LatentService) -> None:
+def test_it_makes_a_model_that_thinks_and_speaks(
+    tmp_path: Path, bundled: LatentService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, few in {"ROUNDS": 2, "AGAIN": 1, "MEASURED": 4}.items():
+        monkeypatch.setattr(train, name, few)
     train.fit(seed=3, steps=5, alignment=0.5, second_pass=True, out=tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("numbers right in solver 0.0 %") == 3
+    assert "Still below 98% after 2 rounds more: solver, first" in printed
     with LatentService.load(str(tmp_path)) as made:
         assert made.info()["parameters"] == bundled.info()["parameters"]
         assert made.info()["fingerprint"] != bundled.info()["fingerprint"]
