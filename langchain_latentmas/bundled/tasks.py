@@ -140,7 +140,12 @@ class Hero(NamedTuple):
 
 
 def problem(rng: random.Random, split: str = "train") -> Problem:
-    """A problem of 2 to 4 steps with values in 0..99; the split "test" has names and phrasings never trained on."""
+    """A problem of 2 to 4 steps with values in 0..99.
+
+    Args:
+        rng: Where chance comes from.
+        split: "train"; "known", the same without made-up words; or "test", with names and phrasings never trained on.
+    """
     hero = _hero(rng, split)
     story = _story(rng, split, hero, start=rng.randint(2, 60), steps=rng.randint(2, 4), top=99)
     ending = rng.choice(ENDINGS).format(n=hero.name, i=hero.item)
@@ -197,7 +202,7 @@ def _name(rng: random.Random, split: str) -> tuple[str, bool]:
     names = HIS_NAMES if male else HER_NAMES
     if split == "test":
         return rng.choice(names["test"]), male
-    kind = rng.choices(["listed", "train", "any"], [0.35, 0.5, 0.15])[0]
+    kind = rng.choices(["listed", "train", "any"], [0.35, 0.5, 0.0 if split == "known" else 0.15])[0]
     if kind != "any":
         return rng.choice(names[kind]), male
     while True:  # any letters, so that any name works, whatever its spelling
@@ -219,13 +224,13 @@ def _story(
     name, pronoun, item = hero
     friend = name
     while friend == name or friend in others:
-        friend, _ = _name(rng, "train")
+        friend, _ = _name(rng, "train" if split == "test" else split)
     v = start
     opening = rng.choice(OPENINGS).format(n=name, a=v, i=item)
     question, chain, sentences = [opening], f" {v}", ["Let us go step by step.", opening]
     for number in range(1, steps + 1):
         op, a, w = operation(rng, v, top, bottom)
-        clause = rng.choice(PHRASINGS[split][op])
+        clause = rng.choice(PHRASINGS["test" if split == "test" else "train"][op])
         # A pronoun only where it opens the sentence, so that it cannot mean the friend.
         subject = pronoun if clause.startswith("{n}") and rng.random() < 0.4 else name
         if clause.startswith("{") and rng.random() < 0.25:

@@ -55,7 +55,7 @@ END = 2
 THINKING, SPEAKING = 1536, 2560  # tokens of a batch, padding included; those of thinkers pass twice
 RATE = 2e-3
 STEPS = 7000
-MEASURED, RIGHT = 400, 0.98  # rows of a kind that are looked at, and the share that has to be right
+MEASURED, RIGHT = 400, 0.95  # rows of a kind that are looked at, and the share that has to be right
 LOOKED_AT = 1_000_000  # seed of these rows
 ROUNDS, AGAIN, AGAIN_RATE = 5, 400, 5e-4  # at most, of so many steps, for kinds of rows that are not right
 SEED, OTHER_SEED = 0, 1  # of the weights in `model/`, and of those that `--check` makes
@@ -141,8 +141,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 class Data:
     """Rows in the formats that the graph layer produces, in batches of about equal length and size."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
-        self.rng = random.Random(seed)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, split: str = "train"):
+        self.rng, self.split = random.Random(seed), split
         self._encode = tokenizer.backend_tokenizer.encode
 
     def batches(self, kind: str, tokens: int) -> Iterator[list[Row]]:
@@ -191,7 +191,7 @@ class Data:
         rng = self.rng
         if not alone and rng.random() < 0.25:
             return self.split_row()
-        p, row = problem(rng), Row([], [], [])
+        p, row = problem(rng, self.split), Row([], [], [])
         arrangement = rng.choices(["one", "two", "three", "parallel"], [0.5, 0.12, 0.16, 0.22])[0]
         if alone or arrangement == "one":
             arrangement, roles = "one", [rng.choice(["planner", "planner", "planner", *ROLES])]
@@ -215,7 +215,7 @@ class Data:
 
     def split_row(self) -> Row:
         """Three thinkers with a fact each, in a chain or blind to each other, then a judger that adds up."""
-        rng, p, row = self.rng, shared_problem(self.rng), Row([], [], [])
+        rng, p, row = self.rng, shared_problem(self.rng, self.split), Row([], [], [])
         parallel, steps = rng.random() < 0.5, self.length()
         for i, (role, part) in enumerate(zip(EXPERTS if parallel else SEQUENTIAL, p.parts, strict=True)):
             if rng.random() < 0.2:
@@ -237,7 +237,7 @@ class Data:
         if kind == "chat":
             user, said = rng.choice(CHAT)
             return self._turn(prompt(rng.choice([None, "solver"]), user), said)
-        p = problem(rng)
+        p = problem(rng, self.split)
         if kind == "solver":
             role = "solver" if rng.random() < 0.9 else None
             return self._turn(prompt(role, p.question), f"{p.sentences} {answer_text(p.answer)}")
@@ -259,7 +259,7 @@ class Data:
 
     def split_turn(self, kind: str | None = None) -> Row:
         """One plain turn about a fact, of an agent that knows all of them, or of the judger that read them."""
-        rng, p = self.rng, shared_problem(self.rng)
+        rng, p = self.rng, shared_problem(self.rng, self.split)
         total = f"{p.sentences} {answer_text(p.answer)}"
         kind = kind or rng.choices([*SPLIT_TEXTS], [*SPLIT_TEXTS.values()])[0]
         roles = rng.choice([SEQUENTIAL, EXPERTS])
@@ -291,7 +291,7 @@ class Data:
     def pattern_row(self, pattern: Callable[[random.Random, Problem], list[Part]]) -> Row:
         """A row in the shape of a usual agent graph."""
         row, steps = Row([], [], []), self.length()
-        for part in pattern(self.rng, problem(self.rng)):
+        for part in pattern(self.rng, problem(self.rng, self.split)):
             ids = self.encode(part.text)
             if part.kind == "prompt":
                 self._add(row, ids, PROMPT, part.block)
@@ -325,10 +325,8 @@ class Data:
 class Trainer:
     """The model and its losses."""
 
-    def __init__(self, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, alignment: float):
+    def __init__(self, model: Qwen3ForCausalLM, alignment: float):
         self.model, self.alignment = model, alignment
-        written = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.numbers = torch.tensor([any(map(str.isdigit, token)) for token in written])
         self._body = torch.compile(model.model, dynamic=True)
         self.embeddings = model.get_input_embeddings().weight
 
@@ -339,12 +337,9 @@ class Trainer:
         return [self._loss(h, targets, weight) for h in passes]
 
     def right(self, rows: list[Row]) -> list[bool]:
-        """Whether a row's spoken numbers are all the likeliest tokens, those before them given: it adds up as written.
-
-        Greedy decoding then says these numbers too, unless it has gone wrong in the words between them.
-        """
+        """Whether greedy decoding says a plain turn word by word: each token is the likeliest after those before it."""
         ids, kinds, (h,) = self._passes(rows, False)
-        asked = (kinds[:, 1:] == SPOKEN) & self.numbers[ids[:, 1:]]
+        asked = kinds[:, 1:] == SPOKEN
         wrong = torch.zeros_like(asked)
         wrong[asked] = (h[:, :-1][asked] @ self.embeddings.T).argmax(-1) != ids[:, 1:][asked]
         return (~wrong.any(1)).tolist()
@@ -478,7 +473,7 @@ def fit(seed: int, steps: int, alignment: float, second_pass: bool, out: Path) -
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    trainer, data = Trainer(model, tokenizer, alignment), Data(tokenizer, seed)
+    trainer, data = Trainer(model, alignment), Data(tokenizer, seed)
     thinkers = {kind: data.batches(kind, THINKING) for kind in ("alone", "latent", "latent patterns")}
     speakers = {kind: data.batches(kind, SPEAKING) for kind in ("text", "text patterns", *SPEAKERS)}
 
@@ -506,16 +501,16 @@ def fit(seed: int, steps: int, alignment: float, second_pass: bool, out: Path) -
 
 
 def weak_speakers(trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The kinds of plain turns whose numbers are right in less than `RIGHT` of `MEASURED` rows; prints all shares.
+    """The kinds of plain turns of which less than `RIGHT` of `MEASURED` rows are right; prints all shares.
 
     Which skill comes last, and how surely, differs from seed to seed; so the recipe looks, and goes on where it has to.
-    The rows are training's kinds of rows, not held-out ones.
+    Names and phrasings are those of training, not held-out ones.
     """
-    data, share = Data(tokenizer, LOOKED_AT), {}
+    data, share = Data(tokenizer, LOOKED_AT, split="known"), {}
     for kind in SPEAKERS:
         right = [told for batch in data.pool(kind, MEASURED, SPEAKING) for told in trainer.right(batch)]
         share[kind] = sum(right) / len(right)
-    Console().print("numbers right in " + ", ".join(f"{kind} {100 * of:.1f} %" for kind, of in share.items()))
+    Console().print("right: " + ", ".join(f"{kind} {100 * of:.1f} %" for kind, of in share.items()))
     return [kind for kind, of in share.items() if of < RIGHT]
 
 

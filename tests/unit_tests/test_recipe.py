@@ -48,7 +48,7 @@ def test_what_is_told_wrong_is_found_and_what_is_right_is_left_alone(
     monkeypatch.setattr(torch, "compile", lambda body, **_: body)
     monkeypatch.setattr(train, "MEASURED", 12)
     model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="eager")
-    trainer = Trainer(model, tokenizer, alignment=0.5)
+    trainer = Trainer(model, alignment=0.5)
     # Of twelve rows one may be wrong by chance; the recipe looks at hundreds.
     monkeypatch.setattr(train, "RIGHT", 0.9)
     assert weak_speakers(trainer, tokenizer) == []
