@@ -475,7 +475,7 @@ def fit(seed: int, steps: int, alignment: float, second_pass: bool, out: Path) -
     model = build_model(tokenizer)
     trainer, data = Trainer(model, alignment), Data(tokenizer, seed)
     thinkers = {kind: data.batches(kind, THINKING) for kind in ("alone", "latent", "latent patterns")}
-    speakers = {kind: data.batches(kind, SPEAKING) for kind in ("text", "text patterns", *SPEAKERS)}
+    speakers = {kind: data.batches(kind, SPEAKING) for kind in ("text", *SPEAKERS)}
 
     def losses(done: float, instead: Sequence[str] = ()) -> list[torch.Tensor]:
         done = 1 if instead else done

@@ -126,15 +126,22 @@ def test_slots_in_excess_stay_within_the_positions_that_a_model_has_learned() ->
     assert recorder.recorded[0] == (4, 32)
 
 
-def test_weights_that_were_changed_get_new_graphs() -> None:
-    model = LanguageModel(*load_parts("qwen3-tied", "float64"))
+def recorded_once(model: LanguageModel) -> tuple[Ticker, Recorder]:
+    """A ticker with a thinker whose step was recorded, and what recorded it."""
     recorder = Recorder()
     tick = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=Graphs(recorder, tolerance=1e-8))
     with torch.inference_mode():
         tick.join(Row((), 0, [[5] * 20], steps=40, on_done=len, on_error=pytest.fail))
         tick.step()
         tick.step()
-        assert len(recorder.recorded) == 1
+    assert len(recorder.recorded) == 1
+    return tick, recorder
+
+
+def test_weights_that_were_changed_get_new_graphs() -> None:
+    model = LanguageModel(*load_parts("qwen3-tied", "float64"))
+    tick, recorder = recorded_once(model)
+    with torch.inference_mode():
         before = weakref.ref(model.alignment)
         model.refresh()
         tick.step()
@@ -150,16 +157,12 @@ def test_a_hook_that_comes_later_gets_new_graphs(first: bool) -> None:
     if first:
         hooks.append(norm.register_forward_hook(lambda *_: None))
     try:
-        model, recorder = LanguageModel(part, tokenizer), Recorder()
-        tick = Ticker(model, max_rows=8, live_bytes=1 << 40, graphs=Graphs(recorder, tolerance=1e-8))
+        model = LanguageModel(part, tokenizer)
+        tick, recorder = recorded_once(model)
+        hooks.append(norm.register_forward_hook(lambda *_: None))
+        if first:  # as many as before
+            hooks.pop(0).remove()
         with torch.inference_mode():
-            tick.join(Row((), 0, [[5] * 20], steps=40, on_done=len, on_error=pytest.fail))
-            tick.step()
-            tick.step()
-            assert len(recorder.recorded) == 1
-            hooks.append(norm.register_forward_hook(lambda *_: None))
-            if first:  # as many as before
-                hooks.pop(0).remove()
             model.refresh_if_changed()
             tick.step()
         assert len(recorder.recorded) == 2
