@@ -54,7 +54,7 @@ from langchain_latentmas.engine.linear import packable
 END = 2
 THINKING, SPEAKING = 1536, 2560  # tokens of a batch, padding included; those of thinkers pass twice
 RATE = 2e-3
-STEPS = 7000
+STEPS = 4000
 MEASURED, RIGHT = 400, 0.95  # rows of a kind that are looked at, and the share that has to be right
 LOOKED_AT = 1_000_000  # seed of these rows
 ROUNDS, AGAIN, AGAIN_RATE = 5, 400, 5e-4  # at most, of so many steps, for kinds of rows that are not right
