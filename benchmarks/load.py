@@ -68,7 +68,8 @@ class Load:
                     self.done += self.counting
                 except Exception as error:  # what a user would have met
                     self.errors[type(error).__name__] += 1
-                self.longest = max(self.longest, time.perf_counter() - at)
+                if self.counting:
+                    self.longest = max(self.longest, time.perf_counter() - at)
 
         with httpx.Client(base_url=service.url, timeout=30) as http:
             await asyncio.gather(self._watch(http), *(one() for _ in range(self.graphs)))
@@ -145,7 +146,8 @@ def main(
         process, address = started(folder, max_running, max_waiting, kv_budget)
         try:
             with LatentService.load(address, patience=600) as service:
-                loads = Load(1, max(5.0, seconds / 4)), Load(graphs, seconds, warm_up)
+                # What is done once in a process is not to count for one graph either.
+                loads = Load(1, max(5.0, seconds / 4), min(5.0, warm_up)), Load(graphs, seconds, warm_up)
                 for load in loads:
                     asyncio.run(load.run(service, steps, questions))
         finally:
@@ -188,7 +190,7 @@ def main(
     run = {
         "graph": f"sequential, three thinkers of {steps} steps and a judger, bundled model, one server process",
         "server": f"{max_running} requests at work, {max_waiting} may wait, {kv_budget} of KV kept, measured after "
-        f"{warm_up:g} s of the same load",
+        f"{warm_up:g} s of the same load ({loads[0].warm_up:g} s for one graph)",
         "machine": machine(),
     }
     show(run, table, as_json=as_json, results={"runs": results})

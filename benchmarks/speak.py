@@ -36,6 +36,9 @@ def main(
     dtype: str = "float32",
     eager: Annotated[bool, typer.Option(help="Whether vLLM that starts here compiles nothing.")] = False,
     kv_budget: Annotated[str | None, typer.Option(help="Of vLLM that starts here, say 1GiB; else most memory.")] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="Share of all GPU memory that vLLM that starts here has, beside the tick's.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Of torch for the tick; the bundled model gets one.")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
@@ -46,7 +49,10 @@ def main(
     # Nobody asks the same twice: what was thought before is known, and what was read before is cached.
     questions = iter([problem.question for problem in held_out(2 * sum(sizes) * repeats + 2 * max(sizes), seed)])
     begun = time.perf_counter()
-    settings = {} if vllm else {"dtype": dtype, "kv_budget": kv_budget, "engine": {"enforce_eager": eager}}
+    engine: dict[str, Any] = {"enforce_eager": eager}
+    if gpu_memory_utilization is not None:
+        engine["gpu_memory_utilization"] = gpu_memory_utilization
+    settings = {} if vllm else {"dtype": dtype, "kv_budget": kv_budget, "engine": engine}
     with (
         LatentService.load(model, dtype=dtype) as tick,
         LatentService.load(vllm or f"vllm:{model}", **settings) as other,

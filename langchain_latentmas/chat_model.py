@@ -32,7 +32,7 @@ from .progress import reporter
 from .service import Chunk, LatentService
 from .service.base import READING
 from .service.marker import OPENING
-from .service.shared import is_loaded, shared_service
+from .service.shared import SharedSettings, loaded, shared_service
 from .state import LatentRef
 from .tool_calls import ToolCallText, forcing_prefix
 
@@ -104,7 +104,8 @@ class ChatLatentMAS(BaseChatModel):
         ```
 
     A call with `steps` thinks, and returns a marker as its text; in a graph that runs with
-    `{"configurable": {"edges": "text"}}` it speaks. In a node that `switch_edges` made think, every call thinks.
+    `{"configurable": {"edges": "text"}}` it speaks. In a node that `switch_edges` made think, every call thinks, but
+    for those with `speak=True`, whose text the node itself can read: `llm.invoke("Name two queries.", speak=True)`.
     Markers in its messages are taken out, verified, and read as the memories they stand for.
 
     The message it returns has `usage_metadata` with `output_token_details["latent_steps"]`: the thoughts that spoken
@@ -259,11 +260,15 @@ class ChatLatentMAS(BaseChatModel):
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Key of LangChain's model cache: a call that thinks and one that speaks are not the same."""
-        thinker = _thinker(kwargs.get("agent"), kwargs.get("steps"), ensure_config())
+        thinker = _thinker(kwargs.get("agent"), kwargs.get("steps"), bool(kwargs.get("speak")), ensure_config())
         steps = thinker and thinker.steps
         reading = READING.get()
         read = f"---{reading.name}" if reading else ""
-        return f"{super()._get_llm_string(stop, **kwargs)}---{self._service.name}---{steps}{read}"
+        if self.service is not None:
+            served = self.service.name
+        else:  # what it is loaded by, since to load it takes long, and this may be an event loop
+            served = str(SharedSettings().key(self.model, self.device, self.dtype))
+        return f"{super()._get_llm_string(stop, **kwargs)}---{served}---{steps}{read}"
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = LangSmithParams(
@@ -329,19 +334,27 @@ class _Call:
     """One call of the model: what it reads, whether it thinks, and how what comes becomes messages."""
 
     def __init__(
-        self, llm: ChatLatentMAS, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]
+        self,
+        llm: ChatLatentMAS,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        given: dict[str, Any],
+        service: LatentService | None = None,
     ) -> None:
         model: str | None = given.pop("model", None)
-        self.service = shared_service(model, llm.device, llm.dtype) if model else llm._service
+        if service is None:
+            service = shared_service(model, llm.device, llm.dtype) if model else llm._service
+        self.service = service
         self.named: str | None = given.pop("agent", None)
         tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
         given.pop("ls_structured_output_format", None)  # for tracing only
         latents: Sequence[LatentRef] = given.pop("latents", None) or ()
         steps: int | None = given.pop("steps", None)
+        speak: bool = given.pop("speak", False)
         config = ensure_config()
         self.agent = _agent(self.named, config)
-        self.thinker = _thinker(self.named, steps, config)
-        if self.thinker is None and (around := THINKER.get()):
+        self.thinker = _thinker(self.named, steps, speak, config)
+        if self.thinker is None and not speak and (around := THINKER.get()):
             around.warn_of_hidden(config)
         if self.thinker and tools:
             raise InvalidRequest(
@@ -361,12 +374,13 @@ class _Call:
     @classmethod
     async def aside(cls, *call: Any) -> "_Call":
         """Made in a thread of its own, where the service has to be loaded first, or a store or server to be asked."""
-        llm, messages, _, given = call
+        llm, messages, stop, given = call
         named: str | None = given.get("model")
-        here = (not named and llm.service is not None) or is_loaded(named or llm.model, llm.device, llm.dtype)
-        if here and not any(may_hold_marker(message) for message in messages):
-            return cls(*call)
-        return await asyncio.to_thread(cls, *call)
+        own = None if named else llm.service
+        service = loaded(named or llm.model, llm.device, llm.dtype) if own is None else own
+        if service is not None and not any(may_hold_marker(message) for message in messages):
+            return cls(llm, messages, stop, given, service)
+        return await asyncio.to_thread(cls, llm, messages, stop, given, service)
 
     def whole(self) -> AIMessage:
         """Thinks or speaks, and returns all of it."""
@@ -459,8 +473,12 @@ def _agent(named: str | None, config: RunnableConfig) -> str:
     return named or (around and around.name) or (node_path(config) or ("agent",))[-1]
 
 
-def _thinker(named: str | None, steps: int | None, config: RunnableConfig) -> Thinker | None:
+def _thinker(named: str | None, steps: int | None, speak: bool, config: RunnableConfig) -> Thinker | None:
     """How a call thinks; None if it speaks."""
+    if speak:
+        if steps is not None:
+            raise InvalidRequest(f"A call with speak=True takes no latent steps; leave steps={steps!r} out.")
+        return None
     agent = _agent(named, config)
     if steps is not None and not runs_as_text(config, agent, *node_path(config)[-1:]):
         return Thinker(agent, steps, f"steps={steps}", frozenset())

@@ -3,8 +3,9 @@
 import copy
 import dataclasses
 import dis
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from html import escape
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Literal, NamedTuple, overload
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple, overload
 from langchain_core.language_models import BaseChatModel
 from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableLambda, RunnableParallel
+from langgraph.func import _TaskFunction
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode
@@ -175,6 +177,7 @@ class _Facts(NamedTuple):
     tools: bool
     parsers: list[str]
     subgraphs: list[Pregel]
+    tasks: list[str]
 
     @property
     def foreign(self) -> str | None:
@@ -217,7 +220,10 @@ class _Graph:
         for other in siblings:
             if other not in switched:
                 return EdgeReport(*edge, "text", f"{edge[0]!r} speaks, because its edge to {other[1]!r} is text.")
-        return EdgeReport(*edge, "latent", f"{max(switched[each].steps for each in siblings)} latent steps")
+        why = f"{max(switched[each].steps for each in siblings)} latent steps"
+        if silent := self._silent_after(edge):
+            why += f"; {silent!r} calls no model that can be seen, and has a marker only where it reads this text"
+        return EdgeReport(*edge, "latent", why)
 
     def refusals(
         self, wanted: list[Edge], switched: Mapping[Edge, _Setting], router_reads_text: bool, trusted: bool
@@ -238,7 +244,8 @@ class _Graph:
         for edge in wanted:
             other = next((e for e in self.leaving(edge[0]) if e not in latent and e != edge), None)
             if edge not in refused and other is not None:
-                why = refused.get(other, "it is not switched; name it too.")
+                why = refused.get(other) or self._refusal(other, router_reads_text, trusted=False)
+                why = why or "it is not switched; name it too."
                 refused[edge] = f"{edge[0]!r} speaks, because its edge to {other[1]!r} stays text: {why}"
         return refused
 
@@ -260,7 +267,7 @@ class _Graph:
         if isinstance(_inner(self.builder.nodes[source].runnable), LatentAgentNode):
             return f"{source!r} is a LatentAgentNode, which hands over references in the state by itself."
         for name, facts in ((source, output), (target, receiver)):
-            if facts.foreign:
+            if facts.foreign and not (trusted and facts.ours):
                 return f"{name!r} runs another model ({facts.foreign}); give it a ChatLatentMAS."
             if not facts.ours and not trusted:
                 return f"no ChatLatentMAS can be seen in {name!r}; name the edge if it calls one all the same."
@@ -268,11 +275,17 @@ class _Graph:
             return f"{source!r} binds tools or structured output, which need text; bind them in another node."
         if output.parsers:
             return f"{source!r} parses its own text ({output.parsers[0]}); take the parser out, or keep the edge text."
-        services = {_service_of(model) for model in (*output.ours, *receiver.ours)}
-        if len(services) > 1:
+        sent, read = ({_service_of(model) for model in facts.ours} for facts in (output, receiver))
+        if len(sent | read) > 1 and not (trusted and sent & read):
             return f"{target!r} runs another model than {source!r}; give both the same service."
-        if not trusted and (other := self._stranger_after(target, services)):
+        if not trusted and (other := self._stranger_after(target, sent | read)):
             return f"what {source!r} thought may reach {other!r}, which runs another model; name the edge if not."
+        judges = not trusted and {(target, source), (target, END)} <= self.edges.keys()
+        if judges and (parsers := self._output(target, receiver, self._ends(target)).parsers):
+            return (
+                f"{target!r} parses what it says ({parsers[0]}) and may end the graph, whose answer may be what "
+                f"{source!r} says then; name the edge if not."
+            )
         if not all(ends):
             return f"{source!r} is a subgraph whose last node cannot be told; switch the edges inside of it instead."
         return None
@@ -291,6 +304,18 @@ class _Graph:
             queue += [target for _, target in self.leaving(at) if target not in queue]
         return None
 
+    def _silent_after(self, edge: Edge) -> str | None:
+        """A node further down that calls no model that can be seen."""
+        queue = [edge[1]]
+        for at in queue:
+            if at == END:
+                continue
+            agent = isinstance(_inner(self.builder.nodes[at].runnable), LatentAgentNode)
+            if not (at == edge[0] or agent or self.facts(at).models):
+                return at
+            queue += [target for _, target in self.leaving(at) if target not in queue]
+        return None
+
     def _ends(self, name: str) -> list[dict[tuple[str, ...], Any]]:
         """The `_outputs` of each subgraph that a node calls, if something in it calls a model."""
         return [_outputs(subgraph) for subgraph in _direct(self.builder.nodes[name].runnable)]
@@ -303,7 +328,7 @@ class _Graph:
         looked += [_look(last, into_subgraphs=False) for outputs in ends for last in outputs.values()]
         models = [model for each in looked for model in each.models]
         parsers = [parser for each in looked for parser in each.parsers]
-        return _Facts(models, any(each.tools for each in looked), parsers, [])
+        return _Facts(models, any(each.tools for each in looked), parsers, [], [])
 
     def with_edges(self, switched: dict[Edge, _Setting]) -> StateGraph:
         """A copy of the builder in which these edges are latent and all others are not."""
@@ -325,9 +350,10 @@ class _Graph:
             edges = {edge: switched[edge] for edge in self.leaving(name) if edge in switched}
             if edges and len(edges) == len(self.leaving(name)):
                 paths = {path for outputs in self._ends(name) for path in outputs}
+                paths |= {(task,) for task in _look(runnable, into_subgraphs=False).tasks}
                 seen = frozenset(node for subgraph in _direct(runnable) for node in subgraph.nodes)
                 runnable = _Switched(name, runnable, edges, frozenset({(), *paths}), seen, known, there)
-                cache = _cached(cache or self.builder._node_defaults.cache_policy, edges)
+                cache = _cached(cache or self.builder._node_defaults.cache_policy, edges, runnable.inner)
             new.nodes[name] = dataclasses.replace(spec, runnable=runnable, cache_policy=cache)
         setattr(new, SWITCHED, switched)
         return new
@@ -401,7 +427,10 @@ def _named(edges: Iterable[Edge], graph: _Graph) -> list[Edge]:
                 known = ", ".join(graph.builder.nodes)
                 raise InvalidEdge(f"The edge {source!r} -> {target!r}: there is no node {name!r} (there are: {known}).")
         if (source, target) not in graph.edges:
-            there = ", ".join(repr(t) for s, t in graph.leaving(source)) or "nowhere"
+            there = ", ".join(repr(t) for s, t in graph.leaving(source)) or (
+                "nowhere (a node that returns Command says where: -> Command[Literal['name']], or "
+                "add_node(..., destinations=('name',)))"
+            )
             raise InvalidEdge(f"There is no edge {source!r} -> {target!r}; the edges of {source!r} go to: {there}.")
         named.append((source, target))
     return named
@@ -411,11 +440,17 @@ def _inner(runnable: Any) -> Any:
     return runnable.inner if isinstance(runnable, _Switched) else runnable
 
 
-def _cached(policy: CachePolicy | None, edges: Mapping[Edge, _Setting]) -> CachePolicy | None:
-    """The policy of a node that thinks: what the same node returned as text, or after other steps, is not for it."""
+def _cached(policy: CachePolicy | None, edges: Mapping[Edge, _Setting], inner: Runnable) -> CachePolicy | None:
+    """The policy of a node that thinks: what the same node returned as text, or after other steps, is not for it.
+
+    Nor is what a node of its name returned in another graph: LangGraph tells these apart by their function, which here
+    is the same for all.
+    """
     if policy is None:
         return None
-    label = str(max(setting.steps for setting in edges.values()))
+    function = getattr(inner, "func", None) or getattr(inner, "afunc", None) or type(inner)
+    named = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
+    label = f"{max(setting.steps for setting in edges.values())} {named}"
     return dataclasses.replace(policy, key_func=_CacheKey(policy.key_func, label))
 
 
@@ -438,8 +473,10 @@ class _CacheKey(NamedTuple):
 
 
 def _service_of(model: ChatLatentMAS) -> Hashable:
-    if model.service is not None:
-        return id(model.service)
+    if (service := model.service) is not None:  # clients of one server with one token read each other's memories
+        settings: Any = getattr(service, "settings", None)
+        url: str | None = getattr(service, "url", None)
+        return id(service) if url is None else (url, settings.token)
     return SharedSettings().key(model.model, model.device, model.dtype)
 
 
@@ -448,14 +485,16 @@ def _look(root: Any, into_subgraphs: bool = True) -> _Facts:
     models: list[BaseChatModel] = []
     parsers: list[str] = []
     subgraphs: list[Pregel] = []
+    tasks: list[str] = []
     tools = False
-    seen: dict[int, Any] = {}  # holds on to what it has seen, so that no id comes twice
+    seen: dict[Hashable, Any] = {}  # holds on to what it has seen, so that no id comes twice
     queue: list[Any] = [root]
     while queue:
         at = queue.pop()
-        if id(at) in seen:
+        key = (id(at.__func__), id(at.__self__)) if isinstance(at, MethodType) else id(at)  # made at every look
+        if key in seen:
             continue
-        seen[id(at)] = at
+        seen[key] = at
         if isinstance(at, BaseChatModel):
             models.append(at)
         elif isinstance(at, ToolNode):
@@ -471,8 +510,9 @@ def _look(root: Any, into_subgraphs: bool = True) -> _Facts:
         elif isinstance(at, BaseOutputParser):
             parsers += [] if isinstance(at, StrOutputParser) else [type(at).__name__]
         else:
+            tasks += [getattr(at, "__name__", "")] if isinstance(at, _TaskFunction) else []
             queue += _held(at)
-    return _Facts(models, tools, parsers, subgraphs)
+    return _Facts(models, tools, parsers, subgraphs, tasks)
 
 
 def _held(at: Any) -> Iterator[Any]:
@@ -486,7 +526,9 @@ def _held(at: Any) -> Iterator[Any]:
     elif isinstance(at, partial):
         yield from (at.func, *at.args, *at.keywords.values())
     elif isinstance(at, MethodType):
-        yield from (at.__func__, *getattr(at.__self__, "__dict__", {}).values())
+        yield at.__func__
+        if isinstance(at.__func__, FunctionType):
+            yield from _asked_of(at.__self__, at.__func__.__code__)
     elif isinstance(at, FunctionType):
         yield from (cell.cell_contents for cell in at.__closure__ or () if cell != CellType())
         yield from (*(at.__defaults__ or ()), *(at.__kwdefaults__ or {}).values())
@@ -498,8 +540,22 @@ def _held(at: Any) -> Iterator[Any]:
         yield from at.values()
     elif isinstance(at, Runnable):
         yield from getattr(at, "__dict__", {}).values()
-    elif isinstance(called := vars(type(at)).get("__call__"), FunctionType):  # an object that is called like a node
-        yield from (called, *getattr(at, "__dict__", {}).values())
+    elif isinstance(called := inspect.getattr_static(type(at), "__call__", None), FunctionType):
+        yield MethodType(called, at)  # an object that is called like a node
+
+
+def _asked_of(owner: Any, code: CodeType) -> Iterator[Any]:
+    """The attributes of a method's object that the method names, and the other methods of it."""
+    for name in code.co_names:
+        found = inspect.getattr_static(owner, name, None)
+        if isinstance(found, (property, cached_property, staticmethod, classmethod)):
+            found = getattr(found, "fget", None) or getattr(found, "func", None) or getattr(found, "__func__", None)
+        elif inspect.ismemberdescriptor(found):
+            found = getattr(owner, name, None)
+        yield MethodType(found, owner) if isinstance(found, FunctionType) else found
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _asked_of(owner, constant)
 
 
 def _chains(code: CodeType) -> Iterator[list[str]]:
@@ -553,6 +609,8 @@ def _outputs(subgraph: Pregel, around: tuple[Pregel, ...] = ()) -> dict[tuple[st
             if target not in after:
                 return {}
             passed += [target] if target not in passed else []
+    if any(name.endswith((".after_model", ".after_agent")) for name in ending):
+        return {}  # middleware that looks at what the agent said
     last: dict[tuple[str, ...], Any] = {}
     for name in ending:
         last[(name,)] = runnable = _inner(graph.builder.nodes[name].runnable)

@@ -1,6 +1,7 @@
 """LatentAgentNode: a LangGraph node that thinks or speaks on top of what other agents thought."""
 
 import asyncio
+import dataclasses
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -129,7 +130,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
 
         Raises:
             InvalidRequest: If `reads` names nobody, the prompt gives no messages, `configurable.edges` is unknown, or
-                the state of the graph has no `latents`.
+                the state of the graph has no `latents`, or no `messages` for what the agent says.
             LatentMASError: Whatever `LatentService.think` and `LatentService.speak` raise.
         """
         config = ensure_config(config)
@@ -170,17 +171,21 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
 
     def _prompted(self, run: Literal["invoke", "ainvoke"], state: Any, config: RunnableConfig) -> Any:
         """What the prompt makes of a state; an awaitable of it, where the prompt is async or run so."""
-        if _loses_latents(state, config):
-            raise InvalidRequest(
-                f"The state of the graph in which agent {self.name!r} runs has no `latents`: its memory would be lost. "
-                "Derive the state from LatentState, or add `latents: Annotated[list[LatentRef], merge_latents]` to it. "
-                "(A function that calls the agent and hands its memory on by itself passes `latents`, [] for none.)"
-            )
+        channels = {"latents": ("its memory", "list[LatentRef], merge_latents")}
+        if self.speak or runs_as_text(config, str(self.name), *node_path(config)[-1:]):
+            channels["messages"] = ("what it says", "list[AnyMessage], add_messages")
+        for channel, (what, kind) in channels.items():
+            if _loses(channel, state, config):
+                raise InvalidRequest(
+                    f"The state of the graph in which agent {self.name!r} runs has no `{channel}`: {what} would be "
+                    f"lost. Derive the state from LatentState, or add `{channel}: Annotated[{kind}]` to it. (A "
+                    f"function that calls the agent and hands {what} on by itself passes `{channel}`, [] for none.)"
+                )
         if isinstance(self.prompt, (str, SystemMessage)):
             system = SystemMessage(self.prompt) if isinstance(self.prompt, str) else self.prompt
             return [system, *(_field(state, "messages") or [])]
         if isinstance(self.prompt, Runnable):
-            return getattr(self.prompt, run)(dict(state if isinstance(state, Mapping) else vars(state)), config)
+            return getattr(self.prompt, run)(_as_dict(state), config)
         return self.prompt(state)
 
     def _plan(self, state: Any, config: RunnableConfig, messages: list[BaseMessage]) -> _Plan:
@@ -301,10 +306,10 @@ def _service_of_the_run() -> Any:
     return None if runtime is None else _field(runtime.context, "service")
 
 
-def _loses_latents(state: Any, config: RunnableConfig) -> bool:
-    """Whether the graph around a run drops the references that it returns."""
+def _loses(channel: str, state: Any, config: RunnableConfig) -> bool:
+    """Whether the graph around a run drops what it returns for a channel."""
     read = config.get("configurable", {}).get("__pregel_read")
-    if read is None or ("latents" in state if isinstance(state, Mapping) else hasattr(state, "latents")):
+    if read is None or (channel in state if isinstance(state, Mapping) else hasattr(state, channel)):
         return False
 
     def has(channel: str) -> bool:
@@ -315,7 +320,7 @@ def _loses_latents(state: Any, config: RunnableConfig) -> bool:
         return True
 
     # Only a StateGraph has a channel that leads to the node; tasks of the functional API return what they like.
-    return has(f"branch:to:{node_path(config)[-1]}") and not has("latents")
+    return has(f"branch:to:{node_path(config)[-1]}") and not has(channel)
 
 
 def _speaker(message: BaseMessage) -> str:
@@ -327,14 +332,19 @@ def _said(message: AIMessage, plan: _Plan) -> dict[str, Any]:
     message.name = _speaker(message)
     if plan.leaves_text:
         return {"messages": [message]}
-    if plan.conversation:
-        mark(message, plan.conversation)
+    mark(message, plan.conversation)
     return {"messages": [message], "latents": [message.response_metadata["latent_ref"]]}
 
 
 def _field(state: Any, name: str) -> Any:
     """A field of a state, whether that is a mapping, a dataclass or a pydantic model."""
     return state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
+
+
+def _as_dict(state: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(state):  # with slots it has no `vars`
+        return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return dict(state if isinstance(state, Mapping) else vars(state))
 
 
 def _with_notes(messages: list[BaseMessage], notes: Sequence[AIMessage]) -> list[BaseMessage]:

@@ -11,12 +11,15 @@ from .state import LatentRef, ancestry
 
 READ = "latent_read"
 """In `response_metadata` of what an agent said: a digest of all messages before it, where its memory holds them."""
+SAID = "latent_said"
+"""Likewise, a digest of what it said: where somebody has edited that since, its memory does not hold it."""
 
 
 def memory_of(message: BaseMessage) -> str | None:
     """Id of the memory in which the text of a message stands."""
     ref: Mapping[str, Any] = message.response_metadata.get("latent_ref") or {}
-    return ref.get("id")
+    said = message.response_metadata.get(SAID)
+    return None if said is not None and said != _digest([message]) else ref.get("id")
 
 
 def key_of(message: BaseMessage) -> str | int:
@@ -25,13 +28,15 @@ def key_of(message: BaseMessage) -> str | int:
 
 
 def mark(message: AIMessage, before: Sequence[BaseMessage]) -> None:
-    """Notes in a message that was spoken in a conversation what its memory holds.
+    """Notes in a message that was spoken what its memory holds.
 
     Args:
         message: What was said.
-        before: All messages of the conversation before it: each was in its prompt, or in a memory that was read.
+        before: All messages of the conversation before it, if each was in its prompt or in a memory that was read.
     """
-    message.response_metadata[READ] = _digest(before)
+    message.response_metadata[SAID] = _digest([message])
+    if before:
+        message.response_metadata[READ] = _digest(before)
 
 
 def held(messages: Sequence[BaseMessage], read: Collection[str]) -> set[str | int]:
@@ -39,7 +44,8 @@ def held(messages: Sequence[BaseMessage], read: Collection[str]) -> set[str | in
 
     What calls tools stays beside the answers of these: templates want both or none.
 
-    A conversation that was cut, or edited, since then is another one: of that, only what agents said is held.
+    A conversation that was cut, or edited, since then is another one: of that, only what agents said is held, as they
+    said it.
 
     Args:
         messages: The conversation.
@@ -49,8 +55,13 @@ def held(messages: Sequence[BaseMessage], read: Collection[str]) -> set[str | in
         return set()
     found = {key_of(message) for message in messages if memory_of(message) in read}
     said = (i for i in reversed(range(len(messages))) if READ in messages[i].response_metadata)
-    last = next((i for i in said if memory_of(messages[i]) in read), None)
-    if last is not None and messages[last].response_metadata[READ] == _digest(messages[:last]):
+    # Not always the last one: before what one of several agents said side by side, others stand that it never saw.
+    whole = (
+        i
+        for i in said
+        if memory_of(messages[i]) in read and messages[i].response_metadata[READ] == _digest(messages[:i])
+    )
+    if (last := next(whole, None)) is not None:
         found |= {key_of(message) for message in messages[:last]}
     answered = {m.tool_call_id for m in messages if isinstance(m, ToolMessage) and key_of(m) not in found}
     asked = next((message for message in reversed(messages) if isinstance(message, HumanMessage)), None)

@@ -127,7 +127,7 @@ def concurrency(
     Returns:
         Plain JSON: both throughputs, and how many times larger the first is.
     """
-    problems = held_out(concurrent, seed=0)
+    problems = held_out(max(concurrent, alone), seed=0)
 
     def throughput(asked: Sequence[Any], at_once: bool) -> float:
         # A service of its own, since one that has thought a thought before returns it without work.
@@ -151,7 +151,7 @@ def concurrency(
 
     many, single = [], []
     for _ in range(repeats):
-        many.append(throughput(problems, at_once=True))
+        many.append(throughput(problems[:concurrent], at_once=True))
         single.append(throughput(problems[:alone], at_once=False))
     times = ratios(many, single)
     return {

@@ -1,19 +1,12 @@
-"""The device's memory: how much of it is free, and how fast it is."""
+"""How fast the device's memory is."""
 
 import time
 
-import psutil
 import torch
 
+from ..engine.device import free_bytes
+
 COPIED = 1 << 30  # bytes; beyond any cache
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on a device."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    return int(psutil.virtual_memory().available)
 
 
 def in_gb(size: int) -> str:

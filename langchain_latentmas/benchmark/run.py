@@ -137,6 +137,7 @@ class Bench:
             "quantization": model.quantization,
             "compiled": model.compiled,
             "packed": model.packed,
+            "decoder": model.decoder_fault or "own",
             "fingerprint": model.fingerprint,
             "kv_bytes_per_position": model.bytes_per_position,
             "weights_gb": {what: weight_bytes(model, what) / 1e9 for what in get_args(What)},

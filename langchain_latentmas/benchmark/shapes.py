@@ -1,15 +1,17 @@
 """Models of well-known shapes with random weights: as fast or slow as the real ones, and nothing to download."""
 
+import hashlib
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .. import bundled
+from ..engine.device import free_bytes
 from ..engine.model import LanguageModel
 from ..engine.quantization import quantization_config
 from ..errors import InvalidRequest
-from .memory import free_bytes, in_gb
+from .memory import in_gb
 
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 8192}
@@ -63,6 +65,21 @@ SHAPES: dict[str, dict[str, Any]] = {
 """What the configurations on the hub say, as far as speed depends on it."""
 
 
+class RandomModel(LanguageModel):
+    """A model whose random weights stay as they are, and follow from how they were made.
+
+    So they need not be hashed, which for some billions of them takes longer than a measurement.
+    """
+
+    def __init__(self, *parts: Any, made: str, **how: Any) -> None:
+        """Takes the arguments of `LanguageModel`, and in `made` all that the weights follow from."""
+        self._made = made
+        super().__init__(*parts, **how)
+
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(self._made.encode()).hexdigest()[:32]
+
+
 def parameters(shape: str) -> int:
     """Number of weights of a shape, tied ones counted once; allocates nothing.
 
@@ -106,7 +123,8 @@ def build(shape: str, device: str, dtype: torch.dtype, quantization: str | None 
         from torchao.quantization import quantize_
 
         quantize_(model.get_decoder(), quantized.quant_type)
-    loaded = LanguageModel(model, AutoTokenizer.from_pretrained(bundled.MODEL), name=f"random {shape}", **how)
+    made, tokenizer = f"{shape}, {device}, {dtype}, {quantization}", AutoTokenizer.from_pretrained(bundled.MODEL)
+    loaded = RandomModel(model, tokenizer, made=made, name=f"random {shape}", **how)
     loaded.quantization = quantization
     return loaded
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from ..engine import attention
+from ..engine.device import free_bytes
 from ..engine.graphs import Graphs
 from ..engine.kv import KV, Placed
 from ..engine.model import LanguageModel
@@ -19,7 +20,7 @@ from ..engine.ragged import power_of_two
 from ..engine.sampling import Sampling
 from ..engine.tick import Result, Row, Ticker
 from ..errors import EngineFailed
-from .memory import Copy, clock, free_bytes, in_gb
+from .memory import Copy, clock, in_gb
 from .spread import Spread, ratios
 
 What = Literal["think", "speak"]

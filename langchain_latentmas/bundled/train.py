@@ -338,7 +338,7 @@ class Trainer:
 
     def right(self, rows: list[Row]) -> list[bool]:
         """Whether greedy decoding says a plain turn word by word: each token is the likeliest after those before it."""
-        ids, kinds, (h,) = self._passes(rows, False)
+        ids, kinds, (h,) = self._passes(rows, False)  # under `no_grad` it would be compiled once more
         asked = kinds[:, 1:] == SPOKEN
         wrong = torch.zeros_like(asked)
         wrong[asked] = (h[:, :-1][asked] @ self.embeddings.T).argmax(-1) != ids[:, 1:][asked]

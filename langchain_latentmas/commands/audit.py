@@ -3,9 +3,10 @@
 import hashlib
 import importlib
 import json
+import random
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -47,7 +48,7 @@ def audit(
     grader: Annotated[
         str | None, typer.Option(help="For files: number, letter, exact, or module:function of state and answer.")
     ] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Questions; by default 100, or all that there are.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Questions; by default 100 of a task, else all.")] = None,
     model: LocalModel = "bundled",
     arrangement: Annotated[
         Literal["sequential", "hierarchical"], typer.Option(help="For a task: who works on it.")
@@ -81,12 +82,15 @@ def audit(
             raise InvalidRequest("Name a graph (module:name, with --examples) or a --task; one of them.")
         if graph is not None and examples is None:
             raise InvalidRequest("A graph needs --examples: a .jsonl file whose lines have `input` and `answer`.")
-        named = ctx.get_parameter_source("model")
-        if graph is not None and (option or (named is not None and named.name == "COMMANDLINE")):
+        if graph is not None and (given := _given(ctx, "model", "option")):
             raise InvalidRequest(
-                "A graph brings its own model; leave --model and --option out. Agents without one take what "
+                f"A graph brings its own model; leave {given} out. Agents without one take what "
                 "LATENTMAS_SERVICE names."
             )
+        if graph is not None and (given := _given(ctx, "arrangement", "steps", "max_tokens")):
+            raise InvalidRequest(f"A graph brings its own agents; {given} is for a --task.")
+        if task is not None and (given := _given(ctx, "examples")):
+            raise InvalidRequest(f"A task brings its own questions; {given} is for a graph.")
         if plot is not None:
             from ..evaluation.pictures import check_path
 
@@ -111,13 +115,13 @@ def audit(
                 assert graph is not None
                 assert examples is not None
                 grader = grader or "number"
-                built, pairs, grade = _named_graph(graph), _pairs(examples, n), _grader(grader)
+                built, pairs, grade = _named_graph(graph), _pairs(examples, n, seed), _grader(grader)
                 name, about = graph, {"graph": graph, "examples": str(examples), "grader": grader}
                 about["sources"] = _sources(graph, *([grader] if ":" in grader else []))
             head = journal_head(built, pairs, seed, about)
         try:
             with (
-                run_folder(out, "audit", name, [head, level], RESULT) as folder,
+                run_folder(out, "audit", name, [head, level], RESULT, _errors) as folder,
                 run_bars(show=not as_json) as on_answer,
             ):
                 journal = folder / ANSWERS
@@ -218,6 +222,10 @@ def _footnote(result: "Audit") -> str:
     )
 
 
+def _errors(document: dict[str, Any]) -> Iterator[str]:
+    return (error for edge in document["edges"] for o in edge["outcomes"].values() for error in o["errors"])
+
+
 def _edges(named: Sequence[str] | None, each: bool) -> "list[Edge] | Literal['all', 'each']":
     if not named:
         return "each" if each else "all"
@@ -270,7 +278,15 @@ def _named_graph(path: str) -> Any:
     return made
 
 
-def _pairs(path: Path, n: int | None) -> list[tuple[Any, Any]]:
+def _given(ctx: typer.Context, *names: str) -> str:
+    """Those of the command's options that somebody gave."""
+    sources = ((name, ctx.get_parameter_source(name)) for name in names)
+    there = (name for name, source in sources if source is not None and source.name == "COMMANDLINE")
+    return " and ".join(f"--{name.replace('_', '-')}" for name in there)
+
+
+def _pairs(path: Path, n: int | None, seed: int) -> list[tuple[Any, Any]]:
+    """All examples of a file, or `n` of them in its order."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -278,7 +294,8 @@ def _pairs(path: Path, n: int | None) -> list[tuple[Any, Any]]:
     if n is not None and not 1 <= n <= len(lines):
         raise InvalidRequest(f"--n must lie between 1 and the {len(lines)} examples of {path}, not at {n}.")
     pairs = []
-    for number, line in enumerate(lines[:n], 1):
+    chosen = sorted(random.Random(seed).sample(range(len(lines)), len(lines) if n is None else n))
+    for number, line in ((i + 1, lines[i]) for i in chosen):
         try:
             row = json.loads(line)
             asked, answer = row["input"], row["answer"]

@@ -52,6 +52,9 @@ def bench(
         str | None, typer.Option(help="How many questions at once are put to them; 1, and on CUDA 32 too.")
     ] = None,
     concurrent: Annotated[int, typer.Option(min=1, help="Questions at once, against one at a time.")] = 64,
+    alone: Annotated[
+        int | None, typer.Option(min=1, help="Questions one at a time; an eighth of those at once.")
+    ] = None,
     svg: Annotated[Path | None, typer.Option(help="Also draw ticks against rows, .svg or .png (extra viz).")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -74,7 +77,7 @@ def bench(
             if graphs is None:
                 graphs = loaded.name == "bundled" or cuda
             asked = asked or ([1, 32] if cuda else [1])
-            whole = Graphs(asked, steps, tokens, concurrent, alone=max(1, concurrent // 8)) if graphs else None
+            whole = Graphs(asked, steps, tokens, concurrent, alone or max(1, concurrent // 8)) if graphs else None
             measuring = Bench(loaded, counts, lengths, repeats, whole)
             if svg is not None and (why := measuring.obstacle):
                 raise InvalidRequest(f"There is nothing to draw: every size is left out ({why}).")
@@ -149,11 +152,12 @@ def _progress(show: bool) -> "Iterator[Callable[[str, int, int], None]]":
 def _picture(result: dict[str, Any]) -> RenderableType:
     machine, about = result["machine"], result["model"]
     where = f"{machine['device']}, " if machine["device"] != "cpu" else ""
+    decoder = "" if about["decoder"] == "own" else f"\nlayers computed by transformers: {about['decoder']}"
     weights = {what: _size(size) for what, size in about["weights_gb"].items()}
     rest = (
         f"{where}{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} threads\n"
         f"memory: {result['bandwidth_gb_s']:,.1f} GB/s, copied · weights to read: "
-        f"{weights['think']} a thought, {weights['speak']} a token"
+        f"{weights['think']} a thought, {weights['speak']} a token{decoder}"
     )
     parts: list[RenderableType] = [
         headline("bench", {**about, "dtype": _dtype(about), "device": machine["device"]}, rest)

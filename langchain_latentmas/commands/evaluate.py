@@ -78,7 +78,7 @@ def evaluate(
                 batch=batch,
             )
             settings = [evaluation.settings, evaluation.cells]
-            with run_folder(out, "eval", asked.name, settings, RESULT) as folder:
+            with run_folder(out, "eval", asked.name, settings, RESULT, _errors) as folder:
                 with run_bars(show=not as_json) as bars:
                     summary = evaluation.run(
                         folder / ANSWERS,
@@ -86,7 +86,7 @@ def evaluate(
                     )
                 about = describe(service, model)
                 document = {"model": about, **summary.as_json()}
-                (folder / RESULT).write_text(json.dumps(document, indent=2, ensure_ascii=False))
+                (folder / RESULT).write_text(json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8")
         if as_json:
             print_json(**document)
         else:
@@ -95,6 +95,10 @@ def evaluate(
 
 def _listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _errors(document: dict[str, Any]) -> Iterator[str]:
+    return (name for row in document["rows"] for name in row["failed"])
 
 
 def _name(mode: str, arrangement: str) -> str:
@@ -123,7 +127,7 @@ def _table(summary: "Summary") -> Table:
     for name in ("right", "95 %", "output\ntokens", "latent\nsteps", "seconds"):
         table.add_column(name, justify="right")
     if compared:
-        for name in ("paper:\nright", "output\ntokens", "seconds"):
+        for name in ("paper:\nright", "output\ntokens", "seconds\nof all"):
             table.add_column(name, justify="right", style="dim")
     for arrangement in dict.fromkeys(row.arrangement for row in summary.rows):
         if arrangement != "single":
@@ -176,7 +180,8 @@ def _notes(summary: "Summary") -> Iterator[RenderableType]:
     for row in summary.rows:
         if row.failed:
             named = ", ".join(f"{count} {name}" for name, count in row.failed.items())
-            yield Text(f"Failed and counted as wrong: {row.mode}, {row.arrangement}: {named}.", style="yellow")
+            what = f"Failed and counted as wrong, in the differences too: {row.mode}, {row.arrangement}: {named}."
+            yield Text(what, style="yellow")
     yield Text(
         "Tokens and steps are per question, by all agents; seconds are wall clock for all questions together, which "
         "share the ticks of one model service, loading and grading not included. Intervals: Wilson for a share, paired "
@@ -184,13 +189,15 @@ def _notes(summary: "Summary") -> Iterator[RenderableType]:
         style="dim",
     )
     if any(row.published for row in summary.rows):
-        yield Text("The paper's seconds were measured on the authors' machine.", style="dim")
+        yield Text("The paper's seconds are for all questions of the benchmark, on the authors' machine.", style="dim")
     if len(summary.sessions) > 1:
         yield Text(
             f"The run took {len(summary.sessions)} sessions; its seconds are those of all of them, from one answer to "
             "the next. What was at work when a session ended was asked again and counts once more.",
             style="dim",
         )
+    if not summary.on_one_machine:
+        yield Text("Its sessions ran on different machines, so that seconds are not compared.", style="yellow")
     last = summary.sessions[-1]
     if last.get("sandbox_missing"):
         yield Text(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -27,18 +27,21 @@ ANSWERS = "answers.jsonl"
 
 
 @contextmanager
-def run_folder(out: Path | None, command: str, name: str, settings: Any, result: str) -> Iterator[Path]:
+def run_folder(
+    out: Path | None, command: str, name: str, settings: Any, result: str, errors: Callable[[Any], Iterable[str]]
+) -> Iterator[Path]:
     """Claims the folder of a run for this process.
 
-    Where the user names none, it lies in the cache, by name and settings. There an interrupted run goes on too, but one
-    that has its result is begun anew.
+    Where the user names none, it lies in the cache, by name and settings. There an interrupted run goes on too, and one
+    with answers that failed for want of a device, a server or a grader; any other that has its result is begun anew.
 
     Args:
         out: The folder that the user names.
         command: Of `latentmas`.
         name: What the run is about.
         settings: What its answers depend on, in plain JSON.
-        result: Name of the file that the command writes at the end.
+        result: Name of the file that the command writes at the end, JSON.
+        errors: Which errors are in it.
 
     Yields:
         The folder.
@@ -50,7 +53,7 @@ def run_folder(out: Path | None, command: str, name: str, settings: Any, result:
     """
     folder, lock = _claimed(out or _in_cache(command, name, settings), named=out is not None)
     try:
-        if out is None and (folder / result).exists():
+        if out is None and _is_finished(folder / result, errors):
             (folder / ANSWERS).unlink(missing_ok=True)
             (folder / result).unlink()
         yield folder
@@ -92,6 +95,15 @@ def _in_cache(command: str, name: str, settings: Any) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return cache / "latentmas" / command / f"{Path(name.replace(':', '-')).name}-{digest}"
+
+
+def _is_finished(result: Path, errors: Callable[[Any], Iterable[str]]) -> bool:
+    from ..evaluation.journal import is_mended
+
+    try:
+        return not any(map(is_mended, errors(json.loads(result.read_text(encoding="utf-8")))))
+    except (OSError, ValueError):  # not there, or cut off
+        return False
 
 
 def _claimed(folder: Path, named: bool) -> tuple[Path, Any]:

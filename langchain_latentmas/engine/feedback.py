@@ -78,11 +78,14 @@ class Feedback:
             speaking: Whether some of them speak.
         """
         alignment = self.model.alignment  # one for the whole step, whoever changes weights meanwhile
+        whole = min(bucket(length), self.cache.capacity)  # what lies beyond the positions of all rows is masked
         if self.graphs is None or self.graphs.fault:
+            # A CPU reads no cell that it need not; on a GPU, attention may be planned anew for each length.
+            length = length if self.model.device.type == "cpu" else whole
             step = self._compute(alignment, rows, length, thinking, speaking)
         else:
             # Slots in excess write into their last cell; a row that will have it writes it anew before it sees it.
-            size = power_of_two(rows), min(bucket(length), self.cache.capacity)
+            size = power_of_two(rows), whole
             self.positions[rows : size[0]] = self.cache.capacity - 1
             self.mask[rows : size[0], 0] = 0  # some kernels make NaN of attention to nothing
             self.hidden[rows : size[0]] = 0  # and a row that overflowed may have left some

@@ -1,6 +1,7 @@
 """CUDA graphs: a decode step is recorded once and replayed, so that no kernel waits for the host to launch it."""
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from typing import NamedTuple, Self
@@ -11,6 +12,8 @@ from torch import Tensor
 from .model import LanguageModel, relative_difference
 
 logger = logging.getLogger(__name__)
+
+AGAIN = 64  # steps until recording is tried again where memory was short; to try takes as long as several
 
 
 class Step(NamedTuple):
@@ -42,6 +45,7 @@ class Graphs:
         """
         self.record, self.tolerance = record, tolerance
         self.fault: str | None = None
+        self._pause: int | None = None  # steps that are computed until recording is tried again; None: it never failed
         self._recorded: dict[Hashable, Compute] = {}
 
     @classmethod
@@ -63,14 +67,21 @@ class Graphs:
             compute: The step.
         """
         if key not in self._recorded:
+            if self._pause:
+                self._pause -= 1
+                return compute()
             expected = Step(*(part.clone() for part in compute()))
             if not all(part.isfinite().all() for part in expected):  # a row overflows: nothing to compare with
                 return expected
-            self._recorded[key] = self._checked(compute, expected)
+            replay = self._checked(compute, expected)
+            if replay is None:
+                return compute()  # anew, since a replay may have written something else
+            self._recorded[key] = replay
         # The next replay writes where this one has written.
         return Step(*(part.clone() for part in self._recorded[key]()))
 
-    def _checked(self, compute: Compute, expected: Step) -> Compute:
+    def _checked(self, compute: Compute, expected: Step) -> Compute | None:
+        """A replay that gives what was expected; None where there is none."""
         try:
             replay = self.record(compute)
             for part in replay():
@@ -80,14 +91,22 @@ class Graphs:
                 return replay
             self.fault = f"a replayed step differs by {max(map(float, differences)):.1e}"
         except RuntimeError as error:
-            self.fault = str(error).strip().splitlines()[0]
+            why = str(error).strip().splitlines()[0]
+            if isinstance(error, torch.OutOfMemoryError):  # which may pass
+                if self._pause is None:
+                    logger.warning("a step is not recorded as a CUDA graph for now: %s", why)
+                self._pause = AGAIN
+                return None
+            self.fault = why
         self._recorded.clear()
         logger.warning("CUDA graphs are off, every kernel is launched by itself: %s", self.fault)
-        return compute
+        return None
 
 
 class Recorder:
     """Records on one stream of a device, since torch keeps workspaces for every stream that it has computed on."""
+
+    _turn = threading.Lock()  # of the whole process: torch records one graph at a time, and before that waits for all
 
     def __init__(self, device: torch.device) -> None:
         """Takes a stream.
@@ -103,15 +122,17 @@ class Recorder:
         if not self._living:  # torch takes no pool up again whose graphs are all gone
             self._pool = torch.cuda.graph_pool_handle()
         caller, graph = torch.cuda.current_stream(self.stream.device), torch.cuda.CUDAGraph()
-        self.stream.wait_stream(caller)
-        # Entered here too: `torch.cuda.graph` stays in its stream when recording fails.
-        with torch.cuda.stream(self.stream):
-            for _ in range(2):  # kernels are chosen and workspaces allocated before anything is recorded
-                compute()
-            # Other threads may go on with what they do on the device.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
-                step = compute()
-        caller.wait_stream(self.stream)
+        # The stream is entered here too: `torch.cuda.graph` stays in it when recording fails.
+        with self._turn, torch.cuda.stream(self.stream):
+            self.stream.wait_stream(caller)
+            try:
+                for _ in range(2):  # kernels are chosen and workspaces allocated before anything is recorded
+                    compute()
+                # Other threads may go on with what they do on the device.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
+                    step = compute()
+            finally:
+                caller.wait_stream(self.stream)  # what was begun must not write where the next step does
         self._living.add(graph)
 
         def replay() -> Step:

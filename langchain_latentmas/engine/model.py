@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..errors import ModelNotFound, ModelNotSupported
 from . import attention
 from .alignment import Alignment
+from .device import prepare
 from .kv import KV, of_each
 from .linear import Linear, packable
 from .llama import LlamaDecoder, hooks_of, is_altered
@@ -99,6 +100,7 @@ class LanguageModel:
             model.set_attn_implementation(attention.NAME)  # compiled, "sdpa" copies keys and values for each query head
         self.eos = _end_tokens(model, tokenizer)
         self.device, self.dtype = model.get_input_embeddings().weight.device, model.dtype
+        prepare(self.device)
         if any(p.is_meta for p in model.parameters()):
             raise ModelNotSupported(
                 f"{self.name}: the weights do not fit the devices given, and offloaded ones are too slow."
@@ -220,7 +222,7 @@ class LanguageModel:
     @property
     def unseen(self) -> float:
         """What is added to the attention score of a cell that a position does not see."""
-        return torch.finfo(self.dtype).min
+        return torch.finfo(self.dtype).min / 2  # some kernels multiply it by log2(e), and must not make it infinite
 
     def masks(self, ragged: Ragged, holes: Sequence[Sequence[tuple[int, int]]] | None = None) -> list[Tensor]:
         """What is added to attention scores in a pass in which every position sees the cells before it, and its own.
@@ -325,7 +327,7 @@ class LanguageModel:
                 for part in weight.detach().flatten().split(HASHED_AT_ONCE):
                     narrow = part.float()
                     exact = part.dtype.itemsize <= 2 or torch.equal(narrow.to(part.dtype), part)
-                    digest.update((narrow if exact else part).contiguous().cpu().numpy().tobytes())
+                    digest.update((narrow if exact else part).contiguous().cpu().numpy())
         digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
         return digest.hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""Choosing the next token: transformers' logits processors, one row at a time and independent of the other rows."""
+"""Choosing the next token: transformers' logits processors, and a draw for each row that no other row can change."""
 
 import secrets
 from dataclasses import dataclass, field
@@ -55,27 +55,42 @@ class Sampling:
             raise InvalidRequest(f"Stop strings must be strings, and not empty: {list(self.stop)!r}.")
 
 
+def shares(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
+    """How likely each token is to be drawn, of rows that sample alike.
+
+    That takes some fifteen calls, a sort of the vocabulary among them, however many rows there are.
+
+    Args:
+        logits: [rows, vocab].
+        temperature: Above 0.
+        top_k: See `Sampling`.
+        top_p: See `Sampling`.
+
+    Returns:
+        [rows, vocab], in float32.
+    """
+    processors = LogitsProcessorList([TemperatureLogitsWarper(max(float(temperature), COLDEST))])
+    if top_k is not None:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    return processors(None, logits.float()).softmax(-1)
+
+
 class Sampler:
-    """Samples for one row, with a random generator of its own, so that its neighbours cannot change its tokens."""
+    """Draws for one row, with a random generator of its own, so that its neighbours cannot change its tokens."""
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        """Prepares processors and generator.
+        """Prepares the generator.
 
         Args:
-            sampling: What to do; its temperature is above 0.
+            sampling: Has the seed.
             device: Where the logits will be.
         """
-        self.processors = LogitsProcessorList([TemperatureLogitsWarper(max(float(sampling.temperature), COLDEST))])
-        if sampling.top_k is not None:
-            self.processors.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self.processors.append(TopPLogitsWarper(sampling.top_p))
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self.generator = torch.Generator(device).manual_seed(seed)
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Draws a token id [] from logits [vocab]."""
-        scores = self.processors(None, logits[None].float())
+    def __call__(self, share: Tensor) -> Tensor:
+        """Draws a token id [], where each token has its share [vocab]."""
         # What torch.multinomial does for one sample, without its checks, for which the host would wait each time.
-        shares = scores.softmax(-1)[0]
-        return (shares / torch.empty_like(shares).exponential_(generator=self.generator)).argmax()
+        return (share / torch.empty_like(share).exponential_(generator=self.generator)).argmax()

@@ -159,6 +159,13 @@ class SlotCache(Cache):
         """Bytes that one position of one row takes over all layers; 0 before the first forward pass."""
         return sum(t.nbytes for t in self._tensors) // (self.slots * self.capacity)
 
+    def clear(self) -> None:
+        """Empties the cache as it was when it was made; its layers know it, so it does not go when it is forgotten."""
+        self.slots, self.capacity = 1, LEAST
+        self._whole = []
+        for layer in self.layers:
+            layer.keys, layer.values, layer.is_initialized = None, None, False
+
     def new_side(self, like: Tensor) -> Tensor:
         """Slots for keys or values, of one layer or of all, as in a KV."""
         # Zeros, not empty: a masked cell has weight 0, and 0 times a stray NaN would be NaN.

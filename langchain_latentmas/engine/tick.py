@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineFailed
+from .device import Pace
 from .feedback import Feedback
 from .graphs import Graphs
 from .kv import KV, Placed
 from .model import Embeddable, LanguageModel
 from .ragged import Ragged, power_of_two
-from .sampling import Sampler, Sampling
+from .sampling import Sampler, Sampling, shares
 from .slots import LEAST, Window
 from .text import TextStream
 
@@ -43,7 +44,7 @@ class Result(NamedTuple):
     kv: KV
     """Keys and values of all its new positions."""
     thoughts: Tensor
-    """[steps, hidden]."""
+    """[steps, hidden], on the CPU."""
     tokens: list[int]
     text: str
     """Text that was still held back when the row ended."""
@@ -157,11 +158,13 @@ class Ticker:
         self.model, self.max_rows, self.live_bytes, self.chunk = model, max_rows, live_bytes, chunk
         self.graphs = graphs
         self.pass_positions = CPU_PASS if model.device.type == "cpu" else sys.maxsize
+        self.pace = Pace(model.device) if model.device.type == "cuda" else None
         self.ticks = self.thoughts = self.spoken = self.prefilled = self.reused = 0
         self.rows: list[Row] = []
         self.decoding = 0
         self._left: dict[int, Row] = {}  # by slot, who has moved on from there and may not be finite
         self._ended: list[tuple[Row, Result | EngineFailed]] = []
+        self.cache = model.new_cache()
         self.renew()
 
     @property
@@ -175,9 +178,9 @@ class Ticker:
         return dropped
 
     def renew(self) -> None:
-        """Takes new slots, for no rows."""
+        """Gives all slots up, and what they hold; there must be no rows."""
         self._left.clear()
-        self.cache = self.model.new_cache()
+        self.cache.clear()
         self.feedback = Feedback(self.model, self.cache, self.graphs)
 
     def fits(self, row: Row) -> bool:
@@ -221,6 +224,8 @@ class Ticker:
                     logger.exception("who waited for a row could not take its result")
                     with suppress(Exception):  # those of the other rows are still to be told
                         row.on_error(error)
+        if self.pace is not None:
+            self.pace.keep()
 
     def _needed(self, row: Row) -> tuple[int, int]:
         """Slots and cells that the live rows and this one take."""
@@ -283,7 +288,7 @@ class Ticker:
             row.position += n
             row.hidden = hidden[i if last_only else end - 1]
             if row.keep_hidden:
-                row.prefilled.append(hidden[end - n : end])
+                row.prefilled.append(hidden[end - n : end].clone())  # a view would keep those of all rows
         return together
 
     def _decode(self) -> None:
@@ -318,9 +323,15 @@ class Ticker:
             return
         logits = self.model.logits(torch.stack([row.hidden for row in rows]))
         choices = logits.argmax(-1)
+        alike: dict[tuple[float, int | None, float], list[tuple[int, Sampler]]] = {}
         for i, row in enumerate(rows):
-            if row.sampler is not None:
-                choices[i] = row.sampler(logits[i])
+            if row.sampler is not None and row.sampling is not None:
+                how = row.sampling.temperature, row.sampling.top_k, row.sampling.top_p
+                alike.setdefault(how, []).append((i, row.sampler))
+        for how, samplers in alike.items():
+            found = shares(torch.stack([logits[i] for i, _ in samplers]), *how)
+            for (i, sampler), own in zip(samplers, found, strict=True):
+                choices[i] = sampler(own)
         self.spoken += len(rows)
         for row, token in zip(rows, choices.tolist(), strict=True):
             assert row.sampling is not None
@@ -356,8 +367,10 @@ class Ticker:
     def _finish(self, row: Row) -> None:
         slot = self.rows.index(row)
         self._left = {at: other for at, other in self._left.items() if other is not row}  # it is finite
-        kv = self.cache.read(slot, row.start, row.position)
         thoughts = torch.stack(row.thoughts) if row.thoughts else row.hidden.new_zeros(0, row.hidden.shape[-1])
+        # Here, where the device has just been waited for, and not where the result is taken, maybe on an event loop.
+        thoughts = thoughts.cpu()
+        kv = self.cache.read(slot, row.start, row.position)
         text = row.text.end() if row.sampling is not None else ""
         hidden = torch.cat(row.prefilled) if row.keep_hidden else None
         self._leave(slot)  # last, so that whatever raises before finds the row still there to be told

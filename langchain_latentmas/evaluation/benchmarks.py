@@ -315,7 +315,9 @@ _DATA: Mapping[str, tuple[_Source | None, Callable[[Row], tuple[str, str]], str,
 
 def _benchmark(name: str) -> RowTask:
     source, read, grader, roles, max_tokens, _ = _DATA[name]
-    return RowTask(name, lambda: _hub(*source) if source else _medqa_rows(), read, grader, roles, max_tokens)
+    task = RowTask(name, lambda: _hub(*source) if source else _medqa_rows(), read, grader, roles, max_tokens)
+    task.published = True
+    return task
 
 
 BENCHMARKS: Mapping[str, Callable[[], RowTask]] = {name: lambda name=name: _benchmark(name) for name in _DATA}  # type: ignore[misc]

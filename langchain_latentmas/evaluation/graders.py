@@ -38,10 +38,22 @@ EXPRESSION = rf"""
         | (?<![a-z]){_VARIABLE}
     )*+
 """
-MARKED = re.compile(rf"(?:\#\#\#\#|answer(?:\s++is)?+\s*+:?+)[*_$€£\s]*+({EXPRESSION})", re.IGNORECASE | re.VERBOSE)
-_TEXT = r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"
-UNIT = re.compile(rf"(?<=\d)\s*(?!.*(?:illion|hundred|thousand|dozen|percent)){_TEXT}$")
-_MARKUP = r"[*_(\[$\s]*+"
+# What an answer stands behind; "must answer 10 questions" is none.
+_MARK = r"(?:answer[*_]*+(?:\s++is\b\s*+:?+|\s*+[:=])|(?m:^)[ \t*_]*+(?:final\s++)?+answer\b)"
+MARKED = re.compile(
+    rf"(?:\#\#\#\#|{_MARK})[*_$€£\s]*+(?:\\[(\[]\s*+)?+(?:[a-z]\s*+=\s*+)?+[$€£]?+({EXPRESSION})",
+    re.IGNORECASE | re.VERBOSE,
+)
+_TEXT = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf)\s*\{([^{}]*)\}"
+# A number, and what it counts: in LaTeX's \text{...}, or a word that is neither a variable nor a part of a sum.
+MEASURED = re.compile(
+    rf"(?P<number>.*?\d)\s*(?:\\?%|{_TEXT}"
+    r"|(?P<unit>(?:(?!sqrt|mod)[a-z]{3,}|[kcm]?[mgl]|ft|lb|oz|hr|am|pm)(?:[ .'-]+[a-z]+)*))",
+    re.IGNORECASE,
+)
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+NO_UNITS = {"and", "or", "plus", "minus", "times", "over", "squared", "cubed", "factorial"}
+_MARKUP = r"[*_(\[$\s`\"'“\\]*+"
 # A letter alone: no part of a word, no article or pronoun ("A beta blocker", "I think"), and not ruled out behind it.
 _CHOSEN = r"""(?x:
     (?![A-Za-z'’])
@@ -50,6 +62,7 @@ _CHOSEN = r"""(?x:
         (?:is|was)(?: n['’]t | (?:\s++(?:\w+ly|also))*+\s++(?:not|incorrect|wrong|false|out|ruled\s++out) )
         | can(?: not | ['’]t | \s++be\s++(?:ruled\s++out|excluded|eliminated) )
     )\b )
+    (?! [*_)\]]*+\s*+(?:/|\bor\b|\band\b)\s*+[*_(\[]*+(?:option\s++)?+[A-HJ-Z](?![A-Za-z]) )
 )"""
 
 # A function, a class, an import or a constant of a module, with the lines that are indented under it.
@@ -93,7 +106,7 @@ def number(text: str, answer: str) -> bool:
     text = text.replace(MINUS, "-")
     said = boxed(text)
     said = _marked(text[-TAIL:]) if said is None else _tidied(said)
-    if said is not None and (ours := _plain_number(said)) is not None and (theirs := _plain_number(answer)) is not None:
+    if said is not None and (ours := _measured(said)) is not None and (theirs := _plain_number(answer)) is not None:
         return ours == theirs
     return Mathematics.shared().equal(text[-TAIL:] if said is None else f"\\boxed{{{said}}}", f"\\boxed{{{answer}}}")
 
@@ -101,7 +114,7 @@ def number(text: str, answer: str) -> bool:
 def boxed_number(text: str) -> Fraction | None:
     r"""What the last \boxed{...} holds, if that is a plain number, maybe with a unit; needs no math-verify."""
     said = boxed(text.replace(MINUS, "-"))
-    return None if said is None else _plain_number(UNIT.sub("", _tidied(said)))
+    return None if said is None else _measured(_tidied(said))
 
 
 def letter(text: str, answer: str, options: Sequence[str] = ()) -> bool:
@@ -124,16 +137,20 @@ def chosen(text: str, options: Sequence[str] = ()) -> str | None:
     if (said := boxed(text)) is not None:
         return _choice(said, letters, options)
     tail, one = text[-TAIL:].strip(), rf"(?<![A-Za-z])([{letters}]){_CHOSEN}"
-    asked = r"(?:answer|(?:correct|right|best)\s++(?:option|choice))[*_]*+(?:\s++(?:is|(?:must|would)\s++be))?+\s*+:?+"
+    asked = (
+        r"(?:(?:answer|(?:correct|right|best)\s++(?:option|choice))[*_]*+"
+        r"(?:\s++(?:is\b|(?:must|would)\s++be\b)\s*+:?+|\s*+[:=–-])|(?m:^)[ \t*_]*+(?:final\s++)?+answer\b)"
+    )
     for pattern in (
         rf"(?i:{asked}{_MARKUP}(?:not\s++(?:option\s++)?\w\W++but\s++)?+(?:option{_MARKUP})?+){one}",
         rf"(?m:^)[*_(\[]*+([{letters}])[*_)\]]*+[.:]?+[ \t]*+(?m:$)",
-        rf"(?i:(?:option|choice|(?:must|should|has\s++to)\s++be){_MARKUP}){one}"
+        rf"(?i:(?:option|choice|choose|select|(?:must|should|has\s++to)\s++be){_MARKUP}){one}"
+        rf"|(?i:hence|thus|therefore),?+\s*+[*_]*+\({one}"
         rf"|{one}[*_)\]]*+\s++is\s++(?:the\s++)?+(?:right|correct|answer)",
     ):
         if found := list(re.finditer(pattern, tail)):
             return str(found[-1][found[-1].lastindex or 0])
-    said = re.split(r"(?i:answer\s+is:?|answer:)", tail)[-1]
+    said = re.split(r"(?i:(?:answer|(?:correct|right|best)\s+(?:option|choice))(?:\s+is:?|:))", tail)[-1]
     return _choice(said, letters, options) or _choice(tail.splitlines()[-1] if tail else "", letters, options)
 
 
@@ -308,11 +325,24 @@ def _plain_number(text: str) -> Fraction | None:
     return Fraction(bare) if re.fullmatch(r"[+-]?\d{1,50}(\.\d{1,50})?([eE][+-]?\d{1,3})?", bare) else None
 
 
+def _measured(said: str) -> Fraction | None:
+    r"""A plain number, maybe with a unit or in percent: `18 apples`, `60.0\%`, `2 \text{ million}`."""
+    found = MEASURED.fullmatch(said.strip())
+    if found is None or found["number"] == said:
+        return _plain_number(said)
+    unit = (found[2] or found["unit"] or "").lower().split()
+    value = None if unit and unit[0] in NO_UNITS else _plain_number(found["number"])
+    return None if value is None else value * SCALES.get(unit[0] if unit else "", 1)
+
+
 def _choice(said: str, letters: str, options: Sequence[str]) -> str | None:
     """The letter that a short text names: by itself, or by its option, or in front of its option."""
     bare = re.sub(_TEXT, r"\1", said).strip(" \n\t*_$.")
-    one = rf"(?:(?i:option|choice)\s*+)?+[(\[]?([{letters}{letters.lower()}])"
-    if found := re.fullmatch(rf"{one}[)\].:]?", bare):
+    one = rf"(?:(?i:option|choice|answer)\s*+:?+\s*+)?+[(\[]?([{letters}{letters.lower()}])"
+    if found := re.fullmatch(rf"{one}[)\].:,]?", bare):
+        return found[1].upper()
+    found = re.fullmatch(rf"{one}[)\].:,–-]?\s+[–-]?(.+)", bare) if options else None
+    if found and _words(options[letters.index(found[1].upper())]) == _words(found[2]):
         return found[1].upper()
     named = [letters[i] for i, option in enumerate(options) if _words(option) == _words(bare)]
     if len(named) == 1:

@@ -48,7 +48,7 @@ def cost(state: Mapping[str, Any]) -> Cost:
     return Cost(
         output_tokens=sum(usage(message)["output_tokens"] for message in said),
         latent_steps=sum(ref["steps"] for ref in state.get("latents", [])),
-        latent_steps_read=usage(said[-1])["output_token_details"]["latent_steps"],
+        latent_steps_read=usage(said[-1])["output_token_details"]["latent_steps"] if said else 0,
     )
 
 
@@ -143,7 +143,7 @@ class Comparison(NamedTuple):
     output_tokens: float | None
     """How many times more text decodes; None where latent edges decode nothing."""
     seconds: float | None
-    """How many times longer text takes."""
+    """How many times longer text takes; None where not all was asked on one machine."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,11 @@ class Summary:
     settings: dict[str, Any]
     sessions: list[dict[str, Any]]
     answers: str | None
+
+    @property
+    def on_one_machine(self) -> bool:
+        """Whether all sessions ran on the same processor and device, with as many threads."""
+        return _on_one_machine(self.sessions)
 
     def as_json(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -338,15 +343,16 @@ class Evaluation:
 
         async def ask(question: Question) -> Answer:
             nonlocal taken, last
-            spent, text, failed = Cost(0, 0, 0), "", ""
+            text, failed, state = "", "", self.task.input(question)
             try:
-                state = await graph.ainvoke(self.task.input(question), config)
+                async for reached in graph.astream(state, config, stream_mode="values"):
+                    state = reached
+                text = state["messages"][-1].text
             except ServiceUnreachable:  # its client has waited: the other questions would fail as well
                 raise
             except Exception as error:
                 failed = _named(error)
-            else:
-                spent, text = cost(state), state["messages"][-1].text
+            spent = cost(state)  # what failed has cost something too
             taken += spent.latent_steps
             seconds, last = time.perf_counter() - last, time.perf_counter()
             return Answer(
@@ -402,9 +408,11 @@ class Evaluation:
         self, answers: Mapping[tuple[str, str, str], Answer], sessions: list[dict[str, Any]], path: str | None
     ) -> Summary:
         by = {cell: [answers[(*cell, question.id)] for question in self.questions] for cell in self.cells}
-        rows = [Row.of(by[cell], published(self.task.name, self.model, *cell)) for cell in self.cells]
+        named = self.task.name if self.task.published else ""
+        rows = [Row.of(by[cell], published(named, self.model, *cell)) for cell in self.cells]
+        timed = _on_one_machine(sessions)
         compared = {
-            arrangement: _compare(by["text", arrangement], by["latent", arrangement])
+            arrangement: _compare(by["text", arrangement], by["latent", arrangement], timed)
             for arrangement in TEAMS
             if ("text", arrangement) in by and ("latent", arrangement) in by
         }
@@ -414,7 +422,12 @@ class Evaluation:
 OnAnswer = Callable[[str, str, int, int], None]
 
 
-def _compare(text: Sequence[Answer], latent: Sequence[Answer]) -> Comparison:
+def _on_one_machine(sessions: Sequence[Mapping[str, Any]]) -> bool:
+    places = {tuple(each.get(name) for name in ("processor", "cores", "torch_threads", "device")) for each in sessions}
+    return len(places) <= 1
+
+
+def _compare(text: Sequence[Answer], latent: Sequence[Answer], timed: bool) -> Comparison:
     ones, others = [float(a.right) for a in latent], [float(a.right) for a in text]
     low, high = paired_bootstrap(ones, others)
     one, other = Row.of(text, None), Row.of(latent, None)
@@ -423,7 +436,7 @@ def _compare(text: Sequence[Answer], latent: Sequence[Answer]) -> Comparison:
         100 * low,
         100 * high,
         one.output_tokens / other.output_tokens if other.output_tokens else None,
-        one.seconds / other.seconds if other.seconds else None,
+        one.seconds / other.seconds if timed and other.seconds else None,
     )
 
 

@@ -36,8 +36,8 @@ def paired_bootstrap(
     """The interval of a mean difference between two scores of the same questions (Efron 1979, percentiles).
 
     Questions are drawn with replacement, each with both of its scores, so what makes a question hard for both cancels.
-    Where all differences are equal, no draw shows any spread; the interval then reaches as far as what `n` questions
-    cannot show (`unseen`).
+    Where no question was lost, or none won, no draw shows any; on that side the interval reaches at least as far as
+    what `n` questions cannot show (`unseen`).
 
     Args:
         ones: A score per question between 0 and 1, say 1 for right.
@@ -53,12 +53,14 @@ def paired_bootstrap(
     # Only how often each difference is drawn matters, and there are few different ones.
     values, counts = np.unique(differences, return_counts=True)
     n = len(differences)
-    if len(values) == 1:
-        only, bound = float(values[0]), unseen(n, (1 + level) / 2)
-        return max(-1.0, only - bound), min(1.0, only + bound)
     drawn = np.random.default_rng(seed).multinomial(n, counts / n, resamples)
-    low, high = np.quantile(drawn @ values / n, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    low, high = map(float, np.quantile(drawn @ values / n, [(1 - level) / 2, (1 + level) / 2]))
+    mean, bound = float(differences.mean()), unseen(n, (1 + level) / 2)
+    if values[0] >= min(0.0, mean):
+        low = max(-1.0, min(low, mean - bound))
+    if values[-1] <= max(0.0, mean):
+        high = min(1.0, max(high, mean + bound))
+    return low, high
 
 
 def mcnemar(ones: Sequence[bool], others: Sequence[bool]) -> float:

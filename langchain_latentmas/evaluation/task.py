@@ -43,12 +43,14 @@ class Task(ABC):
         steps: Latent steps of a thinker, where nobody says how many.
         max_tokens: Most tokens that one agent decodes, where nobody says how many.
         runs_code: Whether its grader runs what the agents wrote.
+        published: Whether it is one of the paper's, and not only called like one.
     """
 
     name: str
     steps: int
     max_tokens: int
     runs_code: bool = False
+    published: bool = False
 
     @abstractmethod
     def questions(self, n: int | None = None, seed: int = 0) -> list[Question]:

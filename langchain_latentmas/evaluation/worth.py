@@ -134,6 +134,7 @@ class EdgeWorth:
         outcomes: By condition.
         effects: By name, see `EFFECTS`; those whose conditions were run.
         notes: What was done otherwise than asked for, and how often.
+        tests: How many edges were tested together; each is held to a stricter test then (Holm).
     """
 
     edge: str
@@ -143,6 +144,7 @@ class EdgeWorth:
     outcomes: Mapping[str, Outcome]
     effects: Mapping[str, Effect]
     notes: Sequence[str] = ()
+    tests: int = 1
 
     @classmethod
     def of(
@@ -181,26 +183,34 @@ class EdgeWorth:
     @property
     def verdict(self) -> str:
         """What to make of it, in words; follows the tests alone, at the stated level."""
-        content, worth = self.effects["content"], self.effects.get("worth")
+        content, presence, worth, against = map(self.effects.get, ("content", "presence", "worth", "against_text"))
+        assert content is not None
         one = "->" in self.edge and "," not in self.edge
         its, edge = ("this edge's", "the edge") if one else ("these edges'", "the edges")
+        tell_presence = presence is not None and self._significant("presence")
         if not self.has_content:
-            parts = [f"no detectable content: keep text or cut {edge} (content {content.signed})"]
-            if self.least > FEW_POINTS:
+            parts = [f"no detectable content: {self._instead(edge)} (content {content.signed})"]
+            if self.crossed < self._fewest:
+                crossed = f"{edge} had a memory on {self.crossed} of {self.n} questions"
+                parts.append(f"{crossed}, too few to show any: ask more")
+            elif self.least > FEW_POINTS:
                 parts.append(f"{self.n} questions show none below {self.least:.0f} points, ask more")
         elif content.points < 0:
-            parts = [f"{its} content does harm: keep text or cut {edge} (content {content.signed})"]
-        elif worth is not None and not (self._significant("worth") and worth.points > 0):
+            parts = [f"{its} content does harm: {self._instead(edge)} (content {content.signed})"]
+        elif worth is not None and not self._clearly("worth"):
             said = f"the reader uses {its} content ({content}), but"
             against_cut = f"(intact against cut {worth.signed})"
+            tell_presence = False
             if worth.high <= AS_WELL:
                 parts = [f"{said} answers as well without any: cut {edge} {against_cut}"]
             else:
                 parts = [f"{said} may answer as well without any {against_cut}: ask more questions"]
+        elif worth is not None and tell_presence and presence is not None and presence.points < 0:
+            tell_presence = False
+            parts = [f"{edge} {'is' if one else 'are'} worth {worth}; another question's memory costs {content}"]
         else:
             parts = [f"{its} content is worth {content}"]
-        presence, against = self.effects.get("presence"), self.effects.get("against_text")
-        if presence is not None and self._significant("presence") and "but" not in parts[0]:
+        if tell_presence and presence is not None:
             parts.append(f"its mere presence {'adds' if presence.points > 0 else 'costs'} {presence}")
         if against is not None and self._significant("against_text"):
             parts.append(f"as text the graph is {against} {'worse' if against.points > 0 else 'better'}")
@@ -212,8 +222,12 @@ class EdgeWorth:
     @property
     def least(self) -> float:
         """The smallest content, in points, that so many questions can show: where each that changes gets worse."""
-        worse = next(k for k in count(1) if mcnemar([True] * k, [False] * k) < 1 - self.level)
-        return min(100.0, 100 * worse / self.n)
+        return min(100.0, 100 * self._fewest / self.n)
+
+    @property
+    def _fewest(self) -> int:
+        """How many answers have to change at least, all for the worse, if the test is to tell."""
+        return next(k for k in count(1) if self.tests * mcnemar([True] * k, [False] * k) < 1 - self.level)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON: accuracies in %, effects in points."""
@@ -228,6 +242,16 @@ class EdgeWorth:
             "outcomes": {name: {**vars(o), "errors": dict(o.errors)} for name, o in self.outcomes.items()},
             "notes": list(self.notes),
         }
+
+    def _instead(self, edge: str) -> str:
+        """What to do where the content is of no use: whatever the tests do not speak against."""
+        advice = [] if self._clearly("against_text") else ["keep text"]
+        advice += [] if self._clearly("worth") else [f"cut {edge}"]
+        return " or ".join(advice) or "any memory does"
+
+    def _clearly(self, name: str) -> bool:
+        """Whether an effect is surely above 0."""
+        return self._significant(name) and self.effects[name].points > 0
 
     def _significant(self, name: str) -> bool:
         return name in self.effects and self.effects[name].p < 1 - self.level
@@ -263,7 +287,7 @@ class Audit:
             having = [i for i, edge in enumerate(edges) if name in edge.effects]
             for i, p in zip(having, holm([edges[i].effects[name].p for i in having]), strict=True):
                 effects = {**edges[i].effects, name: replace(edges[i].effects[name], p=p)}
-                edges[i] = replace(edges[i], effects=effects)
+                edges[i] = replace(edges[i], effects=effects, tests=len(edges))
         return cls(task, edges[0].n, seed, level, tuple(edges), about or {})
 
     @property

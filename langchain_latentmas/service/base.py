@@ -241,7 +241,8 @@ class LatentService(ABC):
         Args:
             messages: Anything LangChain accepts as messages.
             latents: The memories to read, merged in this order.
-            max_tokens: Most tokens to decode, at least 1.
+            max_tokens: Most tokens to decode, at least 1. Where fewer positions are left, the text ends there, with the
+                finish reason "length".
             temperature: 0 means greedy.
             top_p: Nucleus sampling.
             top_k: Only so many most likely tokens.
@@ -256,7 +257,7 @@ class LatentService(ABC):
 
         Raises:
             InvalidRequest: If a value is out of range.
-            ContextTooLong: If memory, prompt and `max_tokens` exceed the model's positions.
+            ContextTooLong: If memory and prompt leave no position to speak in.
             InvalidReference: If a reference is tampered with, unknown, dropped, or of another model.
             StoreFull: If there is no room for the recipe; raised before the work starts.
             EngineFailed: If the device fails; may be retried.

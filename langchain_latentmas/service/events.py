@@ -95,17 +95,17 @@ class Reply(Response):
                 else:
                     assert last is not None
                     await self._send_document(send, 200, "application/json", last)
-        except OSError:  # the connection is gone; whoever watches it says so
-            return 499
         except Exception as error:
             return await self._fail(send, error)
         return 200
 
     async def _fail(self, send: Send, error: Exception) -> int:
-        if not isinstance(error, LatentMASError):
+        if isinstance(error, LatentMASError):
+            problem = Problem.of(error, self.instance)
+        else:
             logger.exception("a request failed", exc_info=error)
-            error = EngineFailed(f"The server met an error that it did not expect; its log names it ({self.instance}).")
-        problem = Problem.of(error, self.instance)
+            why = f"The server met an error that it did not expect; its log names it ({self.instance})."
+            problem = Problem.of(EngineFailed(why), self.instance).model_copy(update={"status": 500})
         with suppress(TimeoutError):  # who does not read on will not read this either
             async with asyncio.timeout(self.keep_alive):
                 if not self._begun:
@@ -115,10 +115,9 @@ class Reply(Response):
         return problem.status
 
     async def _beat(self, send: Send) -> None:
-        with suppress(OSError):
-            while self.stream:
-                await self._send_raw(send, b": working\n\n")
-                await asyncio.sleep(self.keep_alive)
+        while self.stream:
+            await self._send_raw(send, b": working\n\n")
+            await asyncio.sleep(self.keep_alive)
 
     async def _send(self, send: Send, name: str, data: str, more: bool = True) -> None:
         await self._send_raw(send, f"event: {name}\ndata: {data}\n\n".encode(), more)
@@ -152,15 +151,17 @@ class Tensors(Response):
 
     media_type = TENSORS
 
-    def __init__(self, pieces: AsyncGenerator[bytes, None], *, deadline: float) -> None:
+    def __init__(self, pieces: AsyncGenerator[bytes, None], *, deadline: float, ended: Callable[[int], None]) -> None:
         """Describes the reply; the generator is started when it is sent.
 
         Args:
             pieces: Yields the bytes.
             deadline: Seconds after which the generator is cancelled, and the connection closed if it has begun.
+            ended: Called with the status of what has begun: 200, that of the error that broke it off, or 499 if the
+                client hung up.
         """
         super().__init__()
-        self.pieces, self.deadline = pieces, deadline
+        self.pieces, self.deadline, self.ended = pieces, deadline, ended
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -171,11 +172,13 @@ class Tensors(Response):
         """
         sending = asyncio.ensure_future(self._send(send))
         if await _came_to_its_end(sending, receive):
-            sending.result()
-        elif not self._begun:
+            self.ended(sending.result())
+        elif self._begun:
+            self.ended(499)
+        else:
             raise ClientDisconnect
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send) -> int:
         try:
             async with within(self.deadline), aclosing(self.pieces) as pieces:
                 async for piece in pieces:
@@ -184,9 +187,14 @@ class Tensors(Response):
                         await send(_start(200, TENSORS, []))
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                 await send({"type": "http.response.body", "body": b""})
-        except DeadlineExceeded:
+        except Exception as error:
             if not self._begun:
                 raise
+            if isinstance(error, LatentMASError):
+                return Problem.of(error).status
+            logger.exception("a memory broke off", exc_info=error)
+            return 500
+        return 200
 
 
 class EventReader:
@@ -275,7 +283,7 @@ async def _cancelled(*tasks: "asyncio.Future[Any]") -> None:
     for task in tasks:
         if not task.done():
             task.cancel()
-            with suppress(asyncio.CancelledError, OSError):
+            with suppress(asyncio.CancelledError):
                 await task
 
 

@@ -22,7 +22,8 @@ logger = logging.getLogger("langchain_latentmas.access")
 
 OPEN = ("/health", "/ready")
 STREAMED = ("/v1/memory/import",)  # counts its own bytes
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')
+FROM_ELSEWHERE = ("cross-site", "same-site")  # a browser's word for a page of another address, or another port
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?')  # without a way back, which takes memory for each character
 _ROUND = bytes.maketrans(b"[{]}", b"(())")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 
@@ -64,7 +65,7 @@ class Guard:
 
         try:
             self._admit(scope, headers)
-            if scope["path"] not in STREAMED:
+            if scope["path"] not in (*OPEN, *STREAMED):
                 receive = await self._body(headers, receive)
             await self.app(scope, receive, noted_send)
         except _HungUpError:
@@ -102,11 +103,15 @@ class Guard:
 
     def _local(self, headers: Mapping[str, str]) -> str:
         # A page in a browser on this machine may reach the port under a name of its own (DNS rebinding).
-        host = None
+        host, at = None, headers.get("host", "")
         with suppress(ValueError):
-            host = urlsplit(f"//{headers.get('host', '')}").hostname
+            host = urlsplit(f"//{at}").hostname
         if host not in ("localhost", "127.0.0.1", "::1", self.settings.host):
             raise AccessDenied(f"This server has no token, so it answers under a loopback address only, not {host!r}.")
+        # Or ask under the server's name without being able to read the answer.
+        origin = headers.get("origin")
+        if headers.get("sec-fetch-site") in FROM_ELSEWHERE or (origin and origin.partition("://")[2] != at):
+            raise AccessDenied("This server has no token, so it answers no pages of other addresses.")
         return ""
 
     async def _body(self, headers: Mapping[str, str], receive: Receive) -> Receive:

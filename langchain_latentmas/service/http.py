@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self, TypeVar
-from urllib.parse import quote_plus, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 import tenacity
@@ -25,6 +25,7 @@ from tenacity.wait import wait_base
 
 from ..engine.sampling import Sampling
 from ..errors import (
+    DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     LatentMASError,
@@ -71,6 +72,8 @@ from .wire import (
 logger = logging.getLogger(__name__)
 
 MARKERS_KEPT = 65536
+SLACK = 10.0  # seconds after the server's deadline in which its word of that comes
+MOST_SILENT = 86400.0  # seconds; a socket takes no timeout of a month
 A = TypeVar("A")
 B = TypeVar("B", covariant=True)
 Body = TypeVar("Body", bound=BaseModel)
@@ -87,7 +90,7 @@ class HTTPSettings(BaseSettings):
             server is away or shutting down, the connection broke.
         connect_timeout: Seconds for a connection to be made.
         read_timeout: Seconds without a sign of life after which a connection counts as broken; the server gives one
-            every 5 s.
+            every 5 s while it thinks or speaks. What else takes its turn has until the server's own deadline at least.
         max_connections: Most connections at a time, per event loop and for all threads together.
         ca: PEM file of the authority behind the server's certificate; None takes the system's.
     """
@@ -160,9 +163,11 @@ class HTTPService(LatentService):
             info = self.info()
             self.name, self.chat_template = str(info["name"]), str(info["chat_template"])
             self.max_positions = info.get("max_positions")
+            silent = max(settings.read_timeout, min(info["limits"]["deadline"], MOST_SILENT) + SLACK)
+            self._turn_timeout = httpx.Timeout(silent, connect=timeout.connect, pool=timeout.pool)
         except BaseException as error:
             self._client.close()
-            if isinstance(error, KeyError):
+            if isinstance(error, (KeyError, TypeError)):
                 raise ServiceUnreachable(f"What answers at {self.url} is no latentmas serve.") from None
             raise
 
@@ -313,8 +318,10 @@ class HTTPService(LatentService):
         def send() -> LatentRef:
             with Path(file).open("rb") as content:
                 headers = {"Content-Type": TENSORS, "Content-Length": str(os.fstat(content.fileno()).st_size)}
-                with _unreachable(self.url):
-                    reply = self._client.post("/v1/memory/import", content=content, headers=headers)
+                with _unreachable(self.url), _in_time(self.url):
+                    reply = self._client.post(
+                        "/v1/memory/import", content=content, headers=headers, timeout=self._turn_timeout
+                    )
                 return _read(reply, RefReply).ref.ref
 
         return self._retried(send)
@@ -322,7 +329,7 @@ class HTTPService(LatentService):
     def lens(self, ref: LatentRef, top_k: int = 5) -> list[LensRow]:
         """See `LatentService.lens`."""
         body = _request(LensRequest, ref=_wire_ref(ref), top_k=top_k)
-        return self._post("/v1/lens", body, LensReply).lens_rows
+        return self._in_turn("POST", "/v1/lens", LensReply, **_json(body)).lens_rows
 
     def marker(self, ref: LatentRef) -> str:
         """See `LatentService.marker`; of what was thought through this client it is known without asking the server."""
@@ -353,7 +360,7 @@ class HTTPService(LatentService):
         listed: list[StoredReference] = []
         after: str | None = ""
         while after is not None:
-            page = self._get(f"/v1/references?after={quote_plus(after)}", StoredReply)
+            page = self._in_turn("GET", "/v1/references", StoredReply, params={"after": after})
             listed += [each.stored for each in page.references]
             after = page.next
         return listed
@@ -364,7 +371,7 @@ class HTTPService(LatentService):
 
     def drop(self, ref: LatentRef) -> None:
         """See `LatentService.drop`."""
-        self._post("/v1/references/drop", RefRequest(ref=_wire_ref(ref)), Done)
+        self._in_turn("POST", "/v1/references/drop", Done, **_json(RefRequest(ref=_wire_ref(ref))))
 
     def info(self) -> dict[str, Any]:
         """See `LatentService.info`; also `url`, and `queue` and `limits` of the server."""
@@ -456,7 +463,10 @@ class HTTPService(LatentService):
         body = ExportRequest(ref=_wire_ref(ref), kv=kv)
         with (
             _unreachable(self.url),
-            self._checked_client().stream("POST", "/v1/memory/export", **_json(body)) as reply,
+            _in_time(self.url),
+            self._checked_client().stream(
+                "POST", "/v1/memory/export", timeout=self._turn_timeout, **_json(body)
+            ) as reply,
         ):
             if reply.status_code != 200:
                 reply.read()
@@ -540,10 +550,12 @@ class HTTPService(LatentService):
 
         return self._retried(send)
 
-    def _get(self, path: str, kind: type[Reply]) -> Reply:
+    def _in_turn(self, method: str, path: str, kind: type[Reply], **sent: Any) -> Reply:
+        """The same for what takes its turn, and gives no sign of life until it is done."""
+
         def send() -> Reply:
-            with _unreachable(self.url):
-                reply = self._checked_client().get(path)
+            with _unreachable(self.url), _in_time(self.url):
+                reply = self._checked_client().request(method, path, timeout=self._turn_timeout, **sent)
             return _read(reply, kind)
 
         return self._retried(send)
@@ -588,7 +600,7 @@ class HTTPService(LatentService):
     def _policy(self) -> dict[str, Any]:
         return {
             "retry": tenacity.retry_if_exception(self._may_be_mended),
-            "wait": _Wait(),
+            "wait": _Wait(self.settings.patience),
             "stop": Patience(self.settings.patience),
             "before_sleep": self._announce,
             "reraise": True,
@@ -606,15 +618,19 @@ class HTTPService(LatentService):
 
 
 class _Wait(wait_base):
-    """As long as the server advises, else a little longer each time; jitter spreads those who were refused at once."""
+    """As long as the server advises, else a little longer each time; jitter spreads those who were refused at once.
 
-    def __init__(self) -> None:
-        self.backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5)
+    All waits of a call together take no longer than its patience, whatever the server, or a proxy, advises.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self.patience, self.backoff = patience, tenacity.wait_random_exponential(multiplier=0.2, max=5)
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> float:
         error = retry_state.outcome.exception() if retry_state.outcome else None
         advised = getattr(error, "retry_after", None)
-        return self.backoff(retry_state) if advised is None else float(advised) * random.uniform(1, 1.5)
+        wait = self.backoff(retry_state) if advised is None else float(advised) * random.uniform(1, 1.5)
+        return min(wait, max(0.0, self.patience - retry_state.idle_for))
 
 
 class _Answer(Protocol[B]):
@@ -758,6 +774,17 @@ def _unreachable(url: str) -> Iterator[None]:
         if "closed" not in str(error):
             raise
         raise _closed() from error
+
+
+@contextmanager
+def _in_time(url: str) -> Iterator[None]:
+    """What takes its turn may still be at work, so asking again would add to that."""
+    try:
+        yield
+    except httpx.ReadTimeout as error:
+        raise DeadlineExceeded(
+            f"{url} sent nothing for longer than its deadline; ask for less at once, or see whether it still works."
+        ) from error
 
 
 def _json(body: BaseModel) -> dict[str, Any]:

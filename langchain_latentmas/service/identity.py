@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InvalidRequest, TamperedReference, first_fault
 from ..state import LatentRef
-from .private import FOLDER, private
+from .private import FOLDER, flush, private
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,9 @@ class Signer:
             keys = [key.key for key in self._keys() if now < key.until]
             return True in [hmac.compare_digest(signed, _mac(key, fields)[:digits]) for key in keys]
 
+        tried = self._ring.keys()
         # A process that has seen a fresh key first may have signed with it.
-        return known() or (self._ring.changed() and known())
+        return known() or (self._ring.latest() is not tried and known())
 
     def timeless(self) -> "Signer":
         """One that accepts what retired keys signed for good: what lies in a store outlives the references to it."""
@@ -144,25 +146,25 @@ class _Ring:
     def __init__(self, keys: Sequence[RetiredKey], path: Path | None = None) -> None:
         self._path, self._seen, self._looked = path, _version(path), time.monotonic()
         self._all = list(keys) if path is None else _keys(path)
+        self._lock = threading.Lock()  # who comes while another one reads fresh keys waits for them
 
     def keys(self) -> list[RetiredKey]:
-        if time.monotonic() - self._looked >= LOOK_SECONDS:
-            self.changed()
-        return self._all
+        return self.latest() if time.monotonic() - self._looked >= LOOK_SECONDS else self._all
 
-    def changed(self) -> bool:
-        """Looks at the file; whether other keys have come in. Keys that cannot be read leave the present ones."""
-        self._looked = time.monotonic()
-        if self._path is None or (version := _version(self._path)) == self._seen:
-            return False
-        self._seen = version  # so that a file at fault is named once
-        try:
-            self._all = _keys(self._path)
-        except (InvalidRequest, OSError) as error:
-            logger.error("the signing key has changed and cannot be read; the one before stays in use: %s", error)
-            return False
-        logger.info("a fresh signing key is in use", extra={"fields": {"key": str(self._path)}})
-        return True
+    def latest(self) -> list[RetiredKey]:
+        """Looks at the file: another list than before if that has other keys, unless it cannot be read."""
+        with self._lock:
+            self._looked = time.monotonic()
+            if self._path is None or (version := _version(self._path)) == self._seen:
+                return self._all
+            self._seen = version  # so that a file at fault is named once
+            try:
+                self._all = _keys(self._path)
+            except (InvalidRequest, OSError) as error:
+                logger.error("the signing key has changed and cannot be read; the one before stays in use: %s", error)
+            else:
+                logger.info("a fresh signing key is in use", extra={"fields": {"key": str(self._path)}})
+            return self._all
 
 
 def checked_ref(ref: object) -> LatentRef:
@@ -194,6 +196,7 @@ def key_file(path: Path) -> bytes:
             pass
         finally:
             fresh.unlink()
+        flush(path.parent)  # else a crash may lose the key, and with it all that it is about to sign
     return _keys(path)[0].key
 
 
@@ -227,6 +230,7 @@ def rotate_key(path: Path, keep: float) -> None:
     lines = [secrets.token_hex(KEY_BYTES), *(f"{old.key.hex()} {old.until // 1:.0f}" for old in keys)]
     fresh = _written(path, "\n".join(lines))
     fresh.replace(path)
+    flush(path.parent)
 
 
 def _version(path: Path | None) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from itertools import takewhile
 from typing import TypeVar, cast
 
 import torch
@@ -151,6 +152,11 @@ class KVPool:
                 placed[piece.id] = _then(kvs[piece.id], _Place(piece))
         return _gather(list(placed.values()))
 
+    def has_all(self, layout: Layout) -> bool:
+        """Whether `place` has nothing to read, copy or compute: it may be called where nobody is to be held up."""
+        moved = self.mode == "rebuild" and any(piece.moved or piece.on_moved for piece in layout)
+        return not moved and all(piece.id in self.kept for piece in layout)
+
     def _all_here(self, layout: Layout) -> list[AnyKV] | None:
         """The KV of all segments, if all of it is on the device; what nearly everybody reads, and needs no futures."""
         here = []
@@ -168,19 +174,25 @@ class KVPool:
         if whole := unaltered(key):
             return _then(self._kv(piece._replace(id=whole)), partial(alter, key=key))
         with self._lock:
-            if key in self._coming:
-                return self._coming[key]
-            if (kv := self.kept.get(key)) is not None:
-                self.hits["device"] += 1
-                return _done(kv)
-            if (kv := self.spilled.get(key)) is not None:
-                self.hits["cpu"] += 1
-                kv = kv.to(self._devices)
-                self.keep(key, kv)
-                return _done(kv)
+            if (found := self._found(key)) is not None:
+                return found
             if self.disk is not None and key in self.disk:
                 return self._read(piece, self.disk)
-            return self._rebuilt(key)
+        return self._rebuilt(key)
+
+    def _found(self, key: str) -> "Future[AnyKV] | None":
+        """A segment's KV if it is in memory, or on its way there. Whoever calls holds the lock."""
+        if key in self._coming:
+            return self._coming[key]
+        if (kv := self.kept.get(key)) is not None:
+            self.hits["device"] += 1
+            return _done(kv)
+        if (kv := self.spilled.get(key)) is not None:
+            self.hits["cpu"] += 1
+            kv = kv.to(self._devices)
+            self.keep(key, kv)
+            return _done(kv)
+        return None
 
     def _read(self, piece: Piece, disk: Spill) -> "Future[AnyKV]":
         """A segment's KV from the disk, or rebuilt if that fails."""
@@ -197,11 +209,11 @@ class KVPool:
                 logger.warning("%s", error)
                 with self._lock:
                     del self._coming[key]
-                    try:
-                        rebuilt = self._rebuilt(key)
-                    except Exception as lost:  # a future swallows what its callbacks raise
-                        future.set_exception(lost)
-                        return
+                try:
+                    rebuilt = self._rebuilt(key)
+                except Exception as lost:  # a future swallows what its callbacks raise
+                    future.set_exception(lost)
+                    return
                 rebuilt.add_done_callback(partial(_hand_on, future))
                 return
             with self._lock:
@@ -219,17 +231,21 @@ class KVPool:
     def _rebuilt(self, key: str) -> "Future[AnyKV]":
         """A segment's KV from its recipe, and with it a whole run of lost segments, each made on the one before.
 
-        Whoever calls holds the lock.
+        Whoever calls does not hold the lock: to read the recipes may take long, and ticks wait for it.
         """
         run = [self._recipe(key)]
-        while len(run[0].parents) == 1 and not self._is_somewhere(run[0].parents[0]):
-            run.insert(0, self._recipe(run[0].parents[0]))
-        # One prefill brings all back. But what is kept in 8 bits was computed on 8 bits: there, each takes its own.
-        legs = [[recipe] for recipe in run] if self.packed else [run]
-        seen = self._lineage.layout(run[0].parents)
-        futures = {recipe.id: Future[AnyKV]() for recipe in run}
-        self._coming |= futures
-        self.rebuilds += len(legs)
+        while len(run[-1].parents) == 1 and not self._is_somewhere(run[-1].parents[0]):
+            run.append(self._recipe(run[-1].parents[0]))
+        with self._lock:
+            if (found := self._found(key)) is not None:  # somebody else was faster
+                return found
+            lost = takewhile(lambda recipe: not self._is_somewhere(recipe.id), run[1:])  # likewise, for a part of it
+            run = [run[0], *lost][::-1]
+            # One prefill brings all back. But what is kept in 8 bits was computed on 8 bits: there, each takes its own.
+            legs = [[recipe] for recipe in run] if self.packed else [run]
+            futures = {recipe.id: Future[AnyKV]() for recipe in run}
+            self._coming |= futures
+            self.rebuilds += len(legs)
         logger.info("rebuilding %d segments that end in %s", len(run), key)
 
         def prefill(past: "Future[list[Placed]]", start: int) -> None:
@@ -267,6 +283,7 @@ class KVPool:
 
         def begin() -> None:
             try:
+                seen = self._lineage.layout(run[0].parents)
                 prefill(self.place(seen), seen[-1].end if seen else 0)
             except Exception as error:  # a recipe that is gone: whoever else waits for this segment must hear of it
                 fail(error)

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import bundled
+from ..engine.device import free_bytes
 from ..engine.graphs import Graphs
 from ..engine.kv import KV, AnyKV
 from ..engine.lens import read_out
@@ -116,7 +117,7 @@ class LocalService(RecipeService):
             )
         rotates = model.rotary is not None and settings.merge != "rebuild"
         super().__init__(model, settings, moved="rotated" if rotates else "rebuilt", signer=signer)
-        free = _free_bytes(model.device)
+        free = free_bytes(model.device)
         live = int(free * LIVE_FRACTION) if settings.live_budget is None else settings.live_budget
         kept = int(free * KV_FRACTION) if settings.kv_budget is None else settings.kv_budget
         self._host, self._tenants = host, weakref.WeakSet[LocalService]()
@@ -253,11 +254,13 @@ class LocalService(RecipeService):
                 f"{model.name} ({model.fingerprint}); load that model."
             )
         exported.check(model.config.vocab_size, model.max_positions)
+        most = 0
         for recipe in exported.recipes:
             own = recipe.segment
             sizes = len(own.prompt_ids), len(own.thoughts), len(own.spoken_ids)
-            with self._store.room(self._store.most_bytes(own.agent, recipe.parents, *sizes)):
-                self._store.put(recipe)  # what is known here already stays as it is
+            most += self._store.most_bytes(own.agent, recipe.parents, *sizes)
+        with self._store.room(most):  # what is known here already stays as it is
+            self._store.put_all(exported.recipes)
         last = exported.recipes[-1]
         return self.signed_ref(last.id, last.segment.agent, last.parents, len(last.segment.thoughts))
 
@@ -307,6 +310,15 @@ class LocalService(RecipeService):
     def info(self) -> dict[str, Any]:
         """See `LatentService.info`."""
         model, ticker, kept, pool = self.model, self._ticker, self._pool.kept, self._pool
+        ticks = {
+            "waiting": self._scheduler.waiting,
+            "rows": len(ticker.rows),
+            "ticks": ticker.ticks,
+            "thoughts": ticker.thoughts,
+            "tokens": ticker.spoken,
+            "prefilled": ticker.prefilled,
+            "reused": ticker.reused,
+        }
         return {
             "model": model.name,
             "fingerprint": model.fingerprint,
@@ -342,13 +354,8 @@ class LocalService(RecipeService):
             "kv_disk_refused": pool.disk.refused if pool.disk else 0,
             "rebuilds": pool.rebuilds,
             "store_bytes": self._store.nbytes or 0,
-            "waiting": self._scheduler.waiting,
-            "rows": len(ticker.rows),
-            "ticks": ticker.ticks,
-            "thoughts": ticker.thoughts,
-            "tokens": ticker.spoken,
-            "prefilled": ticker.prefilled,
-            "reused": ticker.reused,
+            # Of all tenants together, so none is told: the difference that a request makes says how long its prompt is.
+            **(ticks if self._host is None else {}),
             **({} if self._store.budget is None else {"store_budget": self._store.budget}),
         }
 
@@ -375,6 +382,9 @@ class LocalService(RecipeService):
 
     def _start(self, row: Row, layout: Layout, after: Sequence[str]) -> None:
         self._pool.submit(row, self._pool.place(layout), after)
+
+    def _starts_at_once(self, layout: Layout) -> bool:
+        return self._pool.has_all(layout)
 
     def _keep(self, key: str, result: Result) -> None:
         self._pool.keep(key, result.kv)
@@ -413,12 +423,6 @@ def _checked_settings(settings: dict[str, Any]) -> LocalSettings:
     except ValidationError as error:
         known = ", ".join([*LOADING, *LocalSettings.model_fields])
         raise InvalidRequest(f"Setting {first_fault(error)}. Settings: {known}.") from error
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _cpu_budget(device: torch.device) -> int:

@@ -147,19 +147,26 @@ class Lineage:
         """A line, or those of which it is made and which are not in `lines` yet."""
         if (kept := self._lines.get(key)) is not None:
             return kept
-        whole = unaltered(key)
-        recipe = None if whole else self._recipe(key)
-        sources = recipe.parents if recipe else (whole,)
+        if whole := unaltered(key):
+            how = key.removeprefix(whole)
+            return tuple(piece._replace(id=piece.id + how) for piece in lines[whole]) if whole in lines else [whole]
+        # Those that were made on one memory alone go into one line: each in one of its own takes their number squared.
+        run: list[tuple[str, int, int]] = []
+        sources: tuple[str, ...] = (key,)
+        while len(sources) == 1 and not (sources[0] in lines or sources[0] in self._lines or unaltered(sources[0])):
+            recipe = self._recipe(sources[0])
+            run.append((recipe.id, recipe.segment.positions, len(recipe.segment.thoughts)))
+            sources = recipe.parents
         if unknown := [source for source in sources if source not in lines]:
             return unknown
-        if recipe is None:
-            how = key.removeprefix(whole)
-            return tuple(piece._replace(id=piece.id + how) for piece in lines[whole])
-        seen = merge([lines[parent] for parent in recipe.parents])
-        own, start = recipe.segment, seen[-1].end if seen else 0
-        whole_line = len(recipe.parents) == 1  # then its last piece has looked at all the others
+        seen = merge([lines[source] for source in sources])
+        whole_line = len(sources) == 1  # then its last piece has looked at all the others
         on_moved = any(piece.moved or piece.on_moved for piece in (seen[-1:] if whole_line else seen))
-        return (*seen, Piece(recipe.id, start, own.positions, start, len(own.thoughts), on_moved))
+        line, start = list(seen), seen[-1].end if seen else 0
+        for own, positions, steps in reversed(run):
+            line.append(Piece(own, start, positions, start, steps, on_moved))
+            start += positions
+        return tuple(line)
 
     def tips(self, keys: Sequence[str]) -> list[str]:
         """Those ids that none of the others descends from, each once, in their order."""

@@ -224,6 +224,10 @@ class RecipeService(LatentService):
             after: What the KV of a prompt depends on besides its tokens: the model, and the memories that were read.
         """
 
+    def _starts_at_once(self, layout: Layout) -> bool:
+        """Whether to start a row on a memory takes so little time that an event loop may do it."""
+        return not layout
+
     @abstractmethod
     def _keep(self, key: str, result: Result) -> None:
         """Keeps the KV of a finished row for its readers."""
@@ -616,21 +620,25 @@ class _Request:
         tag = service.think_tag if sampling is None else service.settings.speak_tag + prefix
         self.prompt_ids = service.encode(messages, tag, tools)
         if sampling is not None and sampling.seed is not None:
-            # Else all that is said under one seed, whatever the question, would be drawn by the same numbers.
-            drawn = sha256(f"{sampling.seed} {agent} {self.prompt_ids}".encode(errors="replace")).digest()
+            # Else all that is said under one seed, whatever the question, would be drawn by the same numbers. A prompt
+            # may leave the question to the memory; an audit's stand-ins for that change nothing here.
+            drawn = sha256(f"{sampling.seed} {agent} {self.prompt_ids} {self.named}".encode(errors="replace")).digest()
             self.sampling = replace(sampling, seed=int.from_bytes(drawn[:7]))
         self.layout = service._lineage.layout(self.parents)
         self.start = self.layout[-1].end if self.layout else 0
         self.model = service.model.fingerprint
         self.alignment = "realign" if service.model.realign else "rescale"
-        to_come = steps + (sampling.max_tokens if sampling else 0)
-        needed, limit = self.start + len(self.prompt_ids) + to_come, service.model.max_positions
-        if needed > limit:
+        to_come, limit = steps + (self.sampling is not None), service.model.max_positions
+        free = limit - self.start - len(self.prompt_ids)
+        if to_come > free:
             raise ContextTooLong(
-                f"Agent {agent!r} needs {needed} positions ({self.start} of memory, {len(self.prompt_ids)} of prompt, "
-                f"{to_come} to come), the model has {limit}. Read fewer memories, shorten the prompt, or "
-                "take fewer steps."
+                f"Agent {agent!r} needs {limit - free + to_come} positions ({self.start} of memory, "
+                f"{len(self.prompt_ids)} of prompt, {to_come} to come), the model has {limit}. Read fewer memories, "
+                "shorten the prompt, or take fewer steps."
             )
+        if self.sampling is not None and self.sampling.max_tokens > free:
+            logger.info("agent %r: %d positions are left, so it says at most as many tokens", agent, free)
+            self.sampling = replace(self.sampling, max_tokens=free)
 
     def known(self, spoken_ids: Sequence[int] = ()) -> LatentRef | None:
         """The reference of this think or of these words, if it was made before."""
@@ -648,9 +656,10 @@ class _Request:
         Without `notify`, nobody is woken up before the result, and the tokens are in `spoken` then.
         """
         inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        row = self._row(inbox.put, notify)
         with self.room():
-            row = self._begin(inbox.put, notify)
             try:
+                self._start(row)
                 while not isinstance(event := inbox.get(), (Result, BaseException)):
                     yield event
                 if isinstance(event, BaseException):
@@ -663,9 +672,13 @@ class _Request:
         """Like `events`, for `async for`."""
         inbox: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        row = self._row(partial(Mailbox.of(loop).put, loop, inbox), notify)
         with self.room():
-            row = self._begin(partial(Mailbox.of(loop).put, loop, inbox), notify)
             try:
+                if self.service._starts_at_once(self.layout):
+                    self._start(row)
+                else:  # whoever goes meanwhile cancels the row, and it never joins
+                    await asyncio.to_thread(self._start, row)
                 while not isinstance(event := await inbox.get(), (Result, BaseException)):
                     yield event
                 if isinstance(event, BaseException):
@@ -722,8 +735,8 @@ class _Request:
         text = "".join(spoken.text for spoken in self.spoken) + last.text
         return replace(last, text=text, token_ids=tuple(spoken.token for spoken in self.spoken))
 
-    def _begin(self, put: Callable[[object], None], notify: bool) -> Row:
-        row = Row(
+    def _row(self, put: Callable[[object], None], notify: bool) -> Row:
+        return Row(
             past=(),
             start=self.start,
             inputs=[self.prompt_ids],
@@ -734,8 +747,9 @@ class _Request:
             on_done=put,
             on_error=put,
         )
+
+    def _start(self, row: Row) -> None:
         self.service._start(row, self.layout, (self.model, *self.parents))
-        return row
 
     def _id(self, spoken_ids: Sequence[int] = ()) -> str:
         return self._computed_id(spoken_ids) if spoken_ids else self._thought_id

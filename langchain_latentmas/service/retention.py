@@ -1,8 +1,9 @@
 """What stays in a store: pins, drops and age."""
 
 import logging
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from datetime import timedelta
 from graphlib import TopologicalSorter
 
@@ -34,14 +35,16 @@ class Retention:
             raise InvalidRequest("keep_for needs a folder as store; other stores know no age.")
         self.store, self.keep_for = store, keep_for
         self._headers: dict[str, Header] = {}
+        # Of whoever reads the store or looks at `_headers`, so that nothing is read twice; taken before the store's.
+        self._reading = threading.RLock()
 
     def headers(self) -> list[Header]:
         """All recipes that can be read and were not dropped, of whichever model, the latest made first.
 
         Those seen before are not read again.
         """
-        names = self._read_new()
-        with self.store.locked():
+        with self._reading:
+            names = self._read_new()
             there = [header for key, header in self._headers.items() if key + DROPPED not in names]
         return sorted(there, key=Header.place)
 
@@ -70,8 +73,8 @@ class Retention:
         Raises:
             InvalidRequest: If it is pinned.
         """
-        self._read_new()  # what takes long is done before anybody has to wait for the lock
-        with self.store.locked():
+        self._read_new()  # what takes long is done before anybody has to wait for the store
+        with self._reading, self.store.locked():
             names = self._read_new()
             if key + PINNED in names:
                 raise InvalidRequest(f"The memory {key} is pinned; pin(ref, False) first.")
@@ -88,14 +91,26 @@ class Retention:
         """
         if self.keep_for is None:
             return []
-        self._read_new()
-        with self.store.locked():
-            names, since = self._read_new(), time.time() - self.keep_for.total_seconds()
-            return self._remove(
-                key
-                for key, header in self._headers.items()
-                if key + DROPPED not in names and (key + PINNED in names or self.used(header) >= since)
-            )
+        since = time.time() - self.keep_for.total_seconds()
+        with self._reading:
+            names = self._read_new()
+            going = {key for key in self._headers if self._may_go(key, names, since)}  # nobody waits for the store yet
+            if not going:
+                return []
+            with self.store.locked():
+                names = self._read_new()
+                return self._remove(
+                    key for key in self._headers if key not in going or not self._may_go(key, names, since)
+                )
+
+    def _may_go(self, key: str, names: Container[str], since: float) -> bool:
+        """Whether a recipe was dropped or, unless it is pinned, not used since."""
+        if key + DROPPED in names or key + PINNED in names:
+            return key + DROPPED in names
+        try:
+            return self.used(self._headers[key]) < since
+        except UnknownReference:  # another process has just removed it
+            return True
 
     def _remove(self, staying: Iterable[str]) -> list[str]:
         """Removes all but these and what they descend from."""
@@ -121,20 +136,17 @@ class Retention:
 
     def _read_new(self) -> set[str]:
         """Takes note of recipes that came and of those that went; returns the names of all that is there."""
-        with self.store.locked():
-            names = set(self.store.store.yield_keys())
+        with self._reading:
+            with self.store.locked():
+                names = set(self.store.store.yield_keys())
             found = {name.removesuffix(RECIPE) for name in names if name.endswith(RECIPE)}
             for key in self._headers.keys() - found:
                 del self._headers[key]
-            new = found - self._headers.keys()
-        read = {}
-        for key in new:
-            try:
-                read[key] = self.store.header(key)
-            except UnknownReference:
-                pass
-            except StoreCorrupted as error:  # whoever asks for it by its id finds out
-                logger.warning("the recipe of %s is passed over: %s", key, error)
-        with self.store.locked():  # what went meanwhile goes the next time
-            self._headers |= read
-        return names
+            for key in found - self._headers.keys():
+                try:
+                    self._headers[key] = self.store.header(key)  # what goes meanwhile is forgotten the next time
+                except UnknownReference:
+                    pass
+                except StoreCorrupted as error:  # whoever asks for it by its id finds out
+                    logger.warning("the recipe of %s is passed over: %s", key, error)
+            return names

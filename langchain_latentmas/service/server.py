@@ -1,14 +1,22 @@
 """`latentmas serve`: a model service behind HTTP."""
 
 import asyncio
+import errno
 import logging
 import math
 import socket
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -30,6 +38,7 @@ from ..errors import (
     InvalidRequest,
     LatentMASError,
     RequestTooLarge,
+    StoreFull,
     TamperedReference,
 )
 from .base import Chunk
@@ -38,7 +47,7 @@ from .guard import Guard
 from .identity import WireRef
 from .local import LocalService
 from .metrics import Metrics
-from .serving import ServeSettings
+from .serving import ServeSettings, connections_that_fit
 from .turns import Turns
 from .wire import (
     EVENTS,
@@ -74,6 +83,7 @@ GRACE = 5.0  # seconds after the drain in which replies of what was ended reach 
 SENT_BYTES = 1 << 18  # that the system keeps of a reply until its client takes them
 A = TypeVar("A")
 KV_EXPORTS = 2  # memories that a tenant exports with their KV at a time
+UPLOADS = 4  # memories that a tenant sends at a time; each is a file of up to `max_memory`
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": what, "content": {PROBLEM: {"schema": Problem.model_json_schema()}}}
@@ -110,11 +120,11 @@ class Server:
         if settings.tokens:
             self._services = {"": service, **service.tenants(sorted(settings.tokens))}
         self.turns = Turns(settings.max_running, settings.max_waiting)
-        self._working: set[asyncio.Task[Any]] = set()
+        self._abandoned: set[asyncio.Task[None]] = set()  # threads that nobody waits for any more
         # As slow as those who take them, so that no tenant waits for those of another.
         self.exports = {tenant: Turns(KV_EXPORTS, settings.max_waiting) for tenant in self._services}
-        # Memories that come in, each a file: as slow as their senders, so that no tenant waits for those of another.
-        self.uploads = {tenant: Turns(settings.max_running, settings.max_waiting) for tenant in self._services}
+        # Memories that come in: as slow as their senders, so that no tenant waits for those of another.
+        self.uploads = {tenant: Turns(UPLOADS, settings.max_waiting) for tenant in self._services}
         self.metrics = Metrics(self.turns, lambda: [each.info() for each in self._services.values()])
         self.guard = Guard(self._routes(), settings, self.metrics)
         self.app = self.guard
@@ -138,7 +148,7 @@ class Server:
             h11_max_incomplete_event_size=settings.max_headers,
             ws="none",
             lifespan="off",  # there is nothing to begin or end, and to break it off logs a traceback
-            limit_concurrency=settings.max_connections,
+            limit_concurrency=connections_that_fit(settings.max_connections),
             timeout_graceful_shutdown=int(settings.drain + GRACE),
             ssl_certfile=settings.certificate,
             ssl_keyfile=settings.certificate_key,
@@ -177,9 +187,9 @@ class Server:
             ("POST", "/v1/lens", self.lens, {"response_model": LensReply}),
             ("POST", "/v1/markers", self.marker, {}),
             ("POST", "/v1/markers/take", self.take_markers, {}),
-            ("GET", "/v1/references", self.references, {}),
+            ("GET", "/v1/references", self.references, {"response_model": StoredReply}),
             ("POST", "/v1/references/pin", self.pin, {}),
-            ("POST", "/v1/references/drop", self.drop, {}),
+            ("POST", "/v1/references/drop", self.drop, {"response_model": Done}),
             ("POST", "/v1/memory/export", self.export_memory, {"response_class": Tensors, "status_code": 200}),
             ("POST", "/v1/memory/import", self.import_memory, {"openapi_extra": _TENSOR_BODY}),
         ]
@@ -255,11 +265,7 @@ class Server:
                 f"{body.ref.steps} thoughts with {body.top_k} tokens each are {pairs} pairs, this server reads out "
                 f"{MAX_PAIRS} at most; take a smaller top_k."
             )
-
-        async def rows() -> AsyncGenerator[tuple[str, BaseModel], None]:
-            yield "done", await self._in_turn(request, lambda s: LensReply.of(s.lens(body.ref.ref, body.top_k)))
-
-        return self._reply(request, rows())
+        return self._once(request, lambda service: LensReply.of(service.lens(body.ref.ref, body.top_k)))
 
     async def marker(self, request: Request, body: RefRequest) -> MarkerReply:
         """Writes a reference as a short signed string."""
@@ -270,21 +276,28 @@ class Server:
         text, refs = await self._at_once(request, lambda service: service.take_markers(body.text, body.left))
         return MarkersReply(text=text, refs=[WireRef(**ref) for ref in refs])
 
-    async def references(self, request: Request, after: str = "") -> StoredReply:
+    async def references(self, request: Request, after: str = "") -> Reply:
         """Everything of this tenant that can be read, the latest made first; `after` is the `next` of a page."""
-        # In turn, since a large store takes long, and there are not many threads.
-        listed, more = await self._in_turn(request, lambda service: service.page(after, PAGE))
-        return StoredReply(references=[Stored.of(each) for each in listed], next=more or None)
+
+        def page(service: LocalService) -> StoredReply:
+            listed, more = service.page(after, PAGE)
+            return StoredReply(references=[Stored.of(each) for each in listed], next=more or None)
+
+        return self._once(request, page)
 
     async def pin(self, request: Request, body: PinRequest) -> Done:
         """Keeps a reference, and all that it descends from, whatever its age; or no longer."""
         await self._at_once(request, lambda service: service.pin(body.ref.ref, body.pinned))
         return Done()
 
-    async def drop(self, request: Request, body: RefRequest) -> Done:
+    async def drop(self, request: Request, body: RefRequest) -> Reply:
         """Forgets a reference."""
-        await self._at_once(request, lambda service: service.drop(body.ref.ref))
-        return Done()
+
+        def dropped(service: LocalService) -> Done:
+            service.drop(body.ref.ref)
+            return Done()
+
+        return self._once(request, dropped)
 
     async def export_memory(self, request: Request, body: ExportRequest) -> Response:
         """A memory as one safetensors file."""
@@ -299,27 +312,33 @@ class Server:
             return service.export_memory(body.ref.ref, body.kv)
 
         async def pieces() -> AsyncGenerator[bytes, None]:
-            # To the end: until then, all of it is in memory.
-            async with self._exporting(request, body.kv), self._turn(request):
-                file = await self._to_the_end(self._at_once(request, begun))
+            # The turn is held to the last byte: until then, all of it is in memory.
+            async with AsyncExitStack() as held:
+                if body.kv:  # few at a time, since each has a copy of a whole memory
+                    await held.enter_async_context(self._room(self.exports, request))
+                file = await self._in_turn(request, held, begun)
                 while piece := await asyncio.to_thread(next, file, b""):
                     yield piece
 
-        return Tensors(pieces(), deadline=self.settings.deadline)
+        return Tensors(pieces(), deadline=self.settings.deadline, ended=self._ended(request))
 
     async def import_memory(self, request: Request) -> RefReply:
         """Takes in a memory that a service of the same model exported."""
+        if request.headers.get("content-type") != TENSORS:
+            raise InvalidRequest(f"A memory comes with the header Content-Type: {TENSORS}.")
         limit, taken = self.settings.max_memory, 0
-        uploads = self.uploads[request.state.tenant]
-        async with within(self.settings.deadline), uploads.turn(request.state.tenant, request.state.client):
-            with tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors") as file:
-                async for chunk in self._in_time(request.stream()):
-                    taken += len(chunk)
-                    if taken > limit:
-                        raise RequestTooLarge(f"The memory is larger than {limit} bytes.")
-                    await asyncio.to_thread(file.write, chunk)
-                file.flush()
-                ref = await self._in_turn(request, lambda service: service.import_memory(Path(file.name)))
+        async with within(self.settings.deadline), AsyncExitStack() as held:
+            await held.enter_async_context(self._room(self.uploads, request))
+            held.enter_context(_enough_room())
+            temporary = tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors")  # noqa: SIM115
+            file = held.enter_context(temporary)
+            async for chunk in self._in_time(request.stream()):
+                taken += len(chunk)
+                if taken > limit:
+                    raise RequestTooLarge(f"The memory is larger than {limit} bytes.")
+                await asyncio.to_thread(file.write, chunk)
+            await asyncio.to_thread(file.flush)
+            ref = await self._in_turn(request, held, lambda service: service.import_memory(Path(file.name)))
         return RefReply(ref=WireRef(**ref))
 
     async def _in_time(self, body: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
@@ -426,8 +445,23 @@ class Server:
             deadline=seconds,
             keep_alive=self.settings.keep_alive,
             instance=request.state.id,
-            ended=lambda status: setattr(request.state, "status", status),
+            ended=self._ended(request),
         )
+
+    def _once(self, request: Request, call: Callable[[LocalService], BaseModel]) -> Reply:
+        """The reply to what a thread does in a turn, since it takes long, and there are not many threads."""
+
+        async def done() -> AsyncGenerator[tuple[str, BaseModel], None]:
+            async with AsyncExitStack() as held:
+                document = await self._in_turn(request, held, call)
+            yield "done", document
+
+        return self._reply(request, done())
+
+    @staticmethod
+    def _ended(request: Request) -> Callable[[int], None]:
+        """What a reply tells how it ended, for the log and the metrics."""
+        return lambda status: setattr(request.state, "status", status)
 
     def _service(self, request: Request) -> LocalService:
         return self._services[request.state.tenant]
@@ -443,47 +477,28 @@ class Server:
     async def _at_once(self, request: Request, call: Callable[[LocalService], A]) -> A:
         return await asyncio.to_thread(call, self._service(request))
 
-    async def _in_turn(self, request: Request, call: Callable[[LocalService], A]) -> A:
-        """What a thread does in a turn, which ends when the thread does, even if nobody waits for it any more."""
-        begun = False
+    async def _in_turn(self, request: Request, held: AsyncExitStack, call: Callable[[LocalService], A]) -> A:
+        """What a thread does in a turn.
 
-        async def work() -> A:
-            nonlocal begun
-            async with self._turn(request):
-                begun = True
-                return await self._at_once(request, call)
-
-        task = asyncio.ensure_future(work())
-        self._working.add(task)
-        task.add_done_callback(self._done)
+        Args:
+            request: Whose turn.
+            held: Takes the turn, and has what else the thread needs. If nobody waits for the thread any more, its
+                content is kept until the thread ends, and `held` is empty.
+            call: What the thread does.
+        """
+        await held.enter_async_context(self._turn(request))
+        thread = asyncio.ensure_future(self._at_once(request, call))
         try:
-            return await asyncio.shield(task)
+            return await asyncio.shield(thread)
         except asyncio.CancelledError:
-            if not begun:
-                task.cancel()
+            abandoned = asyncio.ensure_future(_ends(thread, held.pop_all()))
+            self._abandoned.add(abandoned)
+            abandoned.add_done_callback(self._abandoned.discard)
             raise
-
-    def _done(self, task: "asyncio.Task[Any]") -> None:
-        self._working.discard(task)
-        if not task.cancelled():
-            task.exception()  # nobody may be there to be told
 
     @staticmethod
-    async def _to_the_end(work: Coroutine[Any, Any, A]) -> A:
-        """What comes of work that cannot be called off; whoever waits for it and is called off waits all the same."""
-        task = asyncio.ensure_future(work)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            await asyncio.wait([task])
-            if not task.cancelled():
-                task.exception()  # nobody is there to be told
-            raise
-
-    def _exporting(self, request: Request, kv: bool) -> AbstractAsyncContextManager[None]:
-        """Room for an export; those with KV are few, since each has a copy of a whole memory."""
-        tenant = request.state.tenant
-        return self.exports[tenant].turn(tenant, request.state.client) if kv else nullcontext()
+    def _room(turns: Mapping[str, Turns], request: Request) -> AbstractAsyncContextManager[None]:
+        return turns[request.state.tenant].turn(request.state.tenant, request.state.client)
 
     def _first(self, request: Request) -> None:
         if not hasattr(request.state, "first"):
@@ -574,6 +589,8 @@ class _Uvicorn(uvicorn.Server):
         ending = asyncio.create_task(self._end())
         await super().shutdown(sockets)
         ending.cancel()
+        # Threads that nobody waits for any more may wait for a tick, and the event loop's end waits for them.
+        self.server.service.close()
         self._captured_signals.clear()  # it has done what they asked for: uvicorn need not raise them again
         logger.info("ended")
 
@@ -582,6 +599,26 @@ class _Uvicorn(uvicorn.Server):
         logger.warning("the drain is over", extra={"fields": {"running": self.server.turns.running}})
         # Whatever is left gets ServiceClosed, which clients may retry elsewhere.
         await asyncio.to_thread(self.server.service.close)
+
+
+async def _ends(thread: "asyncio.Future[Any]", held: AsyncExitStack) -> None:
+    async with held:
+        await asyncio.wait([thread])
+        if not thread.cancelled():
+            thread.exception()  # nobody is there to be told
+
+
+@contextmanager
+def _enough_room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreFull(
+            f"The disk of {tempfile.gettempdir()} is full, where the server puts a memory that comes in; make room, or "
+            "name another folder in TMPDIR."
+        ) from error
 
 
 def _document(request: Request, error: LatentMASError) -> JSONResponse:

@@ -1,6 +1,9 @@
 """Settings of `latentmas serve`: flag, else environment, else file, else default."""
 
 import ipaddress
+import logging
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from ..errors import InvalidRequest, first_fault
 
 MIN_TOKEN = 16
+logger = logging.getLogger(__name__)
 
 
 def is_loopback(host: str) -> bool:
@@ -18,6 +22,31 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def connections_that_fit(wanted: int) -> int:
+    """How many connections this process can have; raises its limit of open files as far as that takes and it may.
+
+    Half of the files are left for others, the store's above all.
+
+    Args:
+        wanted: The most that it shall have.
+    """
+    try:
+        import resource
+    except ModuleNotFoundError:  # a system without such a limit
+        return wanted
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files, most = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    if files < 2 * wanted:
+        with suppress(ValueError, OSError):  # some systems allow less than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * wanted, most), limits[1]))
+            files = min(2 * wanted, most)
+    if files >= 2 * wanted:
+        return wanted
+    fit = max(1, files // 2)
+    logger.warning("at most %d connections, not %d: this process may open no more than %d files", fit, wanted, files)
+    return fit
 
 
 class ServeSettings(BaseSettings):
@@ -45,7 +74,7 @@ class ServeSettings(BaseSettings):
         max_depth: Most nested arrays and objects in a request.
         max_headers: Most bytes of a request's headers.
         max_memory: Most bytes of a memory that is imported, or exported with its KV.
-        max_connections: Most connections at a time.
+        max_connections: Most connections at a time; fewer where the process may not open twice as many files.
         body_seconds: Seconds within which a request's headers must have come, then its body, or the next part of a
             memory's, and within which a client must take something of what it is sent.
         log_level: "debug", "info", "warning" or "error".

@@ -69,12 +69,12 @@ class SharedSettings(BaseSettings):
 
 
 _services: dict[tuple[str, str | None, str], LatentService] = {}
-_lock = threading.Lock()
+_loading = threading.Lock()  # one at a time: meanwhile transformers changes torch's default dtype, for all threads
 
 
-def is_loaded(name: str | None = None, device: str | None = None, dtype: str | None = None) -> bool:
-    """Whether `shared_service` has nothing to load."""
-    return SharedSettings().key(name, device, dtype) in _services
+def loaded(name: str | None = None, device: str | None = None, dtype: str | None = None) -> LatentService | None:
+    """What `shared_service` would return if it has nothing to load, else None; waits for nothing."""
+    return _services.get(SharedSettings().key(name, device, dtype))
 
 
 def shared_service(name: str | None = None, device: str | None = None, dtype: str | None = None) -> LatentService:
@@ -92,7 +92,9 @@ def shared_service(name: str | None = None, device: str | None = None, dtype: st
     """
     settings = SharedSettings()
     key = settings.key(name, device, dtype)
-    with _lock:
+    if (service := _services.get(key)) is not None:  # whatever else is being loaded, which may take minutes
+        return service
+    with _loading:
         if key not in _services:
             _services[key] = LatentService.load(key[0], **settings.loading(key[0], device, dtype))
         return _services[key]

@@ -35,7 +35,7 @@ from .alteration import original
 from .envelope import OVERHEAD, Envelope, Kind
 from .identity import MAX_AGENT, MAX_PARENTS, Signer, memory_id
 from .memory import Recipe, Segment
-from .private import FOLDER, private
+from .private import FOLDER, flush, private
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class FolderStore(BaseStore[str, bytes]):
         self.folder = Path(folder)
         self._inside = os.path.join(folder, "")  # paths are made of strings: `Path` takes longer than the disk
         self.folder.mkdir(FOLDER, parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS, mode=0o600)
+        self._lock = FileLock(self.folder / ".lock", mode=0o600)
         self._thread_lock, self._depth = threading.RLock(), 0
         self._flushers = ThreadPoolExecutor(FLUSHERS - 1, "latentmas-flush")
         with self.locked():
@@ -82,9 +82,12 @@ class FolderStore(BaseStore[str, bytes]):
         Raises:
             StoreBusy: If it does not become free within a minute.
         """
-        with self._thread_lock:
+        until = time.monotonic() + LOCK_SECONDS
+        if not self._thread_lock.acquire(timeout=LOCK_SECONDS):
+            raise self._busy()
+        try:
             if not self._depth:  # the file's lock is dear, even for who has it
-                self._acquire()
+                self._acquire(max(0.0, until - time.monotonic()))
             self._depth += 1
             try:
                 yield
@@ -92,6 +95,8 @@ class FolderStore(BaseStore[str, bytes]):
                 self._depth -= 1
                 if not self._depth:
                     self._lock.release()
+        finally:
+            self._thread_lock.release()
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
         """Reads files; None for a key that is not there.
@@ -119,14 +124,14 @@ class FolderStore(BaseStore[str, bytes]):
             self._flush([file for file, _, _ in halves])
             for _, half, path in halves:
                 os.replace(half, path)
-            self._sync()
+            flush(self.folder)
 
     def mdelete(self, keys: Sequence[str]) -> None:
         """Removes files; a key that is not there is no error."""
         with self.locked():
             for key in keys:
                 _remove(self._path(key))
-            self._sync()
+            flush(self.folder)
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
         """All keys, or those that begin with `prefix`."""
@@ -195,11 +200,14 @@ class FolderStore(BaseStore[str, bytes]):
         """Bytes that the disk has left."""
         return shutil.disk_usage(self.folder).free
 
-    def _acquire(self) -> None:
+    def _acquire(self, seconds: float) -> None:
         try:
-            self._lock.acquire(poll_interval=0.002)
+            self._lock.acquire(timeout=seconds, poll_interval=0.002)
         except Timeout as error:
-            raise StoreBusy(f"Another process has held {self.folder} for {LOCK_SECONDS:.0f} s; try again.") from error
+            raise self._busy() from error
+
+    def _busy(self) -> StoreBusy:
+        return StoreBusy(f"Another process has held {self.folder} for {LOCK_SECONDS:.0f} s; try again.")
 
     def _flush(self, files: Sequence[BinaryIO]) -> None:
         mine, *parts = [files[i::FLUSHERS] for i in range(FLUSHERS)]
@@ -215,13 +223,6 @@ class FolderStore(BaseStore[str, bytes]):
             wait(others)  # whatever happens: they must not be closed before
         for other in others:
             other.result()
-
-    def _sync(self) -> None:
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     def _path(self, key: str) -> str:
         if not _KEY.fullmatch(key):
@@ -303,11 +304,12 @@ class RecipeStore:
         self._writer, self._process = ThreadPoolExecutor(1, "latentmas-store"), os.getpid()
         self._waiting: list[_Put] = []
         self._waiting_lock = threading.Lock()
-        # Never held while a disk is written, so event loops may wait for it. A stream that was forgotten gives its room
-        # back when it is collected, which may happen to the thread that holds it.
+        # Never held while a disk is written or a folder is counted, so event loops may wait for it. A stream that was
+        # forgotten gives its room back when it is collected, which may happen to the thread that holds it.
         self._room_lock = threading.RLock()
         self._reserved = self._used = 0
         self._counted = -1  # the folder's `changed` that `_used` belongs to
+        self._writing = False  # what moves the folder on right now is ours alone, and `_used` will know of it
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -325,6 +327,7 @@ class RecipeStore:
         Raises:
             StoreFull: If there is not that much.
         """
+        self._count()
         with self._room_lock:
             self._check_room(nbytes + self._reserved)
             self._reserved += nbytes
@@ -343,10 +346,8 @@ class RecipeStore:
     @property
     def nbytes(self) -> int | None:
         """Bytes of all files of a folder; None for other stores."""
-        if self.folder is None:
-            return None
-        with self._room_lock:
-            return self._count(self.folder)
+        self._count(always=True)
+        return self._used if self.folder else None
 
     def put(self, recipe: Recipe) -> Recipe:
         """Writes a recipe; when this returns, a durable store has it.
@@ -360,7 +361,17 @@ class RecipeStore:
             DroppedReference: If a parent is no longer there.
             StoreFull: If there is no room.
         """
-        return self.put_soon(lambda: recipe, lambda there, _: there).result()
+        return self.put_all([recipe])[0]
+
+    def put_all(self, recipes: Sequence[Recipe]) -> list[Recipe]:
+        """Like `put` for many, each behind its parents; they are written together."""
+
+        def begun(recipe: Recipe) -> "Future[Recipe]":
+            return self.put_soon(lambda: recipe, lambda there, _: there)
+
+        puts = list(map(begun, recipes))
+        wait(puts)  # also where one fails: the others are written in the room that whoever calls holds
+        return [put.result() for put in puts]
 
     def put_soon(self, made: Callable[[], Recipe], then: Callable[[Recipe, bool], A]) -> "Future[A]":
         """Like `put`, without waiting for a disk or a network. Recipes that come together are written together.
@@ -497,14 +508,21 @@ class RecipeStore:
         return stored
 
     def _mset(self, values: dict[str, bytes]) -> None:
-        before = self.folder.changed if self.folder else 0
-        if values:
+        if not values:
+            return
+        if self.folder is None:
             self.store.mset(list(values.items()))
-        if self.folder:
+            return
+        with self._room_lock:
+            self._writing = self._counted == self.folder.changed  # else others wrote as well, and all is counted anew
+        try:
+            self.store.mset(list(values.items()))
             with self._room_lock:
-                if self._counted == before:  # counted on; else others wrote as well, and all is counted anew
+                if self._writing:  # counted on
                     self._counted = self.folder.changed
                     self._used += sum(map(len, values.values()))
+        finally:
+            self._writing = False
 
     def _there(self, recipe: Recipe, fresh: dict[str, tuple[Recipe, bytes]]) -> tuple[Recipe, bool]:
         """What is there under a recipe's id, or among those to be written; else this one joins them, as a new one."""
@@ -517,6 +535,7 @@ class RecipeStore:
                 return there, False
         self._check_parents(recipe, fresh)
         value = self._sealed(recipe)
+        self._count()
         with self._room_lock:
             self._check_room(len(value) + sum(len(other) for _, other in fresh.values()))
         fresh[recipe.id] = recipe, value
@@ -605,10 +624,21 @@ class RecipeStore:
         logger.warning("the recipe of %s cannot be read and was moved to %s", key, to)
         return f"It was moved to {to}. "
 
-    def _count(self, folder: FolderStore) -> int:
-        if self._counted != (changed := folder.changed):
-            self._counted, self._used = changed, folder.nbytes
-        return self._used
+    def _count(self, always: bool = False) -> None:
+        """Sees to it that `_used` is right, where there is a budget for it, or `always`.
+
+        Whoever calls does not hold the lock: to look at all files of a folder may take long.
+        """
+        if self.folder is None or not (always or self.budget is not None):
+            return
+        with self._room_lock:
+            known = self._counted
+            if self._writing or known == self.folder.changed:
+                return
+        changed, used = self.folder.changed, self.folder.nbytes
+        with self._room_lock:
+            if not self._writing and self._counted == known:  # else somebody else was faster
+                self._counted, self._used = changed, used
 
     def _has(self, name: str) -> bool:
         return self.folder.has(name) if self.folder else self.store.mget([name])[0] is not None
@@ -616,10 +646,10 @@ class RecipeStore:
     def _check_room(self, nbytes: int) -> None:
         if self.folder is None:
             return
-        if self.budget is not None and (used := self._count(self.folder)) + nbytes > self.budget:
+        if self.budget is not None and self._used + nbytes > self.budget:
             raise StoreFull(
-                f"The store has {used} of its {self.budget} bytes in use, and this request may need {nbytes}, those at "
-                "work included; drop references, or raise store_budget."
+                f"The store has {self._used} of its {self.budget} bytes in use, and this request may need {nbytes}, "
+                "those at work included; drop references, or raise store_budget."
             )
         if (free := self.folder.free) < nbytes + DISK_RESERVE:
             raise StoreFull(f"The disk of the store has {free} bytes left; make room, or drop references.")

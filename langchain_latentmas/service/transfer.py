@@ -18,7 +18,7 @@ from .memory import Memory, Recipe, Segment
 
 CHUNK = 1 << 20
 MAX_HEADER = 1 << 22  # bytes: half a million token ids; as Python objects they take ten times as much
-MAX_SEGMENTS = 1 << 16
+MAX_SEGMENTS = 1 << 12  # where each reads several memories, they are laid out in their number squared
 
 _NAMES = {
     torch.float64: "F64",
@@ -97,8 +97,10 @@ def write_memory(recipes: Sequence[Recipe], memory: Memory | None) -> Iterator[b
         At most a mebibyte at a time.
 
     Raises:
-        InvalidRequest: If its header is larger than `read_memory` takes.
+        InvalidRequest: If it has more segments, or a larger header, than `read_memory` takes.
     """
+    if len(recipes) > MAX_SEGMENTS:
+        raise InvalidRequest(f"The memory is too long to be exported: it has {len(recipes)} segments.")
     tensors: dict[str, Tensor] = {}
     for i, recipe in enumerate(recipes):
         if len(recipe.segment.thoughts):

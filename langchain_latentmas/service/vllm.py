@@ -211,8 +211,10 @@ class VLLMService(RecipeService):
     def _start(self, row: Row, layout: Layout, after: Sequence[str]) -> None:
         if altered := [piece.id for piece in layout if unaltered(piece.id)]:
             row.on_error(InvalidRequest(f"vLLM cannot alter memories, and {altered[0]} is an altered one."))
-        else:
-            self._engine.start(row, self._ids(layout))
+            return
+        past = self._ids(layout)  # from the recipes: whoever asked may be gone once they are read
+        if not row.cancelled:
+            self._engine.start(row, past)
 
     def _keep(self, key: str, result: Result) -> None:
         """The server has it."""

@@ -28,7 +28,7 @@ HOW_TO_START = (
 )
 OF_THE_SERVER = {
     "realign": """--hf-overrides '{"latent_realign": false}'""",
-    "device": "--device",
+    "device": "CUDA_VISIBLE_DEVICES, or a build for the CPU",
     "dtype": "--dtype",
     "kv_dtype": "--kv-cache-dtype",
     "revision": "--revision",

@@ -138,6 +138,8 @@ def test_an_edited_graph_is_asked_anew(tmp_path: Path, monkeypatch: pytest.Monke
         (["--task", "relay", "--plot", f"{__file__}/audit.svg"], "cannot be written"),
         (["--task", "nothing"], "no task"),
         (["no_such_module:graph", "--examples", "x.jsonl"], "no_such_module"),
+        (["a:graph", "--examples", "x.jsonl", "--steps", "3"], "brings its own agents; --steps is for a --task"),
+        (["--task", "relay", "--examples", "x.jsonl"], "brings its own questions; --examples is for a graph"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:
@@ -157,7 +159,15 @@ def test_so_many_examples_are_refused(tmp_path: Path, n: int) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(2 * (json.dumps({"input": "1 + 1?", "answer": 2}) + "\n"))
     with pytest.raises(InvalidRequest, match="--n must lie between 1 and the 2 examples"):
-        _pairs(path, n)
+        _pairs(path, n, 0)
+
+
+def test_fewer_examples_are_drawn_by_the_seed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"input": "?", "answer": i}) + "\n" for i in range(40)))
+    drawn = [[answer for _, answer in _pairs(path, 10, seed)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] == sorted(drawn[0]) != drawn[2]
+    assert [answer for _, answer in _pairs(path, None, 1)] == [*range(40)]
 
 
 @pytest.mark.parametrize(

@@ -494,4 +494,4 @@ def test_no_two_of_a_length_class_differ_by_more_than_a_factor_of_two(lengths: l
 def test_a_line_of_examples_ends_at_a_newline_only(tmp_path: Path) -> None:
     path, asked = tmp_path / "examples.jsonl", "1\u2028\u2029\x85"
     path.write_text(json.dumps({"input": asked, "answer": "1"}, ensure_ascii=False) + "\r\n\n", encoding="utf-8")
-    assert _pairs(path, 1) == [({"messages": [("human", asked)]}, "1")]
+    assert _pairs(path, 1, 0) == [({"messages": [("human", asked)]}, "1")]

@@ -1,6 +1,7 @@
 """`latentmas bench`: the arithmetic of floors and bounds, what is left out, targets, and the command on tiny models."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from benchmarks.overhead import overhead
+from benchmarks.speak import main as speak
 from benchmarks.summary import main as summary
 from langchain_latentmas import LatentService
 from langchain_latentmas.benchmark import shapes, ticks
@@ -29,6 +31,7 @@ from langchain_latentmas.benchmark.ticks import (
 from langchain_latentmas.cli import app
 from langchain_latentmas.commands.bench import _notes
 from langchain_latentmas.engine.graphs import Compute, Graphs
+from langchain_latentmas.engine.llama import LlamaDecoder
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.errors import EngineFailed, InvalidRequest
 from langchain_latentmas.evaluation.machine import machine
@@ -106,6 +109,14 @@ def test_a_shape_is_a_model_that_thinks(monkeypatch: pytest.MonkeyPatch) -> None
     assert sum(p.numel() for p in model.model.parameters()) == parameters("tiny")
     with LocalService(model, LocalService.load("bundled", device="cpu").settings) as service:
         assert service.think("What is 12 plus 30?", steps=3)["steps"] == 3
+
+
+def test_random_weights_are_not_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", {**SHAPES["Qwen3-0.6B"], **TINY})
+    monkeypatch.setattr(LanguageModel, "_fingerprint", lambda model: pytest.fail("hashed"))
+    one, same, other = (build("tiny", "cpu", dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16))
+    assert len(one.fingerprint) == 32
+    assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
 def test_a_shape_in_8_bits_reads_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +295,7 @@ def test_the_command_prints_json() -> None:
         assert row.keys() >= ROW
         assert row["floor_ratio"] == pytest.approx(document["bandwidth_gb_s"] / row["gb_s"])
         assert row["per_second"] == pytest.approx(1000 * row["rows"] / row["ms"])
+    assert document["model"]["decoder"] == "own"
     assert [(one["rows"], one["positions"]) for one in document["skipped"]] == 2 * [(1, 100000), (2, 100000)]
     assert "graphs" not in document
 
@@ -300,13 +312,20 @@ def test_the_command_prints_tables_and_draws(tmp_path: Path, monkeypatch: pytest
     assert picture.read_text().startswith("<?xml")
 
 
+def test_the_tables_say_when_transformers_computed_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaDecoder, "obstacle", lambda decoder: "its activation is gelu")
+    ran = run(*TINY_RUN, "--rows", "1", "--positions", "48")
+    assert ran.exit_code == 0, ran.output
+    assert "layers computed by transformers: its activation is gelu" in ran.stdout
+
+
 def test_graphs_are_measured_where_they_are_asked_for() -> None:
-    small = ("--steps", "2", "--tokens", "3", "--concurrent", "2", "--questions", "1")
+    small = ("--steps", "2", "--tokens", "3", "--concurrent", "2", "--alone", "3", "--questions", "1")
     ran = run(*TINY_RUN, "--rows", "1", "--positions", "48", "--graphs", *small, "--json")
     assert ran.exit_code == 0, ran.output
     document = json.loads(ran.stdout)
     assert [graph["arrangement"] for graph in document["graphs"]] == ["sequential", "hierarchical"]
-    assert (document["concurrency"]["concurrent"], document["concurrency"]["alone"]) == (2, 1)
+    assert (document["concurrency"]["concurrent"], document["concurrency"]["alone"]) == (2, 3)
     assert document["targets"] == []
 
 
@@ -348,6 +367,24 @@ def test_the_summary_says_which_targets_were_met(tmp_path: Path, capsys: pytest.
     lines = capsys.readouterr().out.splitlines()
     assert "NVIDIA Test, 4,000 GB/s" in lines[0]
     assert [line.split()[-1] for line in lines[2:]] == ["met", "missed", "met"]
+
+
+def test_vllm_beside_the_tick_gets_the_share_of_the_memory_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, dict[str, Any]] = {}
+
+    def load(model: str, **settings: Any) -> Any:
+        asked[model] = settings
+        if model.startswith("vllm:"):
+            raise InterruptedError
+        return nullcontext()
+
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setattr(LatentService, "load", load)
+    for share in (0.4, None):
+        with pytest.raises(InterruptedError):
+            speak(repeats=1, eager=True, gpu_memory_utilization=share)
+        own = {} if share is None else {"gpu_memory_utilization": share}
+        assert asked["vllm:bundled"]["engine"] == {"enforce_eager": True, **own}
 
 
 def test_overhead_is_what_lies_outside_of_the_engine(bundled: LatentService) -> None:

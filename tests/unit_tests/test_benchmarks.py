@@ -313,6 +313,8 @@ def test_published_figures() -> None:
     assert published("gsm8k", "Qwen/Qwen3-14B", "text", "hierarchical") == (90.8, 3021, 3675)
     assert published("gpqa-diamond", "/models/Qwen3-8B/", "single", "single") == (39.9, 6435, 813)
     assert published("aime24", "Qwen/Qwen3-4B", "text", "sequential") is None  # not in the paper
+    assert task_named("medqa").published
+    assert not jsonl_task(Path("medqa.jsonl"), "letter").published  # whatever is in it
     assert published("gsm8k", "bundled", "text", "sequential") is None
     assert published("gsm8k", "Qwen/Qwen3-4B-Thinking-2507", "text", "sequential") is None
     assert published("words", "Qwen/Qwen3-4B", "text", "sequential") is None

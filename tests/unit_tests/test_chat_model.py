@@ -1,3 +1,4 @@
+import asyncio
 import json
 import threading
 from typing import Any
@@ -325,6 +326,13 @@ def test_what_was_thought_is_not_taken_from_a_cache_of_what_was_said(service32: 
         assert two.text == said
 
 
+def test_a_cache_tells_models_apart_that_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "_services", {})
+    monkeypatch.setattr(LatentService, "load", lambda *_, **__: pytest.fail("nobody has called it"))
+    models = [ChatLatentMAS(model=model, device=device) for model in ("a", "b") for device in ("cpu", "cuda")]
+    assert len({model._get_llm_string() for model in models}) == 4
+
+
 def test_a_cache_tells_calls_with_steps_that_think_from_those_that_speak(service32: LatentService) -> None:
     llm = ChatLatentMAS(service=service32, max_tokens=4, cache=InMemoryCache())
     plan = RunnableLambda(lambda _: llm.invoke("Plan.", agent="planner", steps=2).text)
@@ -352,12 +360,37 @@ async def test_what_takes_long_is_not_done_on_the_loop(
     monkeypatch.setattr(LatentService, "load", watched("load", lambda *_, **__: service32))
     monkeypatch.setattr(service32, "take_markers", watched("markers", service32.take_markers))
     monkeypatch.setattr(service32, "aspeak", watched("speak", service32.aspeak))
+    assert await ChatLatentMAS(max_tokens=3, cache=InMemoryCache()).ainvoke("Hello")
     llm = ChatLatentMAS(max_tokens=3)
     await llm.ainvoke([thought, HumanMessage("Go on.")])
     assert [chunk async for chunk in llm.astream([thought, HumanMessage("Go on.")])]
     node = LatentAgentNode("critic", "Check.", steps=2)
     await node.ainvoke({"messages": [HumanMessage("Hello"), thought], "latents": []})
     assert on_loop == []
+
+
+async def test_a_model_that_is_being_loaded_holds_up_no_call_of_another(
+    service32: LatentService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def load(name: str, **_: Any) -> LatentService:
+        if name == "slow":
+            begun.set()
+            assert go.wait(10)
+        return service32
+
+    monkeypatch.setattr(shared, "_services", {})
+    monkeypatch.setattr(LatentService, "load", load)
+    quick, slow = (ChatLatentMAS(model=name, max_tokens=1) for name in ("quick", "slow"))
+    await quick.ainvoke("Hello")
+    loading = asyncio.create_task(slow.ainvoke("Hello"))
+    assert await asyncio.to_thread(begun.wait, 10)
+    assert await quick.ainvoke("Hello")
+    assert quick.invoke("Hello")
+    assert not loading.done()
+    go.set()
+    assert await loading
 
 
 def test_memories_are_counted_and_json_wherever_messages_go(llm: ChatLatentMAS, service32: LatentService) -> None:

@@ -2,8 +2,11 @@
 
 import gc
 import logging
+import time
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import Any
 from unittest.mock import MagicMock
@@ -16,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from langchain_latentmas import LatentService
+from langchain_latentmas.engine import graphs as recorded_steps
 from langchain_latentmas.engine.graphs import Compute, Graphs, Step
 from langchain_latentmas.engine.graphs import Recorder as CudaRecorder
 from langchain_latentmas.engine.model import LanguageModel
@@ -243,9 +247,8 @@ def test_a_pool_whose_graphs_are_all_gone_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """torch refuses to record into a pool whose graphs are all gone (vLLM's pull request 53682)."""
-    cuda, used = MagicMock(), list[tuple[object, object]]()
+    cuda, used = stand_in(), list[tuple[object, object]]()
     cuda.graph_pool_handle.side_effect = count().__next__
-    cuda.CUDAGraph = type("CUDAGraph", (), {"replay": lambda self: None})
     cuda.graph = lambda graph, pool, stream, **_: used.append((pool, stream)) or nullcontext()
     monkeypatch.setattr(torch, "cuda", cuda)
     record = CudaRecorder(torch.device("cuda:1"))
@@ -255,6 +258,97 @@ def test_a_pool_whose_graphs_are_all_gone_is_given_up(
     record(compute)
     cuda.Stream.assert_called_once_with(torch.device("cuda:1"))
     assert used == [(0, record.stream), (0, record.stream), (1, record.stream)]
+
+
+def stand_in() -> MagicMock:
+    """For `torch.cuda`."""
+    cuda = MagicMock()
+    cuda.CUDAGraph = type("CUDAGraph", (), {"replay": lambda self: None})
+    return cuda
+
+
+def test_two_services_do_not_record_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, most, cuda = list[int](), list[int](), stand_in()
+
+    @contextmanager
+    def graph(*_: Any, **__: Any) -> Iterator[None]:
+        inside.append(1)
+        time.sleep(0.1)
+        most.append(len(inside))
+        yield
+        inside.pop()
+
+    cuda.graph = graph
+    monkeypatch.setattr(torch, "cuda", cuda)
+    recorders = [CudaRecorder(torch.device("cuda:0")) for _ in range(2)]
+    compute = lambda: Step(torch.zeros(1), torch.zeros(1))  # noqa: E731
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda record: record(compute), recorders))
+    assert most == [1, 1]
+
+
+def test_who_could_not_record_goes_on_behind_what_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short() -> Step:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    cuda = stand_in()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    record = CudaRecorder(torch.device("cuda:0"))
+    with pytest.raises(torch.OutOfMemoryError):
+        record(short)
+    cuda.current_stream.return_value.wait_stream.assert_called_once_with(record.stream)
+    record(lambda: Step(torch.zeros(1), torch.zeros(1)))  # the next one gets its turn
+
+
+def test_memory_that_is_short_for_a_while_does_not_turn_them_off(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder, short = Recorder(), [True] * 3
+
+    def record(compute: Compute) -> Compute:
+        if short:
+            short.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        return recorder(compute)
+
+    monkeypatch.setattr(recorded_steps, "AGAIN", 2)
+    graphs = Graphs(record, tolerance=1e-8)
+    with caplog.at_level(logging.WARNING):
+        found = run(model, graphs)
+    for ours, theirs in zip(found, run(model, None), strict=True):
+        assert kv_difference(ours.kv, theirs.kv) < 1e-8
+        assert ours.tokens == theirs.tokens
+    assert graphs.fault is None
+    assert not short
+    assert recorder.recorded
+    assert caplog.text.count("CUDA out of memory") == 1
+
+
+def test_without_them_a_gpu_meets_few_lengths_too(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU reads the cells that it needs; the slots lie there here, whatever the model says of its device."""
+    lengths, hidden = dict[str, list[int]](), model.hidden
+    found = dict[str, list[Result]]()
+    for device in ("cpu", "cuda"):
+        tick, lengths[device], found[device] = Ticker(model, max_rows=4, live_bytes=1 << 40), [], []
+        with torch.inference_mode(), monkeypatch.context() as patch:
+            for length in (20, 150):
+                row = Row((), 0, [[5] * length], steps=6, on_done=found[device].append, on_error=pytest.fail)
+                tick.join(row)
+            tick.step()
+
+            def looked_at(
+                embeds: Tensor, at: Tensor, masks: list[Tensor], *more: Any, seen: list[int] = lengths[device]
+            ) -> Tensor:
+                seen.append(masks[0].shape[3])
+                return hidden(embeds, at, masks, *more)
+
+            patch.setattr(model, "hidden", looked_at)
+            patch.setattr(model, "device", torch.device(device))
+            while tick.rows:
+                tick.step()
+    assert lengths == {"cpu": [152, 153, 154, 155, 156], "cuda": [192] * 5}
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert relative(ours.thoughts, theirs.thoughts) < 1e-8
 
 
 def test_a_step_that_cannot_be_recorded_is_computed(model: LanguageModel) -> None:

@@ -343,6 +343,16 @@ def test_a_cached_node_is_kept_apart_by_graph_and_steps(llm: ChatLatentMAS, defa
     assert len(runs) == 3
 
 
+def test_nodes_of_one_name_in_two_graphs_share_no_cache(llm: ChatLatentMAS) -> None:
+    def doubter(state: Chain) -> Chain:
+        return {"critique": llm.invoke(f"Doubt {state['plan']} please").content}
+
+    policy, cache = CachePolicy(key_func=lambda state: state["question"]), InMemoryCache()
+    builders = [chain(llm, critic=critic, cache_policy=policy) for critic in (None, doubter)]
+    one, other = (switch_edges(each, "*", steps=3).compile(cache=cache).invoke(ASKED) for each in builders)
+    assert one["critique"] != other["critique"]
+
+
 def test_a_cached_marker_is_still_read_in_a_text_run_until_the_cache_is_cleared(llm: ChatLatentMAS) -> None:
     builder = chain(llm, cache_policy=CachePolicy(key_func=lambda state: state["question"]))
     graph = switch_edges(builder, "*", steps=3).compile(cache=InMemoryCache())

@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware
+from langchain_core.language_models import FakeListChatModel
 from langchain_core.output_parsers import JsonOutputParser, StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
+from langgraph.func import task
 from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.types import Command
 from pydantic import BaseModel
 
 from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, LatentState, switch_edges
@@ -310,3 +313,133 @@ def test_a_mapping_may_name_edges_of_latent_agent_nodes_too(llm: ChatLatentMAS, 
     assert [ref["agent"] for ref in out["latents"]] == ["judger"]
     with pytest.raises(InvalidRequest, match="no latent edge of this graph"):
         graph.invoke({"messages": []}, {"configurable": {"edges": {"refiner->nobody": "text"}}})
+
+
+class Verdict(BaseModel):
+    good: bool
+
+
+class Team:
+    """Agents that are methods, with what other nodes use on the same object."""
+
+    def __init__(self, llm: ChatLatentMAS) -> None:
+        self.llms = {"own": llm}
+        self.grader = llm.with_structured_output(Verdict)
+        self.big = FakeListChatModel(responses=["It is 5."])
+
+    @property
+    def llm(self) -> ChatLatentMAS:
+        return self.llms["own"]
+
+    def ask(self, text: str, deep: bool = True) -> str:
+        if not deep:
+            return self.llm.invoke(text).content
+        return "".join(self.ask(text, deep=False) for _ in range(1))
+
+    def planner(self, state: Chain) -> Chain:
+        return {"plan": self.ask(f"Plan: {state['question']}")}
+
+    def critic(self, state: Chain) -> Chain:
+        return {"critique": self.ask(f"Check {state['plan']} please")}
+
+    def stranger(self, state: Chain) -> Chain:
+        return {"critique": self.big.invoke(f"Check {state['plan']} please").content}
+
+
+class Named(Critic):
+    """Its `__call__` is inherited."""
+
+
+def test_of_a_team_that_is_an_object_only_what_a_node_uses_counts(llm: ChatLatentMAS) -> None:
+    team = Team(llm)
+    builder = chain(llm, planner=team.planner, critic=team.critic)
+    assert latent(builder) == {PLANNER, CRITIC}
+    out = switch_edges(builder, "*", steps=3).compile().invoke(ASKED)
+    assert is_latent(out["plan"], "planner")
+    assert is_latent(out["critique"], "critic")
+    assert "runs another model (FakeListChatModel)" in modes(chain(llm, critic=team.stranger))[PLANNER][1]
+    assert latent(chain(llm, critic=Named(llm))) == {PLANNER, CRITIC}
+
+
+def test_a_named_edge_may_lead_to_a_node_that_chooses_among_models(llm: ChatLatentMAS) -> None:
+    llms = {"small": llm, "big": FakeListChatModel(responses=["It is 5."])}
+    builder = chain(llm, critic=lambda state: {"critique": llms["small"].invoke(f"Check {state['plan']}").content})
+    assert latent(builder) == set()
+    assert latent(builder, [PLANNER, CRITIC]) == {PLANNER, CRITIC}
+
+
+def test_tasks_that_a_node_calls_think(llm: ChatLatentMAS) -> None:
+    @task
+    def ask(text: str) -> str:
+        return llm.invoke(text).content
+
+    builder = chain(llm, critic=lambda state: {"critique": ask(f"Check {state['plan']} please").result()})
+    assert latent(builder) == {PLANNER, CRITIC}
+    out = switch_edges(builder, "*", steps=3).compile().invoke(ASKED)
+    assert is_latent(out["critique"], "critic")
+    assert out["latent_steps"] == 6
+
+
+def test_a_call_may_speak_in_a_node_that_thinks(llm: ChatLatentMAS) -> None:
+    queries = []
+
+    def critic(state: Chain) -> Chain:
+        queries.append(llm.invoke("Name two queries.", speak=True).content)
+        return critic_of(llm)(state)
+
+    out = switch_edges(chain(llm, critic=critic), "*", steps=3).compile().invoke(ASKED)
+    assert queries == [llm.invoke("Name two queries.", agent="critic").content]
+    assert is_latent(out["critique"], "critic")
+    with pytest.raises(InvalidRequest, match="speak=True takes no latent steps"):
+        llm.invoke("Name two queries.", speak=True, steps=2)
+
+
+def test_an_agent_whose_answer_is_looked_at_afterwards_is_no_sender(llm: ChatLatentMAS) -> None:
+    class Guard(AgentMiddleware):
+        def after_agent(self, state: Any, runtime: Any) -> None:
+            llm.invoke(f"SAFE or UNSAFE? {state['messages'][-1].text}")
+
+    builder = StateGraph(MessagesState)
+    builder.add_sequence([("agent", create_agent(llm, middleware=[Guard()])), ("judger", create_agent(llm))])
+    builder.add_edge(START, "agent")
+    assert "last node cannot be told" in modes(builder)["agent", "judger"][1]
+
+
+def test_who_judges_and_may_end_the_graph_gets_the_text_that_is_its_answer(llm: ChatLatentMAS) -> None:
+    judge = llm.with_structured_output(Verdict)
+
+    def evaluator(state: Chain) -> Chain:
+        return {"critique": str(judge.invoke(f"Good? {state['plan']}"))}
+
+    builder = StateGraph(Chain)
+    builder.add_node("planner", planner_of(llm))
+    builder.add_node("evaluator", evaluator)
+    builder.add_edge(START, "planner").add_edge("planner", "evaluator")
+    builder.add_conditional_edges("evaluator", lambda state: END, {END: END, "planner": "planner"})
+    assert "may end the graph" in modes(builder)["planner", "evaluator"][1]
+    named = [("planner", "evaluator")]
+    assert latent(builder, named) == {named[0]}
+
+
+def test_a_node_further_down_that_calls_no_model_is_named(llm: ChatLatentMAS) -> None:
+    builder = chain(llm)
+    assert modes(builder)[PLANNER] == ("latent", "20 latent steps")
+    builder.add_node("save", lambda state: {})
+    builder.add_edge("judger", "save")
+    assert modes(builder)[PLANNER][1].startswith("20 latent steps; 'save' calls no model that can be seen")
+
+
+def test_errors_about_edges_lead_out_of_them(llm: ChatLatentMAS) -> None:
+    builder = StateGraph(Chain)
+    builder.add_node("planner", planner_of(llm))
+    builder.add_node("critic", critic_of(llm))
+    builder.add_edge(START, "planner")
+    builder.add_conditional_edges("planner", lambda state: "critic", ["critic", END])
+    with pytest.raises(InvalidEdge, match="'__end__' stays text: what leaves the graph is text"):
+        switch_edges(builder, [PLANNER], router_reads_text=False)
+    builder = StateGraph(Chain)
+    builder.add_node("planner", lambda state: Command(goto="critic"))
+    builder.add_node("critic", critic_of(llm))
+    builder.add_edge(START, "planner")
+    with pytest.raises(InvalidEdge, match=r"nowhere \(a node that returns Command says where"):
+        switch_edges(builder, [PLANNER])

@@ -12,7 +12,7 @@ from langgraph.graph import END
 from rich.console import Console
 
 from langchain_latentmas.commands.evaluate import picture
-from langchain_latentmas.errors import InvalidRequest, SandboxUnavailable, ServiceUnreachable
+from langchain_latentmas.errors import EngineFailed, InvalidRequest, SandboxUnavailable, ServiceUnreachable
 from langchain_latentmas.evaluation import sandbox
 from langchain_latentmas.evaluation.benchmarks import Published, task_named
 from langchain_latentmas.evaluation.journal import MENDED, Journal, is_mended
@@ -193,13 +193,40 @@ def test_which_errors_are_asked_again(error: Any) -> None:
     assert not is_mended("")
 
 
+def test_what_fails_has_cost_something_too(fresh: LocalService, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    gone = Gone(EngineFailed)
+    Evaluation(fresh, gone, modes=["text", "latent"], arrangements=["sequential"], **QUICK).run(path)
+    answers = [Answer(**line) for line in lines(path)[1:] if "session" not in line]
+    assert [bool(answer.error) for answer in answers].count(True) == 2
+    assert all(answer.output_tokens > 0 for answer in answers)
+    assert {answer.latent_steps for answer in answers if answer.mode == "latent"} == {9}
+
+
+def test_seconds_of_different_machines_are_not_compared(fresh: LocalService, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    one = {**QUICK, "arrangements": ["sequential"]}
+    summary = Evaluation(fresh, Words(), modes=["text"], **one).run(path)
+    assert summary.on_one_machine
+    path.write_text(path.read_text().replace('"processor": "', '"processor": "Another '))
+    summary = Evaluation(fresh, Words(), modes=["text", "latent"], **one).run(path)
+    assert not summary.on_one_machine
+    compared = summary.comparisons["sequential"]
+    assert compared.seconds is None
+    assert compared.output_tokens > 1  # type: ignore[operator]
+
+
 class Gone(Words):
-    """The server is gone when one of the questions is to be answered."""
+    """Something fails behind the agents when one of the questions is to be answered."""
+
+    def __init__(self, error: type[Exception] = ServiceUnreachable) -> None:
+        super().__init__()
+        self.error = error
 
     def graph(self, *args: Any, **options: Any) -> Any:
         def gate(state: dict[str, Any]) -> dict[str, Any]:
             if state["messages"][0].text == self.questions(4)[2].text:
-                raise ServiceUnreachable("The server cannot be reached.")
+                raise self.error("It cannot be reached.")
             return {}
 
         builder = super().graph(*args, **options)

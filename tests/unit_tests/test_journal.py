@@ -1,7 +1,10 @@
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from langchain_latentmas.commands.folder import ANSWERS, run_folder
 from langchain_latentmas.errors import InvalidRequest
 from langchain_latentmas.evaluation.journal import Journal
 
@@ -70,3 +73,18 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="no journal"):
         Journal(path, {"seed": 1})
     assert path.read_text() == "Chapter 1\n"
+
+
+@pytest.mark.parametrize(
+    ("errors", "kept"), [([], False), (["ContextTooLong"], False), (["EngineFailed: out of memory"], True)], ids=str
+)
+def test_a_run_whose_failures_may_be_mended_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: list[str], kept: bool
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run = partial(run_folder, None, "eval", "words", {}, "summary.json", list)
+    with run() as folder:
+        (folder / ANSWERS).write_text("answers")
+        (folder / "summary.json").write_text(json.dumps(errors))
+    with run() as folder:
+        assert (folder / ANSWERS).exists() == kept

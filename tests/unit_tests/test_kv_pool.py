@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.memory import Memory, Recipe
 
 from ..conftest import Fresh, load_parts
-from ..support import at_once, kv_copy, kv_difference, messages, say
+from ..support import Gate, at_once, kv_copy, kv_difference, messages, say
 
 EXACT = 1e-8  # relative, in float64
 TURNED = 1e-3  # the same, where transformers' float32 angles come in
@@ -230,6 +230,70 @@ def test_readers_that_come_at_once_share_one_rebuild(fresh_service: Fresh) -> No
     said = at_once([lambda: say(service, QUESTION, [ref])] * 6)
     assert [each.token_ids for each in said] == [alone.token_ids] * 6
     assert service.info()["rebuilds"] == 1
+
+
+def chain(service: LocalService, n: int) -> list[LatentRef]:
+    refs: list[LatentRef] = []
+    for i in range(n):
+        refs.append(service.think(messages(f"Step {i}."), refs[-1:], steps=2))
+    return refs
+
+
+def test_others_are_served_while_recipes_are_read(fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, gate, found = fresh_service(), Gate(), list[Memory]()
+    refs, other = chain(service, 3), service.think(messages("Else."), steps=1)
+    before, here, recipe = kv_copy(service.memory(refs[-1])), service._pool.kept.get(other["id"]), service._pool._recipe
+
+    def slow(key: str) -> Recipe:
+        if key == refs[0]["id"]:
+            gate.wait()
+        return recipe(key)
+
+    def in_time(ref: LatentRef) -> bool:
+        reader = Thread(target=service.memory, args=(ref,), daemon=True)
+        reader.start()
+        reader.join(10)
+        return not reader.is_alive()
+
+    assert here is not None
+    service._pool.kept.clear()
+    service._pool.kept.put(other["id"], here)
+    monkeypatch.setattr(service._pool, "_recipe", slow)
+    reader = Thread(target=lambda: found.append(service.memory(refs[-1])))
+    reader.start()
+    assert gate.entered.wait(60)
+    served = in_time(other)
+    gate.open()
+    reader.join(60)
+    assert served
+    assert kv_difference(found[0], before) < EXACT
+
+
+@pytest.mark.parametrize("faster", [0, 1, 2])
+def test_what_others_rebuild_while_recipes_are_read_is_not_rebuilt_again(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch, faster: int
+) -> None:
+    service, gate, found = fresh_service(), Gate(), list[Memory]()
+    refs = chain(service, 3)
+    before, recipe = kv_copy(service.memory(refs[-1])), service._pool._recipe
+    service._pool.kept.clear()
+    prefilled = service.info()["prefilled"]
+
+    def slow(key: str) -> Recipe:
+        if current_thread() is reader and key == refs[0]["id"]:  # the last of its run
+            gate.wait()
+        return recipe(key)
+
+    monkeypatch.setattr(service._pool, "_recipe", slow)
+    reader = Thread(target=lambda: found.append(service.memory(refs[-1])))
+    reader.start()
+    assert gate.entered.wait(60)
+    service.memory(refs[faster])
+    gate.open()
+    reader.join(60)
+    assert kv_difference(found[0], before) < EXACT
+    assert service.info()["prefilled"] - prefilled == refs[-1]["positions"]
+    assert not service._pool._coming
 
 
 def test_shared_segments_are_kept_once(fresh_service: Fresh) -> None:

@@ -1,3 +1,4 @@
+import tracemalloc
 from itertools import accumulate
 
 import pytest
@@ -80,6 +81,34 @@ def test_branches_follow_in_the_order_of_reading() -> None:
 def test_a_memory_may_be_thousands_of_segments_deep() -> None:
     recipes = {f"m{i}": recipe(f"m{i}", (f"m{i - 1}",) if i else (), 1) for i in range(3000)}
     assert Lineage(recipes.__getitem__).line("m2999")[-1] == Piece("m2999", 2999, 1, 2999, 0, False)
+
+
+def test_a_long_thread_is_laid_out_in_room_for_its_length() -> None:
+    recipes = {f"m{i}": recipe(f"m{i}", (f"m{i - 1}",) if i else (), 1) for i in range(4000)}
+    lineage = Lineage(recipes.__getitem__)
+    tracemalloc.start()
+    try:
+        assert len(lineage.line("m3999")) == 4000
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23  # a line for each of them would take 64 MB
+    finally:
+        tracemalloc.stop()
+
+
+def one_by_one(lineage: Lineage, key: str) -> Layout:
+    """A line made of those of its parents, each of which is made likewise."""
+    made = lineage._recipe(key)
+    seen = merge([one_by_one(lineage, parent) for parent in made.parents])
+    start, looked_at = seen[-1].end if seen else 0, seen[-1:] if len(made.parents) == 1 else seen
+    on_moved = any(piece.moved or piece.on_moved for piece in looked_at)
+    return (*seen, Piece(key, start, made.segment.positions, start, 0, on_moved))
+
+
+@given(lineages(), st.sampled_from([0, 700, 2000, 10**6]))
+def test_a_run_in_one_line_is_what_it_is_one_by_one(made: tuple[Lineage, list[str]], kept: int) -> None:
+    lineage, keys = made
+    lineage._lines.limit = kept
+    for key in [*keys, *reversed(keys)]:
+        assert lineage.line(key) == one_by_one(lineage, key)
 
 
 @pytest.mark.parametrize("kept", [0, 1200, 5000])

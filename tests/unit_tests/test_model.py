@@ -1,6 +1,7 @@
 """What is loaded, what is refused and why, and how a model is recognised."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -246,6 +247,21 @@ def test_half_precision_weights_are_others_than_those_they_were_rounded_from(ser
     bfloat, tokenizer = load_parts("qwen3-tied", "bfloat16")
     widened = LanguageModel(deepcopy(bfloat).float(), tokenizer)
     assert widened.fingerprint == LanguageModel(bfloat, tokenizer).fingerprint
+
+
+def test_a_fingerprint_stays_what_it_was() -> None:
+    """Memories in stores were made by the model that it names."""
+    found = {dtype: LanguageModel(*load_parts("qwen3-tied", dtype)).fingerprint for dtype in ("float32", "bfloat16")}
+    assert found == {
+        "float32": "f8b64f40fdae78d893d5e4f32db680fa",
+        "bfloat16": "b9136eb82702b2c810058fc8bc0f30c2",
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_masked_stays_finite_where_a_kernel_counts_in_powers_of_two(dtype: str) -> None:
+    unseen = LanguageModel(*load_parts("qwen3-tied", dtype)).unseen
+    assert (torch.tensor(unseen, dtype=torch.float32) * math.log2(math.e)).isfinite()
 
 
 def test_another_vocabulary_is_another_model(service: LatentService) -> None:

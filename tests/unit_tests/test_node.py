@@ -383,6 +383,35 @@ async def test_a_graph_whose_state_has_no_latents_is_refused(service32: LatentSe
     assert only(only(node, LatentState), LatentState).invoke(asked)["latents"]
 
 
+def test_a_graph_whose_state_has_no_messages_is_refused_where_something_is_said(service32: LatentService) -> None:
+    class Asked(TypedDict):
+        question: str
+        latents: Annotated[list[LatentRef], merge_latents]
+
+    prompt = ChatPromptTemplate([("system", "Judge."), ("human", "{question}")])
+    thinker = LatentAgentNode("planner", prompt, service=service32, steps=1)
+    speaker = LatentAgentNode("planner", prompt, service=service32, speak=True, max_tokens=2)
+    asked: Any = {"question": "2+3?", "latents": []}
+    assert only(thinker, Asked).invoke(asked)["latents"]
+    for node, edges in ((speaker, "latent"), (thinker, "text")):
+        with pytest.raises(InvalidRequest, match=r"no `messages`: what it says would be lost.*add_messages"):
+            only(node, Asked).invoke(asked, {"configurable": {"edges": edges}})
+
+
+def test_what_a_human_corrects_is_read_as_it_stands_now(service32: LatentService) -> None:
+    builder = StateGraph(LatentState)
+    writer = LatentAgentNode("writer", "Write.", service=service32, speak=True, max_tokens=4)
+    builder.add_node("writer", writer)
+    builder.add_node("reviewer", LatentAgentNode("reviewer", "Review.", service=service32, steps=1))
+    builder.add_edge(START, "writer").add_edge("writer", "reviewer")
+    graph = builder.compile(InMemorySaver(), interrupt_before=["reviewer"])
+    config: Any = {"configurable": {"thread_id": "1"}}
+    draft = graph.invoke(ASKED, config)["messages"][-1]
+    graph.update_state(config, {"messages": [draft.model_copy(update={"content": "A corrected draft."})]})
+    state = graph.invoke(None, config)
+    assert "A corrected draft." in text_of(service32, state["latents"][-1])
+
+
 def test_who_calls_an_agent_by_themselves_keep_its_memory_by_themselves(service32: LatentService) -> None:
     node = LatentAgentNode("planner", "Plan.", service=service32, steps=1)
     kept = []
@@ -409,10 +438,17 @@ class DataclassState:
     latents: Annotated[list[dict[str, Any]], operator.add] = dataclasses.field(default_factory=list)
 
 
-@pytest.mark.parametrize("schema", [PydanticState, DataclassState])
-def test_a_state_may_be_an_object(service32: LatentService, schema: Any) -> None:
+@dataclasses.dataclass(slots=True)
+class SlotsState:
+    messages: list[Any]
+    latents: Annotated[list[dict[str, Any]], operator.add] = dataclasses.field(default_factory=list)
+
+
+@pytest.mark.parametrize("prompt", ["Plan.", ChatPromptTemplate([("placeholder", "{messages}")])], ids=["words", "it"])
+@pytest.mark.parametrize("schema", [PydanticState, DataclassState, SlotsState])
+def test_a_state_may_be_an_object(service32: LatentService, schema: Any, prompt: Any) -> None:
     builder = StateGraph(schema)
-    builder.add_node("planner", LatentAgentNode("planner", "Plan.", service=service32, steps=1))
+    builder.add_node("planner", LatentAgentNode("planner", prompt, service=service32, steps=1))
     builder.add_edge(START, "planner")
     state = builder.compile().invoke({"messages": [HumanMessage("Hello")]})
     assert state["latents"][0]["agent"] == "planner"

@@ -219,6 +219,29 @@ async def test_a_full_store_refuses_in_an_event_loop(fresh_service: Fresh, tmp_p
     assert service.info()["ticks"] == 0
 
 
+def test_an_imported_memory_is_written_together(
+    fresh_service: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, refs = fresh_service(), list[LatentRef]()
+    for i in range(9):
+        refs.append(one.think(messages(f"Step {i}."), refs[-1:], steps=1))
+    (tmp_path / "memory").write_bytes(b"".join(one.export_memory(refs[-1])))
+    other, written = fresh_service(store=tmp_path / "store"), list[int]()
+    store, mset = other._store, other._store.store.mset
+
+    def slow(pairs: Any) -> None:
+        written.append(len(pairs))
+        if len(written) == 1:
+            wait_for(lambda: written[0] + len(store._waiting) == 9, seconds=10)
+        mset(pairs)
+
+    monkeypatch.setattr(store.store, "mset", slow)
+    assert other.import_memory(tmp_path / "memory")["id"] == refs[-1]["id"]
+    assert sum(written) == 9
+    assert len(written) <= 2
+    assert other.memory(other.import_memory(tmp_path / "memory")).positions == refs[-1]["positions"]
+
+
 def test_requests_at_once_never_exceed_the_budget(fresh_service: Fresh, tmp_path: Path) -> None:
     service = fresh_service(store=tmp_path, store_budget=20_000)
 

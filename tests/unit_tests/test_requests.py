@@ -28,6 +28,7 @@ from langchain_latentmas.errors import (
     UnknownReference,
 )
 from langchain_latentmas.service.local import LocalService
+from langchain_latentmas.service.memory import Layout
 
 from ..conftest import Fresh, load_parts
 from ..support import FIELDS, Gate, at_once, kv_copy, kv_difference, kv_equal, messages, say, wait_for
@@ -153,6 +154,39 @@ async def test_cancelling_a_speaking_task_frees_its_slot(fresh_service: Fresh) -
         await task
     await service.athink(PROMPT, steps=2)
     assert service.info()["rows"] == 0
+
+
+async def test_whoever_leaves_while_a_lost_memory_is_looked_up_held_up_nobody_and_leaves_nothing(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, gate = fresh_service(), Gate()
+    ref = service.think(PROMPT, steps=2)
+    service._pool.kept.clear()
+    place = service._pool.place
+
+    def slow(layout: Layout) -> Any:
+        gate.wait()
+        return place(layout)
+
+    monkeypatch.setattr(service._pool, "place", slow)
+    task = asyncio.create_task(service.athink(messages("Never."), [ref], steps=3))
+    assert await asyncio.wait_for(asyncio.to_thread(gate.entered.wait, 60), 30)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.open()
+    assert (await service.athink(messages("Next."), [ref], steps=1))["steps"] == 1
+    assert service.info()["thoughts"] == 3
+    assert service.info()["rows"] == service.info()["waiting"] == 0
+
+
+async def test_an_event_loop_asks_no_thread_for_a_memory_that_is_here(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = fresh_service()
+    monkeypatch.setattr(asyncio, "to_thread", lambda *_: pytest.fail("a thread costs as much as all else here"))
+    ref = await service.athink([HumanMessage("Plan.")], steps=2)
+    assert (await service.athink([HumanMessage("Next.")], [ref], steps=1))["steps"] == 1
 
 
 def test_cancelling_a_row_that_waits_lets_the_next_one_pass(
@@ -410,7 +444,7 @@ def test_memory_and_prompt_beyond_the_models_positions_are_refused_to_the_positi
     assert say(service, "x", [ref], max_tokens=room - prompt).usage["positions_read"] == ref["positions"]
     for call in (
         lambda: service.think("x", [ref], steps=room - prompt + 1),
-        lambda: service.speak("x", [ref], max_tokens=room - prompt + 1),
+        lambda: service.speak("x", [full], max_tokens=1),
         lambda: service.think("x", [full], steps=0),
     ):
         ticks = service.info()["ticks"]

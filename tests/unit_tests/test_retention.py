@@ -16,6 +16,7 @@ from langchain_latentmas.errors import InvalidRequest, UnknownReference
 from langchain_latentmas.service.retention import Retention
 from langchain_latentmas.service.store import DROPPED, RECIPE, FolderStore, Header, RecipeStore
 
+from ..support import at_once
 from .test_store import recipe, recipe_store
 
 DAY = 86400.0
@@ -91,6 +92,41 @@ def test_many_go_with_few_calls_of_the_store(tmp_path: Path, monkeypatch: pytest
     assert [len(keys) // 3 for keys in removed] == [1, 2, 2]  # each waits for the disk; children before their parents
 
 
+def test_what_stays_is_looked_at_while_others_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = recipe_store(tmp_path)
+    made, retention = family(store), Retention(store, timedelta(days=30))
+    assert store.folder is not None
+    os.utime(tmp_path / (made["loner"] + RECIPE), (0, 0))
+    touched, alone = store.folder.touched, list[str]()
+
+    def look(name: str) -> float:
+        if store.folder is not None and store.folder._depth:
+            alone.append(name)
+        return touched(name)
+
+    monkeypatch.setattr(store.folder, "touched", look)
+    assert retention.collect() == [made["loner"]]
+    assert alone == [made["loner"] + RECIPE]  # whether it is still as old
+
+
+def test_what_is_used_while_old_ones_are_looked_for_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = recipe_store(tmp_path)
+    made, retention = family(store), Retention(store, timedelta(days=30))
+    for key in made.values():
+        os.utime(tmp_path / (key + RECIPE), (0, 0))
+    used = retention.used
+
+    def use(header: Header) -> float:
+        at = used(header)
+        if header.id == made["critique"]:
+            store.check([header.id])
+        return at
+
+    monkeypatch.setattr(retention, "used", use)
+    assert made["critique"] not in retention.collect()
+    assert {"plan", "critique"} <= left(store, made)
+
+
 def test_without_an_age_nothing_grows_old(tmp_path: Path) -> None:
     store = recipe_store(tmp_path)
     os.utime(tmp_path / (store.put(recipe()).id + RECIPE), (0, 0))
@@ -132,6 +168,37 @@ def test_a_memory_that_is_made_while_others_are_read_keeps_its_parents(
     assert retention.drop(made["loner"]) == []
     store.get(made["loner"])
     assert set(retention.drop(later[0])) == {made["loner"], *later}
+
+
+def test_those_who_list_at_once_read_everything_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = recipe_store(tmp_path)
+    made, retention, header, read = family(store), Retention(store), store.header, list[str]()
+
+    def slow(key: str) -> Header:
+        read.append(key)
+        time.sleep(0.02)
+        return header(key)
+
+    monkeypatch.setattr(store, "header", slow)
+    assert at_once([lambda: ids(retention)] * 4) == [set(made.values())] * 4
+    assert sorted(read) == sorted(made.values())
+
+
+def test_what_was_read_before_a_fault_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = recipe_store(tmp_path)
+    made, retention, header, read = family(store), Retention(store), store.header, list[str]()
+
+    def faulty(key: str) -> Header:
+        read.append(key)
+        if len(read) == 3:
+            raise OSError("the disk does not answer")
+        return header(key)
+
+    monkeypatch.setattr(store, "header", faulty)
+    with pytest.raises(OSError, match="does not answer"):
+        retention.headers()
+    assert ids(retention) == set(made.values())
+    assert len(read) == len(made) + 1
 
 
 def test_listing_dropping_and_making_at_once_lose_nothing(tmp_path: Path) -> None:

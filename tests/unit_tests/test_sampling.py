@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from langchain_latentmas import LatentService
-from langchain_latentmas.engine.sampling import Sampler, Sampling
+from langchain_latentmas.engine.sampling import Sampler, Sampling, shares
 from langchain_latentmas.errors import InvalidRequest
 
 from ..support import at_once, messages, say
@@ -18,10 +18,20 @@ PROMPT = messages("Tell me a story.", "You are a writer.")
 CPU = torch.device("cpu")
 
 
+def how(sampling: Sampling) -> tuple[float, int | None, float]:
+    return sampling.temperature, sampling.top_k, sampling.top_p
+
+
+def draws(sampling: Sampling, logits: torch.Tensor) -> list[int]:
+    """A token for each line of logits, one after the other, by one row."""
+    sampler = Sampler(sampling, CPU)
+    return [int(sampler(shares(line[None], *how(sampling))[0])) for line in logits]
+
+
 def drawn(sampling: Sampling, times: int = 400) -> torch.Tensor:
     """Relative frequencies of the tokens of LOGITS."""
-    sampler = Sampler(sampling, CPU)
-    return torch.stack([sampler(LOGITS) for _ in range(times)]).bincount(minlength=len(LOGITS)) / times
+    found = torch.tensor(draws(sampling, LOGITS.expand(times, -1)))
+    return found.bincount(minlength=len(LOGITS)) / times
 
 
 @pytest.mark.parametrize(
@@ -44,9 +54,20 @@ def test_tokens_are_those_of_transformers_processors(sampling: Sampling, warpers
     scores = [LogitsProcessorList(warpers)(None, row[None]).softmax(-1) for row in logits]
     expected = [int(torch.multinomial(row, 1, generator=generator)) for row in scores]
 
-    sampler = Sampler(sampling, CPU)
+    assert draws(sampling, logits) == expected
 
-    assert [int(sampler(row)) for row in logits] == expected
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [7, 384, 5000])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (40, 1.0), (None, 0.9), (40, 0.9)])
+def test_the_shares_of_a_row_are_those_that_it_has_alone_to_the_last_bit(
+    top_k: int | None, top_p: float, vocabulary: int, dtype: torch.dtype
+) -> None:
+    """In bfloat16 many logits are equal, and which of them top_p leaves depends on how they are sorted."""
+    logits = (torch.randn(33, vocabulary, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
+    lone = torch.cat([shares(row[None], 0.7, top_k, top_p) for row in logits])
+    for rows in (2, 5, 33):
+        assert torch.equal(shares(logits[:rows], 0.7, top_k, top_p), lone[:rows])
 
 
 def test_top_k_leaves_the_likeliest_tokens() -> None:
@@ -69,13 +90,12 @@ def test_any_temperature_above_zero_works_whole_or_tiny(temperature: float) -> N
 
 def test_half_precision_logits_are_sampled_in_float32() -> None:
     sampling = Sampling(temperature=0.5, top_p=0.9, seed=7)
-    assert int(Sampler(sampling, CPU)(LOGITS.bfloat16())) == int(Sampler(sampling, CPU)(LOGITS))
+    assert draws(sampling, LOGITS[None].bfloat16()) == draws(sampling, LOGITS[None])
 
 
 def test_two_seeds_differ_and_no_seed_draws_one() -> None:
     def first(seed: int | None) -> list[int]:
-        sampler = Sampler(Sampling(temperature=3, seed=seed), CPU)
-        return [int(sampler(LOGITS)) for _ in range(40)]
+        return draws(Sampling(temperature=3, seed=seed), LOGITS.expand(40, -1))
 
     assert first(1) == first(1)
     assert first(1) != first(2)
@@ -112,7 +132,7 @@ def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
 @given(st.integers(1, 9), st.floats(0, 100), st.floats(0, 1, exclude_min=True), st.integers(1, 500) | st.none())
 def test_every_value_in_range_gives_a_token(max_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=0)
-    assert 0 <= int(Sampler(sampling, CPU)(LOGITS)) < len(LOGITS)
+    assert 0 <= draws(sampling, LOGITS[None])[0] < len(LOGITS)
 
 
 def test_a_seed_gives_the_same_text_whatever_the_batch_neighbours(service: LatentService) -> None:

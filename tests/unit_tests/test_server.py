@@ -1,6 +1,8 @@
 import asyncio
+import errno
 import gc
 import json
+import resource
 import socket
 import threading
 import time
@@ -26,6 +28,7 @@ from langchain_latentmas.errors import (
     ServiceBusy,
     ServiceClosed,
     ServiceUnreachable,
+    StoreFull,
     TamperedReference,
     UnknownReference,
     WrongModel,
@@ -36,13 +39,20 @@ from langchain_latentmas.service.http import _Said, _Told
 from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.logs import JSONLines
 from langchain_latentmas.service.server import KV_EXPORTS, Server
-from langchain_latentmas.service.wire import MAX_PAIRS, PROBLEM
+from langchain_latentmas.service.serving import connections_that_fit
+from langchain_latentmas.service.wire import MAX_PAIRS, PROBLEM, TENSORS
 from langchain_latentmas.state import LatentRef
 from tests.served import TOKEN, client, serving
 from tests.support import FIELDS, Gate, kv_difference, messages, say, wait_for
 
 PROMPT = messages("What is 12 plus 30?")
 BODY = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def upload(host: str, headers: str = "") -> bytes:
+    """The first byte of a memory of fifty."""
+    head = f"POST /v1/memory/import HTTP/1.1\r\nHost: {host}\r\nContent-Type: {TENSORS}\r\n{headers}"
+    return f"{head}Content-Length: 50\r\n\r\nx".encode()
 
 
 def call_of(arguments: str) -> dict[str, Any]:
@@ -262,7 +272,7 @@ def test_a_memory_moves_to_another_server(remote: LatentService, fresh_service: 
         (lambda s, ref: s.speak(PROMPT, temperature=-1), InvalidRequest),
         (lambda s, ref: s.speak(PROMPT, nonsense=1), InvalidRequest),
         (lambda s, ref: s.speak(PROMPT, stop=[""]), InvalidRequest),
-        (lambda s, ref: list(s.speak(PROMPT, max_tokens=10**6)), ContextTooLong),
+        (lambda s, ref: list(s.speak("word " * 10**4)), ContextTooLong),
         (lambda s, ref: list(s.speak(PROMPT, [{**ref, "steps": 9}])), TamperedReference),
         (lambda s, ref: s.lens(ref, top_k=0), InvalidRequest),
         (lambda s, ref: s.lens(ref, top_k=10**6), InvalidRequest),
@@ -309,7 +319,8 @@ def test_on_the_wire_they_are_problem_details(server: Server) -> None:
         (("GET", "/v1/references?after=-1", {}), 422),
         (("GET", "/v1/references?after=x", {}), 422),
         (("POST", "/v1/memory/import", {"content": b""}), 422),
-        (("POST", "/v1/memory/import", {"content": b"\xff" * 100}), 422),
+        (("POST", "/v1/memory/import", {"content": b"", "headers": {"content-type": TENSORS}}), 422),
+        (("POST", "/v1/memory/import", {"content": b"\xff" * 100, "headers": {"content-type": TENSORS}}), 422),
         (("POST", "/v1/think", {"json": BODY, "headers": {"host": "evil.example"}}), 401),
         (("POST", "/v1/think", {"json": BODY, "headers": {"host": "["}}), 401),
         (("POST", "/v1/think", {"json": {"messages": [{"role": "tool"}]}}), 422),
@@ -339,6 +350,40 @@ def test_what_the_server_did_not_expect_says_nothing_of_its_inside(
     reply = httpx.post(f"{server.address}/v1/references/pin", json=ref)
     assert reply.status_code == 500
     assert "secret" not in reply.text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_disk_that_fails_is_no_hang_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    async def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "read-only file system")
+
+    monkeypatch.setattr(server.service, "athink", broken)
+    reply = httpx.post(f"{server.address}/v1/think", json={**BODY, "stream": stream})
+    assert reply.status_code == 500
+    assert reply.headers["content-type"] == PROBLEM
+    assert "read-only file system" in caplog.text
+
+
+def test_what_takes_its_turn_may_be_silent_until_the_servers_deadline(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, lens = [], server.service.lens
+
+    def slow(ref: LatentRef, top_k: int) -> Any:
+        asked.append(ref)
+        time.sleep(0.6)
+        return lens(ref, top_k)
+
+    with client(server, read_timeout=0.2) as remote:
+        ref = remote.think(PROMPT, steps=1)
+        monkeypatch.setattr(server.service, "lens", slow)
+        assert len(remote.lens(ref)) == 1
+        remote._turn_timeout = httpx.Timeout(0.2)  # type: ignore[attr-defined]
+        with pytest.raises(DeadlineExceeded, match="sent nothing"):
+            remote.lens(ref)
+    assert len(asked) == 2  # what still works is not asked for again
 
 
 def test_the_connections_of_an_event_loop_end_with_it(server: Server, remote: LatentService) -> None:
@@ -499,7 +544,7 @@ def test_also_one_that_hangs_up_while_it_sends_a_memory(fresh_service: Any, capl
     with serving(fresh_service(), max_running=1) as server:
         host, port = server.address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), 5) as raw:
-            raw.sendall(f"POST /v1/memory/import HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50\r\n\r\nx".encode())
+            raw.sendall(upload(host))
             wait_for(lambda: server.uploads[""].running == 1, 10)
         wait_for(lambda: server.uploads[""].running == 0, 10)
         counted = server.metrics.requests.labels("/v1/memory/import", 499)._value
@@ -507,7 +552,7 @@ def test_also_one_that_hangs_up_while_it_sends_a_memory(fresh_service: Any, capl
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-@pytest.mark.parametrize("path", ["/v1/memory/export", "/v1/lens"])
+@pytest.mark.parametrize("path", ["/v1/memory/export", "/v1/lens", "/v1/references", "/v1/references/drop"])
 def test_also_one_that_hangs_up_while_it_waits_for_what_a_memory_holds(
     fresh_service: Any, gate: Any, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -518,7 +563,8 @@ def test_also_one_that_hangs_up_while_it_waits_for_what_a_memory_holds(
         first = threads.submit(remote.think, PROMPT, steps=2)
         wait_for(lambda: server.turns.running == 1)
         host, port = server.address.removeprefix("http://").split(":")
-        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        method = "GET" if path == "/v1/references" else "POST"
+        head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         with socket.create_connection((host, int(port)), 5) as raw:
             raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
             wait_for(lambda: server.turns.waiting == 1)
@@ -548,6 +594,37 @@ def test_one_that_hangs_up_keeps_its_turn_as_long_as_its_thread_works(fresh_serv
         assert remote.lens(body["ref"])
 
 
+def test_the_deadline_is_told_while_a_thread_works_and_what_it_needs_is_kept(
+    fresh_service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, leave, there = fresh_service(), threading.Event(), []
+
+    def slow(path: Path | LatentRef | str, *_: object) -> Any:
+        leave.wait(30)
+        if isinstance(path, Path):
+            there.append(path.exists())
+        raise InvalidRequest("too late")
+
+    for name in ("lens", "page", "drop", "export_memory", "import_memory"):
+        monkeypatch.setattr(service, name, slow)
+    with serving(service) as server, client(server) as remote:
+        ref = {"ref": remote.think(PROMPT, steps=1)}
+        monkeypatch.setattr(server.settings, "deadline", 0.3)
+        with httpx.Client(base_url=server.address, timeout=10) as http:
+            replies = [
+                http.post("/v1/lens", json=ref),
+                http.get("/v1/references"),
+                http.post("/v1/references/drop", json=ref),
+                http.post("/v1/memory/export", json={**ref, "kv": True}),
+                http.post("/v1/memory/import", content=b"x", headers={"content-type": TENSORS}),
+            ]
+        assert [reply.status_code for reply in replies] == [504] * 5
+        assert (server.turns.running, server.exports[""].running, server.uploads[""].running) == (5, 1, 1)
+        leave.set()
+        wait_for(lambda: server.turns.running == server.exports[""].running == server.uploads[""].running == 0)
+    assert there == [True]
+
+
 def test_few_memories_leave_with_their_kv_at_a_time(fresh_service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     service, leave = fresh_service(), threading.Event()
 
@@ -565,6 +642,20 @@ def test_few_memories_leave_with_their_kv_at_a_time(fresh_service: Any, monkeypa
         assert [each.result(30) for each in exported] == [b"x"] * (KV_EXPORTS + 1)
 
 
+def test_no_advice_is_followed_for_longer_than_the_patience(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: object) -> None:
+        error = ServiceBusy("full")
+        error.retry_after = 3600
+        raise error
+
+    with client(server, patience=0.5) as remote:
+        monkeypatch.setattr(server.guard, "_admit", busy)
+        asked = time.monotonic()
+        with pytest.raises(ServiceBusy):
+            remote.think(PROMPT)
+        assert time.monotonic() - asked < 30
+
+
 def test_patience_begins_with_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 0.0, 5.0, 5.0, 10.0, 10.0, 15.0, 15.0]).__next__
     monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=now))
@@ -574,7 +665,10 @@ def test_patience_begins_with_the_first_failure(monkeypatch: pytest.MonkeyPatch)
     assert patience.Patience(0)(None)  # type: ignore[arg-type]
 
 
-def test_memories_that_come_slowly_hold_up_nobody_but_their_tenant(fresh_service: Any, tmp_path: Path) -> None:
+def test_memories_that_come_slowly_hold_up_nobody_but_their_tenant(
+    fresh_service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("langchain_latentmas.service.server.UPLOADS", 1)
     tokens = {name: f"{name} {TOKEN}" for name in ("anne", "bert")}
     with serving(fresh_service(), tokens=tokens, max_running=1, max_waiting=0) as server:
         host, port = server.address.removeprefix("http://").split(":")
@@ -582,15 +676,33 @@ def test_memories_that_come_slowly_hold_up_nobody_but_their_tenant(fresh_service
         file = tmp_path / "memory"
         file.write_bytes(b"".join(bert.export_memory(bert.think(PROMPT, steps=1))))
         with socket.create_connection((host, int(port)), 5) as raw:
-            head = f"POST /v1/memory/import HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {tokens['anne']}"
-            raw.sendall(f"{head}\r\nContent-Length: 50\r\n\r\nx".encode())
+            raw.sendall(upload(host, f"Authorization: Bearer {tokens['anne']}\r\n"))
             wait_for(lambda: server.uploads["anne"].running == 1, 10)
             assert bert.import_memory(file)["steps"] == 1
             assert anne.think(PROMPT, steps=2)["steps"] == 2
-            with pytest.raises(ServiceBusy):  # no more files than may work
+            with pytest.raises(ServiceBusy):
                 anne.import_memory(file)
         anne.close()
         bert.close()
+
+
+def test_a_folder_for_memories_that_come_in_may_be_full(
+    server: Server, remote: LatentService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(SimpleNamespace):
+        def write(self, data: bytes) -> None:
+            raise OSError(errno.ENOSPC, "no space left on device")
+
+        def __enter__(self) -> "Full":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.write(b"")  # what is left in the buffer
+
+    (tmp_path / "memory").write_bytes(b"x")
+    monkeypatch.setattr("langchain_latentmas.service.server.tempfile.NamedTemporaryFile", Full)
+    with pytest.raises(StoreFull, match="TMPDIR"):
+        remote.import_memory(tmp_path / "memory")
 
 
 @pytest.mark.parametrize(("limit", "status"), [({"deadline": 0.2}, b" 504 "), ({"body_seconds": 0.2}, b" 422 ")])
@@ -598,7 +710,7 @@ def test_a_memory_that_comes_too_slowly_is_given_up(fresh_service: Any, limit: d
     with serving(fresh_service(), **limit) as server:
         host, port = server.address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), 5) as raw:
-            raw.sendall(f"POST /v1/memory/import HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50\r\n\r\nx".encode())
+            raw.sendall(upload(host))
             assert status in raw.recv(4096)
 
 
@@ -817,6 +929,17 @@ def test_a_device_that_no_longer_works_is_told_to_who_watches(
             assert (reply.status_code, reply.json()) == (503, {"status": "failed"})
 
 
+def test_a_thread_that_nobody_waits_for_holds_up_no_end(fresh_service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = fresh_service()
+    monkeypatch.setattr(service, "lens", lambda *_: service._ended.wait(30))  # as one that waits for a tick
+    with serving(service, drain=60) as server, client(server) as remote:
+        ref = remote.think(PROMPT, steps=1)
+        with httpx.Client(base_url=server.address, timeout=0.5) as http, pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/lens", json={"ref": ref})
+        ending = time.monotonic()
+    assert time.monotonic() - ending < 20
+
+
 def test_when_the_drain_is_over_the_rest_is_told(fresh_service: Any, slow: Any) -> None:
     service = fresh_service()
     slow(service)
@@ -854,6 +977,9 @@ def test_tenants_see_nothing_of_each_other(fresh_service: Any) -> None:
                     call()
             other.think(PROMPT, steps=2)  # of its own: what the other one thought is no news to it
         assert server.service.info()["thoughts"] == 6
+        shared = {"waiting", "rows", "ticks", "thoughts", "tokens", "prefilled", "reused"}
+        assert shared.isdisjoint(anne.info())  # nor how much of what another one asks
+        assert shared <= set(owner.info())
         assert [each.ref for each in anne.references()] == [ref]
         assert anne.take_markers(marker)[1] == [ref]
         for each in (anne, bert, owner):
@@ -907,7 +1033,8 @@ def test_sizes_are_checked_before_anything_is_kept(fresh_service: Any) -> None:
         nested = http.post("/v1/speak", content=deep, headers={"content-type": "application/json"})
         assert nested.status_code == 413
         assert "deeper" in nested.json()["detail"]
-        assert http.post("/v1/memory/import", content=b"x" * 3000).status_code == 413
+        tensors = {"content-type": TENSORS}
+        assert http.post("/v1/memory/import", content=b"x" * 3000, headers=tensors).status_code == 413
         assert http.get("/ready", headers={"x": "y" * 5000}).status_code == 413
         assert http.get("/ready").status_code == 200
 
@@ -919,6 +1046,46 @@ def test_a_body_that_announces_too_much_is_not_waited_for(fresh_service: Any) ->
             with socket.create_connection((host, int(port)), 5) as raw:
                 raw.sendall(f"POST /v1/think HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n{{".encode())
                 assert expected in raw.recv(4096)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_of_who_shows_no_token_no_body_is_read(fresh_service: Any, path: str) -> None:
+    with serving(fresh_service(), token=TOKEN) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 5) as raw:
+            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\n{{".encode())
+            assert b" 200 " in raw.recv(4096)
+
+
+def test_pages_of_other_addresses_are_not_answered(server: Server) -> None:
+    foreign = [{"sec-fetch-site": site} for site in ("cross-site", "same-site")]
+    foreign += [{"origin": origin} for origin in ("http://evil.example", "null", "http://127.0.0.1:1")]
+    own = [{"sec-fetch-site": "none"}, {"sec-fetch-site": "same-origin", "origin": server.address}]
+    for headers, status in [*((each, 401) for each in foreign), *((each, 200) for each in own)]:
+        assert httpx.post(f"{server.address}/v1/think", json=BODY, headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fit"),
+    [
+        ((1024, 1 << 19), (4096, 1 << 19), 2048),
+        ((1024, resource.RLIM_INFINITY), (4096, resource.RLIM_INFINITY), 2048),
+        ((8192, 8192), None, 2048),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 2048),
+        ((256, 1024), (1024, 1024), 512),
+    ],
+)
+def test_connections_leave_files_to_the_store(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, before: Any, after: Any, fit: int
+) -> None:
+    raised: list[Any] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: before)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    assert connections_that_fit(2048) == fit
+    assert raised == ([] if after is None else [after])
+    assert [message.split(":")[0] for message in caplog.messages] == (
+        [] if fit == 2048 else ["at most 512 connections, not 2048"]
+    )
 
 
 def test_requests_are_logged_as_data(fresh_service: Any, caplog: pytest.LogCaptureFixture) -> None:

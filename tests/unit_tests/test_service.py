@@ -225,6 +225,29 @@ def test_a_seed_gives_the_same_sample_whoever_else_speaks(fresh_service: Any) ->
     assert len({said.token_ids for said in together}) > 1
 
 
+def test_one_seed_draws_otherwise_on_top_of_another_memory(fresh_service: Any) -> None:
+    service = fresh_service()
+    drawn = set()
+    for question in "abcdef":
+        ref = service.think(f"{question} is asked.", steps=0)
+        drawn.add(say(service, "Speak.", [ref], temperature=1e6, seed=7).token_ids)  # all tokens are alike
+    assert len(drawn) == 6
+
+
+def test_a_text_ends_where_the_models_positions_end(fresh_service: Any) -> None:
+    service = fresh_service(max_positions=64)
+    said = say(service, "What is 1 plus 2?", max_tokens=10**6)
+    assert said.finish in ("length", "stop")
+    assert service.memory(said.ref).positions <= 64
+    full = say(service, "What is 1 plus 2?", max_tokens=10**6, stop=None, temperature=1e6, seed=1)
+    assert (full.finish, len(full.token_ids)) == ("length", 64 - len(service.memory(full.ref).segments[0].prompt_ids))
+    ref = service.think("Plan.", steps=3)
+    left = 64 - ref["positions"] - len(service.encode("What is 1 plus 2?", service.settings.speak_tag))
+    assert len(say(service, "What is 1 plus 2?", [ref], max_tokens=left + 1, temperature=1e6, seed=1).token_ids) == left
+    with pytest.raises(ContextTooLong):
+        service.say("word " * 64)
+
+
 def test_closing_a_stream_frees_its_slot(fresh_service: Any) -> None:
     service = fresh_service()
     stream = service.speak("Speak.", max_tokens=1500)

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -108,6 +111,21 @@ def test_what_is_blank_holds_nothing_and_the_others_all(cache: SlotCache) -> Non
     cache.blank(0)
     assert all(side.count_nonzero() == 0 for layers in cache.read(0, 0, 128) for side in layers)
     assert kv_equal(cache.read(1, 0, 6), kv(6, seed=1))
+
+
+def test_what_is_cleared_is_as_new_and_its_slots_are_gone_at_once(cache: SlotCache) -> None:
+    cache.reserve(4, 256)
+    cache.write(1, 0, kv(200))
+    slots = [weakref.ref(t) for t in cache._tensors]
+    gc.disable()
+    try:
+        cache.clear()
+        assert [slot() for slot in slots] == [None] * len(slots)
+    finally:
+        gc.enable()
+    assert (cache.slots, cache.capacity, cache.bytes_per_position) == (1, 128, 0)
+    cache.write(0, 3, kv(5))
+    assert kv_equal(cache.read(0, 3, 8), kv(5))
 
 
 def test_layers_that_differ_are_not_stacked() -> None:

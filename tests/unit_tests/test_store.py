@@ -4,6 +4,7 @@ import os
 import stat
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from langchain_latentmas.service.identity import Signer, memory_id
 from langchain_latentmas.service.memory import Recipe, Segment
 from langchain_latentmas.service.store import DROPPED, RECIPE, FolderStore, RecipeStore
 
-from ..support import at_once
+from ..support import Gate, at_once
 
 HIDDEN = 4
 
@@ -280,6 +281,22 @@ def test_a_lock_that_another_process_holds_ends_in_a_typed_error(
     other.mset([("a", b"1")])
 
 
+def test_many_threads_hear_of_a_lock_that_is_held_as_soon_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.4)
+    store, other = FolderStore(tmp_path), FolderStore(tmp_path)
+
+    def refused() -> float:
+        begun = time.monotonic()
+        with pytest.raises(StoreBusy):
+            store.mset([("a", b"1")])
+        return time.monotonic() - begun
+
+    with other.locked():
+        assert max(at_once([refused] * 8)) < 2
+
+
 def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
 
@@ -325,6 +342,59 @@ def test_room_is_asked_for_while_a_disk_is_slow(tmp_path: Path, monkeypatch: pyt
     writer.join()
 
 
+def test_what_one_writes_is_not_counted_by_those_who_ask_for_room_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = recipe_store(tmp_path, budget=10**6)
+    assert store.nbytes == 0
+    disk = _SlowDisk(monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderStore, "nbytes", property(lambda _: pytest.fail("counted anew")))
+        writer = threading.Thread(target=store.put, args=(recipe(),))
+        writer.start()
+        assert disk.asked.wait(60)
+        with store.room(1000):
+            assert store.nbytes == 0
+        disk.go_on.set()
+        writer.join()
+        assert store.nbytes == store.size_of(recipe().id)
+    assert store.nbytes == FolderStore(tmp_path).nbytes
+
+
+def test_after_a_write_that_failed_all_is_counted_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = recipe_store(tmp_path, budget=10**6)
+    store.put(recipe())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            store.put(recipe(1))
+    store.put(recipe(2))
+    assert store.nbytes == FolderStore(tmp_path).nbytes
+
+
+def test_room_is_given_back_while_files_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, gate, held = recipe_store(tmp_path, budget=10**6), Gate(), ExitStack()
+    held.enter_context(store.room(1000))
+    recipe_store(tmp_path).put(recipe())
+
+    def slow(_: FolderStore) -> int:
+        gate.wait()
+        return 500
+
+    monkeypatch.setattr(FolderStore, "nbytes", property(slow))
+    counting = threading.Thread(target=lambda: store.nbytes)
+    counting.start()
+    assert gate.entered.wait(60)
+    giving_back = threading.Thread(target=held.close)  # an event loop gives back like this
+    giving_back.start()
+    giving_back.join(10)
+    given_back = not giving_back.is_alive()
+    gate.open()
+    counting.join()
+    assert given_back
+    assert store.nbytes == 500
+
+
 class _SlowDisk:
     """Flushes wait until it is let go on."""
 
@@ -347,7 +417,7 @@ def test_recipes_that_come_while_the_disk_is_busy_are_written_together(
     store, disk, locked = recipe_store(tmp_path), _SlowDisk(monkeypatch), list[bool]()
     assert store.folder is not None
     acquire = store.folder._acquire
-    monkeypatch.setattr(store.folder, "_acquire", lambda: (locked.append(True), acquire()))
+    monkeypatch.setattr(store.folder, "_acquire", lambda seconds: (locked.append(True), acquire(seconds)))
     made = [recipe(steps) for steps in range(20)]
     waiting = [store.put_soon(lambda: made[0], lambda there, fresh: (there, fresh))]
     assert disk.asked.wait(60)
@@ -398,7 +468,7 @@ def test_a_flush_that_fails_lets_the_others_end_before_files_are_closed(
 def test_who_holds_the_lock_does_not_ask_for_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, asked = FolderStore(tmp_path), list[bool]()
     acquire = store._acquire
-    monkeypatch.setattr(store, "_acquire", lambda: (asked.append(True), acquire()))
+    monkeypatch.setattr(store, "_acquire", lambda seconds: (asked.append(True), acquire(seconds)))
     with store.locked():
         store.mset([("a", b"1")])
         store.mdelete(["a"])

@@ -1,4 +1,7 @@
+import os
+import stat
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ from langchain_latentmas.errors import InvalidRequest, ServiceClosed, TamperedRe
 from langchain_latentmas.service import identity
 from langchain_latentmas.service.identity import Signer, key_file, key_ring, rotate_key
 from langchain_latentmas.service.local import LocalService
-from tests.support import messages, say
+from tests.support import Gate, messages, say
 
 PROMPT = messages("What is 12 plus 30?")
 
@@ -124,6 +127,42 @@ def test_a_rotation_reaches_services_that_run(
     assert [record.getMessage() for record in caplog.records if "signing key" in record.getMessage()] == [
         caplog.records[0].getMessage()
     ]
+
+
+def test_who_comes_while_a_fresh_key_is_read_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key_file(tmp_path / "key")
+    signer, gate, read = key_ring(tmp_path / "key"), Gate(), identity._keys
+    rotate_key(tmp_path / "key", keep=0)
+    fields = {"a": 1}
+    signed = {**fields, "mac": key_ring(tmp_path / "key").sign(fields)}
+
+    def slow(path: Path) -> Any:
+        gate.wait()
+        return read(path)
+
+    monkeypatch.setattr(identity, "_keys", slow)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(signer.matches, signed)
+        assert gate.entered.wait(60)
+        second = threads.submit(signer.matches, signed)
+        wait([second], timeout=0.2)  # it ends right away if it does not wait
+        gate.open()
+        assert (first.result(60), second.result(60)) == (True, True)
+
+
+def test_a_key_is_on_the_disk_before_it_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, flushed = tmp_path / "key", list[tuple[bool, bytes]]()
+    flush = os.fsync
+
+    def note(file: int) -> None:
+        flushed.append((stat.S_ISDIR(os.fstat(file).st_mode), path.read_bytes() if path.exists() else b""))
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    key_file(path)
+    made = path.read_bytes()
+    rotate_key(path, keep=10)
+    assert flushed == [(False, b""), (True, made), (False, made), (True, path.read_bytes())]
 
 
 def test_rotation_keeps_the_file_private_and_all_keys(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Rule 3: what a row computes does not depend on who else is there, nor when it comes."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from langchain_latentmas.engine import tick as ticks
 from langchain_latentmas.engine.kv import KV, Placed
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.engine.sampling import Sampling
@@ -239,6 +242,17 @@ def test_the_hidden_states_of_a_prefill_are_there_on_demand(model: LanguageModel
         assert relative(together[sum(map(len, each))], hidden) < 1e-9
 
 
+def test_hidden_states_of_a_prefill_keep_none_of_other_rows(model: LanguageModel) -> None:
+    tick = ticker(model, chunk=8)
+    reader = Request([ids(40, 1)], keep_hidden=True).row()
+    with torch.inference_mode():
+        for row in (reader, Request([ids(40, 2)]).row()):
+            tick.join(row)
+        tick.step()
+    assert [part.shape for part in reader.prefilled] == [(8, 128)]
+    assert reader.prefilled[0].untyped_storage().nbytes() == reader.prefilled[0].nbytes
+
+
 def test_every_spoken_token_is_in_the_memory_the_last_one_too(model: LanguageModel) -> None:
     prompt = ids(9, 3)
     spoken = alone(model, Request([prompt], sampling=Sampling(max_tokens=5)))
@@ -398,5 +412,40 @@ def test_dropping_all_rows_frees_their_slots(model: LanguageModel) -> None:
         tick.step()
     assert tick.clear() == [row]
     assert tick.rows == []
-    tick.renew()
+    slots = [weakref.ref(t) for t in tick.cache._tensors]
+    gc.disable()  # they may be a third of a GPU, and a full collection may be far away
+    try:
+        tick.renew()
+        assert slots
+        assert all(slot() is None for slot in slots)
+    finally:
+        gc.enable()
     assert tick.cache.bytes_per_position == 0
+
+
+def test_thoughts_are_on_the_cpu_before_anybody_takes_them(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, cpu = list[tuple[int, ...]](), torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.append(tuple(tensor.shape)) or cpu(tensor))
+    alone(model, Request([ids(3, 1)], steps=4))
+    assert copied == [(4, 128)]
+
+
+def test_rows_that_sample_alike_share_the_work_and_draw_for_themselves(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = [{"temperature": 1.0, "top_p": 0.9}, {"temperature": 1, "top_p": 0.9}, {"temperature": 0.5, "top_k": 40}]
+    requests = [Request([ids(5, i)], sampling=Sampling(max_tokens=6, seed=i, **kinds[i % 3])) for i in range(6)]
+    monkeypatch.setattr(model, "eos", frozenset())
+    lone = [alone(model, request) for request in requests]
+    tick, sizes, shares = ticker(model), list[int](), ticks.shares
+    monkeypatch.setattr(ticks, "shares", lambda logits, *how: sizes.append(len(logits)) or shares(logits, *how))
+    with torch.inference_mode():
+        tick.join(Request([ids(5, 9)], sampling=Sampling(max_tokens=6)).row())  # greedy
+        for request in requests:
+            tick.join(request.row())
+    finish(tick)
+    assert sizes == [4, 2] * 6
+    for request, theirs in zip(requests, lone, strict=True):
+        assert_same(request.results[0], theirs)

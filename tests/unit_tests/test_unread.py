@@ -63,6 +63,21 @@ def test_of_a_conversation_that_changed_only_answers_are_held(change: Any) -> No
     assert held(change(messages), {"a", "b"}) == {"a", "b"}
 
 
+def test_an_answer_that_was_edited_is_not_held() -> None:
+    messages = [*conversation("a", "b"), HumanMessage("And c?", id="qc")]
+    corrected = messages[3].model_copy(update={"content": "It is z."})
+    assert held([*messages[:3], corrected, messages[4]], {"a", "b"}) == {"a", "qa"}
+    corrected = messages[1].model_copy(update={"content": "It is z."})
+    assert held([messages[0], corrected, *messages[2:]], {"a", "b"}) == {"b"}
+
+
+def test_of_agents_that_spoke_side_by_side_one_tells_what_was_before() -> None:
+    messages = [*conversation("a"), HumanMessage("And b?", id="qb")]
+    pro, con = (said(f"It is {name}.", name, messages) for name in ("pro", "con"))
+    messages += [pro, con, HumanMessage("And c?", id="qc")]
+    assert held(messages, {"a", "pro", "con"}) == {"qa", "a", "qb", "pro", "con"}
+
+
 def test_a_checkpoint_changes_nothing() -> None:
     messages = [*conversation("a", "b"), HumanMessage("And c?", id="qc")]
     again = messages_from_dict(json.loads(json.dumps(messages_to_dict(messages))))

@@ -27,12 +27,13 @@ from langchain_latentmas.errors import (
     TamperedReference,
     WrongModel,
 )
+from langchain_latentmas.service.memory import Layout
 from langchain_latentmas.service.vllm import VLLMService
 from langchain_latentmas.service.vllm_in_process import OF_THE_ENGINE, OURS
 from langchain_latentmas.service.vllm_server import OF_THE_SERVER
 
 from ..conftest import load_parts
-from ..support import PARITY, at_once, messages, say, wait_for
+from ..support import PARITY, Gate, at_once, messages, say, wait_for
 from ..vllm_double import VLLMDouble, events, latents, problem
 
 FOLDER = str(PARITY / "qwen3-tied" / "model")
@@ -192,6 +193,26 @@ async def test_a_cancelled_think_is_taken_back(vllm: VLLMService, double: VLLMDo
     await asyncio.to_thread(wait_for, lambda: double.open == 1)
     task.cancel()
     await asyncio.to_thread(wait_for, lambda: double.open == 0 and vllm.info()["rows"] == 0)
+
+
+async def test_whoever_leaves_while_recipes_are_read_asks_nobody(
+    vllm: VLLMService, double: VLLMDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref, gate, ids = await vllm.athink(QUESTION, steps=2), Gate(), vllm._ids
+
+    def slow(layout: Layout) -> list[int]:
+        gate.wait()
+        return ids(layout)
+
+    monkeypatch.setattr(vllm, "_ids", slow)
+    task = asyncio.create_task(vllm.athink("Never.", [ref], steps=3))
+    assert await asyncio.wait_for(asyncio.to_thread(gate.entered.wait, 60), 30)  # the event loop goes on
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.open()
+    assert (await vllm.athink("Next.", [ref], steps=1))["steps"] == 1
+    assert [body["max_tokens"] for body in double.requests] == [3, 2]
 
 
 def test_a_stream_that_is_left_is_taken_back(vllm: VLLMService, double: VLLMDouble) -> None:
@@ -354,7 +375,7 @@ def test_a_server_without_prefix_caching_works_and_says_so(
 
 @pytest.mark.parametrize("name", sorted(OF_THE_SERVER))
 def test_what_the_server_decides_is_no_setting_here(name: str) -> None:
-    with pytest.raises(InvalidRequest, match="--"):
+    with pytest.raises(InvalidRequest, match=r"start the server with (--|CUDA_VISIBLE_DEVICES)"):
         VLLMService.load("vllm+http://there:8000", **{name: 1})
 
 

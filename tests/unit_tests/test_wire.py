@@ -1,6 +1,7 @@
 import asyncio
 import inspect
 import json
+import tracemalloc
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -180,6 +181,7 @@ async def test_the_deadline_counts_for_a_client_that_does_not_read_on(stream: bo
 
 
 async def test_the_deadline_counts_for_a_memory_that_nobody_takes() -> None:
+    statuses: list[int] = []
     over = asyncio.Event()
 
     async def pieces() -> AsyncGenerator[bytes, None]:
@@ -189,11 +191,53 @@ async def test_the_deadline_counts_for_a_memory_that_nobody_takes() -> None:
         finally:
             over.set()
 
-    assert await sent_to_one_who_does_not_read(Tensors(pieces(), deadline=0.1)) == [
+    assert await sent_to_one_who_does_not_read(Tensors(pieces(), deadline=0.1, ended=statuses.append)) == [
         "http.response.start",
         "http.response.body",
     ]
     assert over.is_set()
+    assert statuses == [504]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, 200), (OSError("a secret"), 500), (errors.StoreCorrupted("torn"), 410)]
+)
+async def test_a_memory_that_breaks_off_is_not_counted_as_whole(error: Exception | None, status: int) -> None:
+    statuses: list[int] = []
+    sent: list[Any] = []
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        yield b"x"
+        if error is not None:
+            raise error
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    await Tensors(pieces(), deadline=10, ended=statuses.append)({"type": "http"}, receive, send)
+    assert statuses == [status]
+    assert sent[-1].get("more_body", False) == (error is not None)  # the server closes the connection
+
+
+async def test_nor_one_whose_client_hangs_up() -> None:
+    statuses: list[int] = []
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        while True:
+            yield b"x"
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(0)
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    await Tensors(pieces(), deadline=10, ended=statuses.append)({"type": "http"}, receive, send)
+    assert statuses == [499]
 
 
 async def test_an_error_before_the_first_byte_of_a_memory_is_raised() -> None:
@@ -201,8 +245,10 @@ async def test_an_error_before_the_first_byte_of_a_memory_is_raised() -> None:
         await asyncio.Event().wait()
         yield b""
 
+    statuses: list[int] = []
     with pytest.raises(DeadlineExceeded):
-        await sent_to_one_who_does_not_read(Tensors(pieces(), deadline=0.1))
+        await sent_to_one_who_does_not_read(Tensors(pieces(), deadline=0.1, ended=statuses.append))
+    assert statuses == []  # whoever answers it counts it
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
@@ -300,3 +346,14 @@ def test_the_depth_of_a_body_is_that_of_its_json(value: Any, limit: int) -> None
 )
 def test_depth_of_broken_json_is_known_too(body: bytes, deeper: bool) -> None:
     assert _nests_deeper(body, 8) == deeper
+
+
+@pytest.mark.parametrize("piece", [b"x", b"\\n"])
+def test_the_depth_of_a_long_string_takes_no_memory(piece: bytes) -> None:
+    body = b"[" * 9 + b'"' + piece * (1 << 19) + b'"' + b"]" * 9
+    tracemalloc.start()
+    try:
+        assert _nests_deeper(body, 8)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from langchain_latentmas import LatentRef, LatentService
 from langchain_latentmas.errors import InvalidReference, InvalidRequest, TamperedReference
 from langchain_latentmas.service.local import LocalService
+from langchain_latentmas.service.memory import Recipe, Segment
 from langchain_latentmas.service.server import Server
-from langchain_latentmas.service.transfer import MAX_HEADER, read_memory
+from langchain_latentmas.service.transfer import MAX_HEADER, MAX_SEGMENTS, read_memory, write_memory
 from langchain_latentmas.service.wire import PROBLEM
 from tests.conftest import load_parts
 from tests.served import client, serving
@@ -184,6 +185,27 @@ def test_the_length_that_a_file_announces_is_not_allocated(remote: LatentService
     path.write_bytes(length.to_bytes(8, "little") + b"{}" * 50)
     with pytest.raises(InvalidRequest):
         remote.import_memory(path)
+
+
+@pytest.mark.parametrize("segments", [MAX_SEGMENTS, MAX_SEGMENTS + 1])
+def test_a_memory_of_too_many_segments_is_neither_written_nor_read(tmp_path: Path, segments: int) -> None:
+    ids = [f"lat_{i:032x}" for i in range(segments)]
+    own, none = Segment("a", (5,), torch.empty(0, 64)), {"steps": 0, "spoken_ids": []}
+    about = {"id": "", "agent": "a", "alignment": "realign", "parents": [], "prompt_ids": [5], **none}
+    written = {"model": "0" * 32, "hidden_size": 64, "segments": [{**about, "id": key} for key in ids]}
+    header = json.dumps({"__metadata__": {"memory": json.dumps(written)}}).encode()
+    path = tmp_path / "memory"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    calls = [
+        lambda: read_memory(path, 64, torch.float64),
+        lambda: list(write_memory([Recipe(key, "0" * 32, "realign", (), own) for key in ids], None)),
+    ]
+    for call in calls:
+        if segments > MAX_SEGMENTS:
+            with pytest.raises(InvalidRequest, match="segments"):
+                call()
+        else:
+            assert call()
 
 
 def test_a_header_of_nothing_but_tokens_stays_small(tmp_path: Path) -> None:

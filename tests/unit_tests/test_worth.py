@@ -65,6 +65,33 @@ def test_content_can_do_harm() -> None:
     assert edge(intact=5, swapped=30).verdict.startswith("this edge's content does harm")
 
 
+def test_no_verdict_advises_what_its_tests_speak_against() -> None:
+    assert "content: keep text (" in edge(intact=30, swapped=30, cut=10).verdict
+    assert "content: cut the edge (" in edge(intact=30, swapped=30, cut=29, text=10).verdict
+    assert "content: any memory does (" in edge(intact=30, swapped=30, cut=10, text=10).verdict
+    assert "does harm: keep text (" in edge(intact=20, swapped=30, cut=5).verdict
+
+
+def test_what_an_edge_is_worth_comes_before_how_far_it_misleads() -> None:
+    worth = edge(intact=36, swapped=0, cut=24)
+    assert worth.verdict.startswith("the edge is worth 30 ± ")
+    assert "; another question's memory costs 90 ± " in worth.verdict
+    assert edge("all edges", intact=36, swapped=0, cut=24).verdict.startswith("the edges are worth 30 ± ")
+
+
+def test_one_question_does_not_turn_too_few_into_as_well() -> None:
+    for cut in (38, 39):
+        assert edge(intact=38, swapped=5, cut=cut).verdict.endswith("ask more questions")
+
+
+def test_what_cannot_be_shown_counts_crossings_and_the_edges_beside() -> None:
+    rare = EdgeWorth.of("a->b", {"intact": answers(90, 100), "swapped": answers(85, 100)}, crossed=5)
+    assert rare.verdict.endswith("; the edge had a memory on 5 of 100 questions, too few to show any: ask more")
+    one = EdgeWorth.of("a->b", {"intact": answers(60, 60), "swapped": answers(60, 60)}, crossed=60)
+    assert one.least == 10
+    assert audit(one, one, one, one).edges[-1].least == pytest.approx(100 * 8 / 60)
+
+
 def test_presence_and_text_are_mentioned_where_they_are_significant() -> None:
     worth = edge(intact=30, swapped=30, cut=10, text=40)
     assert "; its mere presence adds 50 ± " in worth.verdict

@@ -47,7 +47,7 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
             steps: Latent steps that it takes instead of speaking, its message is a marker; None lets it speak. An agent
                 that thinks can have no tools, since calling one is speaking.
             reads: Agents whose memories it reads, in the order in which they are merged: those it has not read yet, or
-                if there are none, those it read last. None reads every tip that another agent left, by name.
+                if there are none, those it read last. None reads every tip by agent name, and so all of a conversation.
         """
         super().__init__()
         self.agent, self.steps, self.reads = agent, steps, reads
@@ -85,9 +85,9 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
         return request.override(messages=messages, model_settings={**settings, "latents": latents})
 
     def _chosen(self, known: list[LatentRef], said: set[str | None]) -> list[LatentRef]:
-        others = [ref for ref in known if ref["agent"] != self.agent]
         if self.reads is None:
-            return sorted(tips(others), key=lambda ref: ref["agent"])
+            return sorted(tips(known), key=lambda ref: ref["agent"])
+        others = [ref for ref in known if ref["agent"] != self.agent]
         left = {agent: [ref for ref in others if ref["agent"] == agent] for agent in self.reads}
         if own := [ref for ref in known if ref["agent"] == self.agent]:
             left = not_yet_read(left, own, known)

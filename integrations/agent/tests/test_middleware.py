@@ -107,6 +107,15 @@ def test_an_agent_with_tools_reads_memories_and_keeps_its_calls(
     assert len(prompt) < len(service.memory(out["latents"][-1]).segments[-1].prompt_ids)
 
 
+def test_an_agent_goes_on_from_its_own_memory(llm: ChatLatentMAS) -> None:
+    agent = create_agent(llm, middleware=[LatentMiddleware("solver")], checkpointer=InMemorySaver())
+    for _ in range(3):
+        out = agent.invoke({"messages": [("human", "And then?")]}, thread("1"))
+    refs = out["latents"]
+    assert [ref["parents"] for ref in refs] == [[], *([ref["id"]] for ref in refs[:-1])]
+    assert len({m.usage_metadata["input_tokens"] for m in out["messages"] if isinstance(m, AIMessage)}) == 1
+
+
 def test_an_agent_that_thinks_can_have_no_tools(llm: ChatLatentMAS) -> None:
     def add(a: int, b: int) -> int:
         """Adds."""

@@ -1,0 +1,48 @@
+"""The device: its free memory, how torch is set up for it, and how far the host may run ahead of it."""
+
+from collections import deque
+
+import psutil
+import torch
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on a device, what torch keeps there without using it included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return int(psutil.virtual_memory().available)
+
+
+def prepare(device: torch.device) -> None:
+    """Sets torch up for models on a device, in the whole process."""
+    if device.type == "cuda":
+        # On H100 and H200 torch prefers cuDNN's attention from 2.11 on. It plans for each exact shape anew, and keeps
+        # all plans: 25 to 37 ms of the host's time are reported for each, and every prefill has a new shape. vLLM
+        # turns it off too.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+class Pace:
+    """Keeps the host at most two ticks ahead of a GPU.
+
+    Ticks of thinkers ask the GPU for nothing, so without this the host queues all steps of a thought at once: whoever
+    comes meanwhile waits for all of them, steps are told that were not taken yet, and who leaves is noticed late.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Starts without ticks.
+
+        Args:
+            device: The CUDA device that the ticks run on.
+        """
+        self.device = device
+        self._queued: deque[torch.cuda.Event] = deque()
+
+    def keep(self) -> None:
+        """Called once a tick is queued; waits until the one before it is done."""
+        event = torch.cuda.Event(blocking=True)  # asleep meanwhile: one tick is still queued while this thread wakes up
+        event.record(torch.cuda.current_stream(self.device))
+        self._queued.append(event)
+        if len(self._queued) > 1:
+            self._queued.popleft().synchronize()

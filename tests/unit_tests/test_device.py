@@ -1,0 +1,76 @@
+"""What depends on the device, with a stand-in for CUDA where there is none."""
+
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+
+from langchain_latentmas.engine import model as models
+from langchain_latentmas.engine.device import Pace, free_bytes, prepare
+from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.engine.tick import Row, Ticker
+
+from ..conftest import load_parts
+
+CUDA = torch.device("cuda:1")
+
+
+def test_what_torch_keeps_without_using_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"mem_get_info": (1000, 9000), "memory_reserved": 500, "memory_allocated": 300}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: {CUDA: value}[device])
+    assert free_bytes(CUDA) == 1200
+    assert free_bytes(torch.device("cpu")) > 1 << 20
+
+
+def test_no_attention_on_cuda_is_planned_for_its_exact_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = list[bool]()
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", turned.append)
+    prepare(torch.device("cpu"))
+    assert turned == []
+    prepare(CUDA)
+    assert turned == [False]
+
+
+def test_a_model_prepares_its_device_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, hidden = list[Any](), LanguageModel.hidden
+
+    def computes(model: LanguageModel, *arguments: Any) -> torch.Tensor:
+        done.append("computed")
+        return hidden(model, *arguments)
+
+    monkeypatch.setattr(models, "prepare", done.append)
+    monkeypatch.setattr(LanguageModel, "hidden", computes)
+    LanguageModel(*load_parts("qwen3-tied", "float64"))
+    assert done[:2] == [torch.device("cpu"), "computed"]
+
+
+def test_the_host_waits_for_the_tick_before_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers, log = count(), list[tuple[str, int]]()
+
+    class Event:
+        def __init__(self, **_: Any) -> None:
+            self.number = next(numbers)
+
+        def record(self, stream: Any) -> None:
+            assert stream == ("stream of", CUDA)
+            log.append(("queued", self.number))
+
+        def synchronize(self) -> None:
+            log.append(("done", self.number))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
+    tick = Ticker(LanguageModel(*load_parts("qwen3-tied", "float64")), max_rows=2, live_bytes=1 << 40)
+    assert tick.pace is None  # a CPU is never behind
+    tick.pace = Pace(CUDA)
+    with torch.inference_mode():
+        tick.join(Row((), 0, [[5, 6, 7]], steps=4, on_done=len, on_error=pytest.fail))
+        while tick.rows:
+            tick.step()
+    assert log == [
+        ("queued", 0),
+        *(("queued", 1), ("done", 0)),
+        *(("queued", 2), ("done", 1)),
+        *(("queued", 3), ("done", 2)),
+    ]
