@@ -691,7 +691,7 @@ class _Request:
         """Stores recipe and KV of a finished row; a future of what `then` makes of its reference."""
 
         def made() -> Recipe:
-            segment = Segment(self.agent, self.prompt_ids, result.thoughts.cpu(), tuple(result.tokens))
+            segment = Segment(self.agent, self.prompt_ids, result.thoughts, tuple(result.tokens))
             return Recipe(self._id(result.tokens), self.model, self.alignment, tuple(self.parents), segment)
 
         def stored(recipe: Recipe, fresh: bool) -> T:
