@@ -297,24 +297,25 @@ class _Graph:
 
     def _stranger_after(self, name: str, services: set[Hashable]) -> str | None:
         """A node further down that runs a model which cannot read the markers of these services."""
-        queue = [name]
-        for at in queue:
-            if at != END and (self.facts(at).foreign or not services >= set(map(_service_of, self.facts(at).ours))):
+        for at in self._onward(name):
+            if self.facts(at).foreign or not services >= set(map(_service_of, self.facts(at).ours)):
                 return at
-            queue += [target for _, target in self.leaving(at) if target not in queue]
         return None
 
     def _silent_after(self, edge: Edge) -> str | None:
         """A node further down that calls no model that can be seen."""
-        queue = [edge[1]]
-        for at in queue:
-            if at == END:
-                continue
+        for at in self._onward(edge[1]):
             agent = isinstance(_inner(self.builder.nodes[at].runnable), LatentAgentNode)
             if not (at == edge[0] or agent or self.facts(at).models):
                 return at
-            queue += [target for _, target in self.leaving(at) if target not in queue]
         return None
+
+    def _onward(self, name: str) -> Iterator[str]:
+        """A node and all those that may run after it, the nearest first."""
+        queue = [name]
+        for at in queue:
+            yield at
+            queue += [target for _, target in self.leaving(at) if target not in (*queue, END)]
 
     def _ends(self, name: str) -> list[dict[tuple[str, ...], Any]]:
         """The `_outputs` of each subgraph that a node calls, if something in it calls a model."""

@@ -183,11 +183,10 @@ class EdgeWorth:
     @property
     def verdict(self) -> str:
         """What to make of it, in words; follows the tests alone, at the stated level."""
-        content, presence, worth, against = map(self.effects.get, ("content", "presence", "worth", "against_text"))
-        assert content is not None
+        content, worth = self.effects["content"], self.effects.get("worth")
+        presence, against = map(self._if_significant, ("presence", "against_text"))
         one = "->" in self.edge and "," not in self.edge
         its, edge = ("this edge's", "the edge") if one else ("these edges'", "the edges")
-        tell_presence = presence is not None and self._significant("presence")
         if not self.has_content:
             parts = [f"no detectable content: {self._instead(edge)} (content {content.signed})"]
             if self.crossed < self._fewest:
@@ -200,19 +199,19 @@ class EdgeWorth:
         elif worth is not None and not self._clearly("worth"):
             said = f"the reader uses {its} content ({content}), but"
             against_cut = f"(intact against cut {worth.signed})"
-            tell_presence = False
+            presence = None
             if worth.high <= AS_WELL:
                 parts = [f"{said} answers as well without any: cut {edge} {against_cut}"]
             else:
                 parts = [f"{said} may answer as well without any {against_cut}: ask more questions"]
-        elif worth is not None and tell_presence and presence is not None and presence.points < 0:
-            tell_presence = False
+        elif worth is not None and presence is not None and presence.points < 0:
+            presence = None
             parts = [f"{edge} {'is' if one else 'are'} worth {worth}; another question's memory costs {content}"]
         else:
             parts = [f"{its} content is worth {content}"]
-        if tell_presence and presence is not None:
+        if presence is not None:
             parts.append(f"its mere presence {'adds' if presence.points > 0 else 'costs'} {presence}")
-        if against is not None and self._significant("against_text"):
+        if against is not None:
             parts.append(f"as text the graph is {against} {'worse' if against.points > 0 else 'better'}")
         errors = [each for outcome in self.outcomes.values() for each in outcome.errors.items()]
         if failed := sum(n for error, n in errors if is_mended(error)):
@@ -252,6 +251,9 @@ class EdgeWorth:
     def _clearly(self, name: str) -> bool:
         """Whether an effect is surely above 0."""
         return self._significant(name) and self.effects[name].points > 0
+
+    def _if_significant(self, name: str) -> Effect | None:
+        return self.effects[name] if self._significant(name) else None
 
     def _significant(self, name: str) -> bool:
         return name in self.effects and self.effects[name].p < 1 - self.level

@@ -1,14 +1,33 @@
-"""Connections of a client to `latentmas serve`."""
+"""Connections of a client to a server, `latentmas serve` above all."""
 
 import asyncio
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 import httpx
 
+from ..errors import DeadlineExceeded
+
 KEPT_SECONDS = 3.0  # that an idle connection is used again within; the server closes it after 5
+
+
+@contextmanager
+def in_time(said: str) -> Iterator[None]:
+    """A server that took a request and says nothing is there, and may still be at work: to ask again would add to that.
+
+    Args:
+        said: What the error says.
+
+    Raises:
+        DeadlineExceeded: If nothing is read for as long as the request's timeout says.
+    """
+    try:
+        yield
+    except httpx.ReadTimeout as error:
+        raise DeadlineExceeded(said) from error
 
 
 class Connections(httpx.AsyncBaseTransport):

@@ -25,7 +25,6 @@ from tenacity.wait import wait_base
 
 from ..engine.sampling import Sampling
 from ..errors import (
-    DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     LatentMASError,
@@ -37,7 +36,7 @@ from ..errors import (
 from ..state import LatentRef
 from .base import READING, Chunk, LatentService, LensRow, StoredReference
 from .budget import Budget
-from .connections import KEPT_SECONDS, Connections
+from .connections import KEPT_SECONDS, Connections, in_time
 from .events import Event, EventReader, problem_of
 from .identity import MAX_AGENT, WireRef, checked_ref
 from .marker import take_markers
@@ -165,6 +164,10 @@ class HTTPService(LatentService):
             self.max_positions = info.get("max_positions")
             silent = max(settings.read_timeout, min(info["limits"]["deadline"], MOST_SILENT) + SLACK)
             self._turn_timeout = httpx.Timeout(silent, connect=timeout.connect, pool=timeout.pool)
+            self._silent = (
+                f"{self.url} sent nothing for longer than its deadline; ask for less at once, or see whether it still "
+                "works."
+            )
         except BaseException as error:
             self._client.close()
             if isinstance(error, (KeyError, TypeError)):
@@ -318,7 +321,7 @@ class HTTPService(LatentService):
         def send() -> LatentRef:
             with Path(file).open("rb") as content:
                 headers = {"Content-Type": TENSORS, "Content-Length": str(os.fstat(content.fileno()).st_size)}
-                with _unreachable(self.url), _in_time(self.url):
+                with _unreachable(self.url), in_time(self._silent):
                     reply = self._client.post(
                         "/v1/memory/import", content=content, headers=headers, timeout=self._turn_timeout
                     )
@@ -463,7 +466,7 @@ class HTTPService(LatentService):
         body = ExportRequest(ref=_wire_ref(ref), kv=kv)
         with (
             _unreachable(self.url),
-            _in_time(self.url),
+            in_time(self._silent),
             self._checked_client().stream(
                 "POST", "/v1/memory/export", timeout=self._turn_timeout, **_json(body)
             ) as reply,
@@ -554,7 +557,7 @@ class HTTPService(LatentService):
         """The same for what takes its turn, and gives no sign of life until it is done."""
 
         def send() -> Reply:
-            with _unreachable(self.url), _in_time(self.url):
+            with _unreachable(self.url), in_time(self._silent):
                 reply = self._checked_client().request(method, path, timeout=self._turn_timeout, **sent)
             return _read(reply, kind)
 
@@ -774,17 +777,6 @@ def _unreachable(url: str) -> Iterator[None]:
         if "closed" not in str(error):
             raise
         raise _closed() from error
-
-
-@contextmanager
-def _in_time(url: str) -> Iterator[None]:
-    """What takes its turn may still be at work, so asking again would add to that."""
-    try:
-        yield
-    except httpx.ReadTimeout as error:
-        raise DeadlineExceeded(
-            f"{url} sent nothing for longer than its deadline; ask for less at once, or see whether it still works."
-        ) from error
 
 
 def _json(body: BaseModel) -> dict[str, Any]:

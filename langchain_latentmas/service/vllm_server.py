@@ -10,7 +10,6 @@ from pydantic import Field, SecretStr
 
 from ..errors import (
     AccessDenied,
-    DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     ModelNotFound,
@@ -19,6 +18,7 @@ from ..errors import (
     ServiceUnreachable,
     WrongModel,
 )
+from .connections import in_time
 from .recipes import RecipeSettings
 from .vllm_transport import Transport, refused
 
@@ -131,7 +131,8 @@ class Server(Transport):
     async def tokens(self, body: dict[str, Any]) -> AsyncGenerator[int]:
         """See `Transport.tokens`."""
         asked = {"model": self.model, "stream": True, "return_token_ids": True, **body}
-        with _reaching(self.name), _in_time(self.name):
+        silent = f"{self.name} sent nothing for as long as read_timeout says; raise it, or ask less at once."
+        with _reaching(self.name), in_time(silent):
             async with self._client.stream("POST", "/v1/completions", json=asked) as response:
                 if response.is_error:
                     await response.aread()
@@ -185,17 +186,6 @@ class Server(Transport):
         if status >= 500:
             raise EngineFailed(f"vLLM failed ({status}): {said}")
         raise refused(str(said))
-
-
-@contextmanager
-def _in_time(url: str) -> Iterator[None]:
-    """A server that took a request and says nothing is there; other requests may fare better."""
-    try:
-        yield
-    except httpx.ReadTimeout as error:
-        raise DeadlineExceeded(
-            f"{url} sent nothing for as long as read_timeout says; raise it, or ask less at once."
-        ) from error
 
 
 @contextmanager
