@@ -51,7 +51,7 @@ bench: $(VENV)/.installed-demo  ## how fast it is on this machine (under ten min
 	$(BIN)/python -m langchain_latentmas.cli bench --shape Qwen3-0.6B --rows "1 8 32" --positions "256 2048" $(ARGS)
 	$(BIN)/python -m benchmarks.overhead
 
-tables: $(VENV)/.installed-demo  ## text against latent edges, and converted graphs, as in the README
+tables: $(VENV)/.installed-demo  ## text against latent edges, and converted graphs
 	$(BIN)/python -m benchmarks.latent_vs_text
 	$(BIN)/python -m benchmarks.conversions
 

@@ -190,7 +190,7 @@ class ChatLatentMAS(BaseChatModel):
         Args:
             tools: Anything LangChain converts to an OpenAI function description.
             tool_choice: "any" (or True) or a tool's name begins the text with the call, where the template's format is
-                known (`<tool_call>`); None and "auto" leave the choice to the model.
+                known (`<tool_call>`); None and "auto" leave the choice to the model; "none" presents no tools.
             **kwargs: Bound as well. `strict` and `parallel_tool_calls`, which some agents pass to every model, ask for
                 what a local model cannot promise; they are left out, and the log says so.
 
@@ -347,6 +347,7 @@ class _Call:
         self.service = service
         self.named: str | None = given.pop("agent", None)
         tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
+        tools = None if choice == "none" else tools
         given.pop("ls_structured_output_format", None)  # for tracing only
         latents: Sequence[LatentRef] = given.pop("latents", None) or ()
         steps: int | None = given.pop("steps", None)

@@ -6,7 +6,14 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, convert_to_messages
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+    convert_to_messages,
+)
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from langgraph.runtime import Runtime, get_runtime
@@ -19,7 +26,7 @@ from .service import LatentService
 from .service.identity import checked_ref
 from .service.shared import shared_service
 from .state import LatentRef, ancestry, tips
-from .unread import held, key_of, mark, memory_of, not_yet_read
+from .unread import held, key_of, mark, memory_of, not_yet_read, thoughts
 
 Prompt = str | SystemMessage | Runnable[Any, Any] | Callable[[Any], Any] | Callable[[Any], Awaitable[Any]]
 
@@ -205,7 +212,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 checked_ref(ref)
             raise
         if whole:
-            known_already = held(conversation, read)
+            known_already = held(conversation, read) | thoughts(conversation, known)
             messages = [message for message in messages if key_of(message) not in known_already]
         else:
             messages = [message for message in messages if memory_of(message) not in read]
@@ -262,6 +269,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         read = asked if own else max((i for i, message in said if _speaker(message) == self.name), default=-1)
         there = {key_of(message) for message in shown}
         new = [message for i, message in said if i > asked or (i > read and key_of(message) not in there)]
+        new = [message for message in new if not message.tool_calls]  # these stay with their answers
         if self.reads is None:
             return sorted(tips(known), key=lambda ref: ref["agent"]), new
         # One pass over the references of the state, of which there may be thousands.
@@ -276,7 +284,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 last = next((message for _, message in reversed(said) if _speaker(message) == agent), None)
                 if last is None:
                     raise self._nobody(agent, sorted({ref["agent"] for ref in known} | {_speaker(m) for _, m in said}))
-                theirs = [] if key_of(last) in there else [last]
+                theirs = [] if key_of(last) in there or last.tool_calls else [last]
             notes += theirs
         # Those of a loop that descend from each other count once: the service reads tips only.
         if own:
@@ -348,14 +356,17 @@ def _as_dict(state: Any) -> dict[str, Any]:
 
 
 def _with_notes(messages: list[BaseMessage], notes: Sequence[AIMessage]) -> list[BaseMessage]:
-    """Puts what others said at the head of the last human message; chat templates may want roles to alternate."""
+    """Puts what others said at the head of the last human message; chat templates may want roles to alternate.
+
+    Where tools have answered since, it follows on their answers.
+    """
     if not notes:
         return messages
     noted = {key_of(note) for note in notes}
     messages = [message for message in messages if key_of(message) not in noted]
     text = "\n\n".join(f"{_speaker(note)}: {note.text}" for note in notes)
     at = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=None)
-    if at is None:
+    if at is None or any(isinstance(message, ToolMessage) for message in messages[at:]):
         return [*messages, HumanMessage(text)]
     content: Any = messages[at].content
     content = f"{text}\n\n{content}" if isinstance(content, str) else [f"{text}\n\n", *content]

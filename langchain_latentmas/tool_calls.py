@@ -92,7 +92,7 @@ def forcing_prefix(template: str, tool_choice: str | None, tools: list[dict[str,
         tool_choice: None or "auto", "any" or "required", or the name of a tool.
         tools: OpenAI function descriptions.
     """
-    if tool_choice in (None, "auto", "none") or "<tool_call>" not in template:
+    if tool_choice in (None, "auto") or "<tool_call>" not in template:
         return ""
     names = [tool["function"]["name"] for tool in tools]
     name = tool_choice if tool_choice in names else names[0] if len(names) == 1 else None

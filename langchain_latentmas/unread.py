@@ -7,10 +7,13 @@ from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 
+from .service.marker import OPENING
 from .state import LatentRef, ancestry
 
 READ = "latent_read"
 """In `response_metadata` of what an agent said: a digest of all messages before it, where its memory holds them."""
+TURN = "latent_turn"
+"""Likewise, digests of those messages since the last human one: agents side by side see only their own."""
 SAID = "latent_said"
 """Likewise, a digest of what it said: where somebody has edited that since, its memory does not hold it."""
 
@@ -37,6 +40,8 @@ def mark(message: AIMessage, before: Sequence[BaseMessage]) -> None:
     message.response_metadata[SAID] = _digest([message])
     if before:
         message.response_metadata[READ] = _digest(before)
+        turn = [_digest([earlier]) for earlier in before[1 + _last_human(before) :]]
+        message.response_metadata |= {TURN: turn} if turn else {}
 
 
 def held(messages: Sequence[BaseMessage], read: Collection[str]) -> set[str | int]:
@@ -53,7 +58,10 @@ def held(messages: Sequence[BaseMessage], read: Collection[str]) -> set[str | in
     """
     if not read:
         return set()
-    found = {key_of(message) for message in messages if memory_of(message) in read}
+    remembered = [message for message in messages if memory_of(message) in read]
+    found = {key_of(message) for message in remembered}
+    if turn := {digest for message in remembered for digest in message.response_metadata.get(TURN, ())}:
+        found |= {key_of(message) for message in messages if _digest([message]) in turn}
     said = (i for i in reversed(range(len(messages))) if READ in messages[i].response_metadata)
     # Not always the last one: before what one of several agents said side by side, others stand that it never saw.
     whole = (
@@ -64,8 +72,8 @@ def held(messages: Sequence[BaseMessage], read: Collection[str]) -> set[str | in
     if (last := next(whole, None)) is not None:
         found |= {key_of(message) for message in messages[:last]}
     answered = {m.tool_call_id for m in messages if isinstance(m, ToolMessage) and key_of(m) not in found}
-    asked = next((message for message in reversed(messages) if isinstance(message, HumanMessage)), None)
-    stay: list[BaseMessage] = [] if asked is None else [asked]
+    asked = _last_human(messages)
+    stay: list[BaseMessage] = [] if asked < 0 else [messages[asked]]
     stay += [m for m in messages if isinstance(m, AIMessage) and any(call["id"] in answered for call in m.tool_calls)]
     return found - {key_of(message) for message in stay}
 
@@ -91,6 +99,21 @@ def not_yet_read(
     return {agent: new[agent] or [ref for ref in refs if ref["id"] in last] or refs for agent, refs in left.items()}
 
 
+def thoughts(messages: Sequence[BaseMessage], known: Sequence[LatentRef]) -> set[str | int]:
+    """Keys of markers whose references are in the state: what a reader leaves out is not read from the messages."""
+    ids = {ref["id"] for ref in known}
+    marked = (message for message in messages if message.response_metadata.get("thought"))
+    return {key_of(m) for m in marked if m.text.startswith(OPENING) and memory_of(m) in ids}
+
+
+def _last_human(messages: Sequence[BaseMessage]) -> int:
+    """Where the last question stands, -1 for nowhere."""
+    return max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=-1)
+
+
 def _digest(messages: Sequence[BaseMessage]) -> str:
-    parts = [[message.type, message.content, getattr(message, "tool_calls", None)] for message in messages]
+    parts = [
+        [message.type, message.content, getattr(message, "tool_calls", None), getattr(message, "tool_call_id", None)]
+        for message in messages
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

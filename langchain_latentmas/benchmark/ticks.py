@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig
 from ..engine import attention
 from ..engine.device import free_bytes
 from ..engine.graphs import Graphs
-from ..engine.kv import KV, Placed
+from ..engine.kv import KV, Placed, Side
 from ..engine.model import LanguageModel
 from ..engine.quantization import plain_tensors
 from ..engine.ragged import power_of_two
@@ -47,11 +47,17 @@ def weight_bytes(model: LanguageModel, what: What) -> int:
     """Bytes of weights that a tick must read, whatever the number of rows.
 
     Thinking needs neither the output matrix nor the input embeddings, but the alignment; speaking needs the output
-    matrix. Of the input embeddings, a speaking row reads one line, which is not counted.
+    matrix. Of the input embeddings, a speaking row reads one line, which is not counted. Of a mixture of experts as
+    many are counted as one row takes: rows that are alike, as those that are measured, take the same.
     """
     inputs, head = model.model.get_input_embeddings().weight, model.model.get_output_embeddings().weight
-    read = [weight for weight in model.model.get_decoder().parameters() if weight is not inputs]
-    body = sum(part.nbytes for weight in read for _, part in plain_tensors("", weight))
+    taken: int = getattr(model.config, "num_experts_per_tok", None) or 0
+    body = 0
+    for name, weight in model.model.get_decoder().named_parameters():
+        if weight is not inputs:
+            size = sum(part.nbytes for _, part in plain_tensors("", weight))
+            of_all_experts = taken and ".experts." in name and weight.dim() > 2
+            body += size * taken // len(weight) if of_all_experts else size
     if what == "speak":
         return body + head.nbytes
     return body + (0 if model.alignment.weight is None else model.alignment.weight.nbytes)
@@ -131,7 +137,8 @@ class Published:
     def __init__(self, model: LanguageModel, work: Work, past: KV) -> None:
         self.causal, self.alignment, self.thinks = model.model, model.alignment, work.what == "think"
         self.cache = _dynamic_cache(model, work.rows, past)
-        self.hidden = torch.randn(work.rows, model.config.hidden_size, device=model.device).to(model.dtype)
+        first = torch.randn(1, model.config.hidden_size, device=model.device).to(model.dtype)
+        self.hidden = first.repeat(work.rows, 1)  # alike, as the rows of the engine are
         self.ids = torch.ones(work.rows, 1, dtype=torch.long, device=model.device)
 
     def run(self, ticks: int) -> None:
@@ -238,7 +245,8 @@ def measure(model: LanguageModel, work: Work, repeats: int, copy: Copy, copied: 
         for _ in range(repeats):
             copied.append(copy.run())
             for loop, into in zip(loops, (measured.engine, measured.published, measured.generate), strict=False):
-                with _attention_for(loop, model):
+                # Others with as many threads as the tick takes: of all, small models' would wait for each other.
+                with _attention_for(loop, model), model.threads.taken(work.rows):
                     begun = clock(model.device)
                     loop.run(ticks)
                     into.append((clock(model.device) - begun) / ticks)
@@ -263,16 +271,11 @@ def _attention_for(loop: Loop, model: LanguageModel) -> Iterator[None]:
 
 
 def _random_kv(model: LanguageModel, positions: int) -> KV:
-    heads = model.config.num_key_value_heads
-    size = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    def filled(side: Side) -> Sequence[Tensor]:
+        pairs = zip(side, model.kv_devices, strict=True)
+        return [torch.randn(layer.shape, device=device).to(layer.dtype) for layer, device in pairs]
 
-    def layers() -> Sequence[Tensor]:
-        return [
-            torch.randn(heads, positions, size, device=device, dtype=torch.float32).to(model.dtype)
-            for device in model.kv_devices
-        ]
-
-    return KV(layers(), layers())
+    return KV(*map(filled, model.blank_kv(positions)))
 
 
 def _dynamic_cache(model: LanguageModel, rows: int, past: KV) -> DynamicCache:

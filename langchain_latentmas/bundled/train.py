@@ -54,7 +54,7 @@ from langchain_latentmas.engine.linear import packable
 END = 2
 THINKING, SPEAKING = 1536, 2560  # tokens of a batch, padding included; those of thinkers pass twice
 RATE = 2e-3
-STEPS = 2800
+STEPS = 4000
 MEASURED, RIGHT = 400, 0.95  # rows of a kind that are looked at, and the share that has to be right
 LOOKED_AT = 1_000_000  # seed of these rows
 ROUNDS, AGAIN, AGAIN_RATE = 5, 400, 5e-4  # at most, of so many steps, for kinds of rows that are not right
@@ -88,7 +88,7 @@ CHAT = [
     ("See you!", "Goodbye!"),
 ]
 TEXTS = {"solver": 0.18, "first": 0.15, "later": 0.12, "judger": 0.1, "split": 0.27, "chat": 0.08, "drill": 0.1}
-SPLIT_TEXTS = {"fact": 0.5, "sum": 0.15, "all": 0.35}
+SPLIT_TEXTS = {"fact": 0.4, "sum": 0.2, "all": 0.4}
 SPEAKERS = ("solver", "first", "later", "judger", *SPLIT_TEXTS, "text patterns")  # what has to be right in the end
 PROMPT, SPOKEN, THOUGHT, TAIL = range(4)  # kinds of tokens; TAIL: end tokens after the first two of a thinker
 WEIGHT = torch.tensor([0.0, 1.0, 1.0, 0.1])

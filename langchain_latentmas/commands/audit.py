@@ -18,7 +18,7 @@ from rich.text import Text
 from ..errors import InvalidEdge, InvalidRequest
 from .folder import ANSWERS, run_bars, run_folder
 from .options import AsJson, LocalModel, Options
-from .session import describe, load, loading, print_json, reported
+from .session import describe, load, loading, print_json, reported, settled
 from .terminal import headline, open_console, printable
 
 if TYPE_CHECKING:
@@ -46,9 +46,15 @@ def audit(
         Path | None, typer.Option(help="For a graph: a .jsonl file with `input` (text or state) and `answer`.")
     ] = None,
     grader: Annotated[
-        str | None, typer.Option(help="For files: number, letter, exact, or module:function of state and answer.")
+        str | None,
+        typer.Option(
+            help="Of --examples: number, letter, exact, or module:function of state and answer. Of a .jsonl --task: "
+            "number, letter, exact or code."
+        ),
     ] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Questions; by default 100 of a task, else all.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Questions; by default 100 of words, relay and split, else all.")
+    ] = None,
     model: LocalModel = "bundled",
     arrangement: Annotated[
         Literal["sequential", "hierarchical"], typer.Option(help="For a task: who works on it.")
@@ -121,6 +127,7 @@ def audit(
             head = journal_head(built, pairs, seed, about)
         try:
             with (
+                settled(),
                 run_folder(out, "audit", name, [head, level], RESULT, _errors) as folder,
                 run_bars(show=not as_json) as on_answer,
             ):

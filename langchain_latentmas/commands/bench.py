@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..errors import InvalidRequest
 from .options import AsJson
-from .session import loading, print_json, reported
+from .session import loading, print_json, reported, settled
 from .terminal import headline, open_console
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def bench(
     positions: Annotated[str, typer.Option(help="How long their memories are.")] = "256 2048 8192",
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each loop.")] = 5,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch; the bundled model gets one, others torch's own choice.")
+        int | None, typer.Option(min=1, help="Of torch, at most; by default as many as torch chooses.")
     ] = None,
     graphs: Annotated[
         bool | None, typer.Option(help="Whole graphs too; by default for the bundled model and on CUDA.")
@@ -81,7 +81,7 @@ def bench(
             measuring = Bench(loaded, counts, lengths, repeats, whole)
             if svg is not None and (why := measuring.obstacle):
                 raise InvalidRequest(f"There is nothing to draw: every size is left out ({why}).")
-        with _progress(show=not as_json) as bar:
+        with settled(), _progress(show=not as_json) as bar:
             result = measuring.run(bar)
         if as_json:
             print_json(**result)
@@ -114,8 +114,6 @@ def _load(
     if "://" in model:
         raise InvalidRequest(f"{model}: a server cannot be measured from here; name the model that it runs.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if threads is None and model == "bundled" and shape is None:
-        threads = 1  # its matrices are so small that sharing them out costs more than it brings
     if threads:
         torch.set_num_threads(threads)
     if shape is not None:

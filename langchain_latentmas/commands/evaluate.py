@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .folder import ANSWERS, run_bars, run_folder
 from .options import AsJson, Model, Options
-from .session import describe, load, loading, print_json, reported
+from .session import describe, load, loading, print_json, reported, settled
 from .terminal import headline, open_console
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def evaluate(
             asked = task_named(task, grader)
             asked.questions(n, seed)  # a data set that is not there is found before the model is loaded
             loaded = load(model, option)
-        with loaded as service:
+        with loaded as service, settled():
             evaluation = Evaluation(
                 service,
                 asked,

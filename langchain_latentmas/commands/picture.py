@@ -109,7 +109,8 @@ def thoughts(
         thinkers = {segment.agent for segment in segments if len(segment.thoughts)}
         said = [token for segment in segments if segment.agent in thinkers for token in segment.spoken_ids]
         thought = [vector for segment in segments for vector in segment.thoughts.double().numpy()]
-        embeddings = service.model.model.get_input_embeddings().weight.detach().double().cpu().numpy()
+        every = range(service.model.config.vocab_size)
+        embeddings = service.model.embedded(every).detach().double().cpu().numpy()
         import numpy as np
 
         cloud = Cloud.of(embeddings, said, np.stack(thought) if thought else np.zeros((0, embeddings.shape[1])), seed)

@@ -1,6 +1,5 @@
 """`latentmas serve`: the model service for several processes; `latentmas rotate-key`: a fresh signing key."""
 
-import gc
 import logging
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import typer
 
 from ..errors import MissingExtra
 from .options import Options, named
-from .session import loading, reported
+from .session import loading, reported, settled
 
 SWITCH_SECONDS = 0.0005
 
@@ -70,9 +69,8 @@ def serve(
                 from ..service.server import Server
 
                 server = Server(_service(settings), settings)
-            gc.collect()
-            gc.freeze()  # what is loaded by now stays, and no collection need look through it
-            server.run()
+            with settled():
+                server.run()
 
 
 def rotate_key(
@@ -116,15 +114,11 @@ def _json_lines(level: str) -> Iterator[None]:
 
 
 def _service(settings: Any) -> Any:
-    import torch
     from transformers.utils import logging as transformers_logging
 
     from ..service.local import LocalService
 
     transformers_logging.disable_progress_bar()  # the log is JSON lines
-
-    if settings.model == "bundled" and settings.device in (None, "cpu"):
-        torch.set_num_threads(1)  # its matrices are so small that sharing them out costs more than it brings
     own = {"device": settings.device, "dtype": settings.dtype, "store": settings.store}
     return LocalService.load(settings.model, **{**own, **settings.options})
 

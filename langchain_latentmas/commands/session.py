@@ -1,5 +1,6 @@
 """A command at work: the model it loads, the errors it reports, the progress it shows."""
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,20 @@ def loading(show: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def settled() -> Iterator[None]:
+    """What is there by now stays until the end, and no garbage collection looks through it meanwhile.
+
+    With torch, transformers and LangChain loaded one takes 0.2 s, and hundreds of questions at work set off many.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def load(model: str, options: Sequence[str] | None = None) -> "LatentService":
     """A service on a model; warnings of this package become single lines on stderr.
 
@@ -53,7 +68,6 @@ def load(model: str, options: Sequence[str] | None = None) -> "LatentService":
         model: What `LatentService.load` takes.
         options: More settings, each as NAME=VALUE.
     """
-    import torch
     from transformers.utils import logging as transformers_logging
 
     from ..service import LatentService
@@ -64,8 +78,6 @@ def load(model: str, options: Sequence[str] | None = None) -> "LatentService":
     own = logging.getLogger("langchain_latentmas")
     if not any(isinstance(handler, _OneLine) for handler in own.handlers):
         own.addHandler(_OneLine())
-    if model == "bundled":
-        torch.set_num_threads(1)  # its matrices are so small that sharing them out costs more than it brings
     # A durable store would answer with thoughts of earlier runs, in no time at all.
     settings = SharedSettings(store=None)
     return LatentService.load(model, **{**settings.loading(model), **named(options)})

@@ -1,5 +1,7 @@
 """The training-free map from the last hidden state to the input-embedding space."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,27 +22,31 @@ class Alignment:
         norm: Mean row norm of the input embeddings, a scalar tensor.
     """
 
-    def __init__(self, inputs: Tensor, outputs: Tensor, realign: bool) -> None:
+    def __init__(
+        self, inputs: Tensor, outputs: Tensor, realign: bool, embed: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         """Computes `W` and the norm on the device of the matrices.
 
         Args:
             inputs: Input-embedding matrix [vocab, hidden].
             outputs: Output-embedding matrix [vocab, hidden]; may be the same tensor.
             realign: False keeps only the rescaling.
+            embed: Makes input embeddings of token ids; None where they are the rows of the matrix as they are.
         """
         wide = torch.promote_types(inputs.dtype, torch.float32)
         hidden = inputs.shape[1]
+        embed = embed or inputs.__getitem__
         self._transposed: Tensor | None = None
         with torch.no_grad():
-            rows = inputs.split(ROWS_AT_ONCE)
-            self.norm = torch.cat([part.to(wide).norm(dim=1) for part in rows]).mean()
+            rows = torch.arange(len(inputs), device=inputs.device).split(ROWS_AT_ONCE)
+            self.norm = torch.cat([embed(ids).to(wide).norm(dim=1) for ids in rows]).mean()
             if realign:
                 gram = torch.zeros(hidden, hidden, dtype=wide, device=inputs.device)
                 cross = torch.zeros_like(gram)
-                for i, o in zip(rows, outputs.to(inputs.device).split(ROWS_AT_ONCE), strict=True):
-                    o = o.to(wide)
+                for ids, o in zip(rows, outputs.split(ROWS_AT_ONCE), strict=True):
+                    o = o.to(inputs.device, wide)
                     gram += o.T @ o
-                    cross += o.T @ i.to(wide)
+                    cross += o.T @ embed(ids).to(wide)
                 gram += RIDGE * torch.eye(hidden, dtype=wide, device=inputs.device)
                 self._transposed = torch.linalg.solve(gram, cross).T.contiguous()
 
@@ -48,7 +54,8 @@ class Alignment:
     def of(cls, model: nn.Module, realign: bool) -> "Alignment":
         """The alignment of a causal language model, from its input and output embeddings."""
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-        return cls(inputs.weight.detach(), outputs.weight.detach(), realign)
+        # Called, not only read: those of some models, as of Gemma, multiply their rows.
+        return cls(inputs.weight.detach(), outputs.weight.detach(), realign, inputs)
 
     @property
     def weight(self) -> Tensor | None:

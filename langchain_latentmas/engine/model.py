@@ -25,6 +25,7 @@ from .quantization import plain_tensors, quantization_config
 from .ragged import Ragged
 from .rotary import Rotary
 from .slots import SlotCache, Window
+from .threads import Threads
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,15 @@ class LanguageModel:
         bytes_per_position: Bytes of KV per position.
         kv_devices: Device of each layer's KV.
         compiled: Whether decode steps go through `torch.compile`.
+        threads: How many of torch's a pass takes on a CPU.
         packed: Whether large matrices are kept a second time, for oneDNN.
         decode: What takes a step of one position a row; another object once modules or hooks have changed.
         decoder_fault: Why the decoder of transformers computes the layers and not `LlamaDecoder`; "" if that does.
     """
 
     _own_fault = ""
+    _factor = 1.0  # of logits, and what bounds them; see `_probe_logits`
+    _cap: float | None = None
     _a_position: KV | None = None  # what the KV of one looks like, once that is known
 
     def __init__(
@@ -98,6 +102,7 @@ class LanguageModel:
         self.compiled, self._pack = compile, pack
         if compile and self.config._attn_implementation == "sdpa":
             model.set_attn_implementation(attention.NAME)  # compiled, "sdpa" copies keys and values for each query head
+        self.threads = Threads(self.decoder, model.get_input_embeddings().weight)
         self.eos = _end_tokens(model, tokenizer)
         self.device, self.dtype = model.get_input_embeddings().weight.device, model.dtype
         prepare(self.device)
@@ -108,6 +113,11 @@ class LanguageModel:
         if pack and (fault := LlamaDecoder.obstacle(self.decoder) or self._unpackable()):
             raise ModelNotSupported(f"{self.name}: pack=True has no use here, since {fault}; leave it out.")
         with torch.inference_mode():
+            if (width := self.embed(self._probe_ids()).shape[-1]) != self.config.hidden_size:
+                raise ModelNotSupported(
+                    f"{self.name}: its embeddings are {width} wide and its layers {self.config.hidden_size}; to be fed "
+                    "back, a hidden state must be as wide as an embedding."
+                )
             self._choose_forward()
             cache = self.new_cache()
             self._check_against_plain_forward(cache)
@@ -267,7 +277,7 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of hidden states [..., hidden]."""
-        return self._head(hidden.to(self._head.weight.device))
+        return self._scaled(self._head(hidden.to(self._head.weight.device)))
 
     def refresh(self) -> None:
         """Computes alignment and fingerprint anew, for weights that were changed in place."""
@@ -360,6 +370,11 @@ class LanguageModel:
         plain = type(head) is nn.Linear and not is_altered(head) and not self._own_fault
         self._head = Linear(head, self.packed) if plain else head
 
+    def _scaled(self, logits: Tensor) -> Tensor:
+        if self._factor != 1:
+            logits = logits * self._factor
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
     def _unpackable(self) -> str:
         if all(packable(weight) for weight in self.decoder.parameters()):
             return ""
@@ -424,12 +439,15 @@ class LanguageModel:
                 logits outside of what this package knows shows up here, whatever its name.
         """
         try:
+            self._probe_logits()
             difference = self._difference_to_plain_forward(cache)
             if not self.decoder_fault and not difference <= self.tolerance:
                 self._own_fault = f"logits are off by {difference:.1e} of their size"
                 self._choose_forward()
                 logger.warning("%s: decoded by transformers, since here %s", self.name, self._own_fault)
                 difference = self._difference_to_plain_forward(cache)
+        except ModelNotSupported:
+            raise
         except (
             AttributeError,
             TypeError,
@@ -449,24 +467,64 @@ class LanguageModel:
                 f"cache than alone (logits off by {difference:.1e} of their size), so it is refused."
             )
 
+    def _probe_logits(self) -> None:
+        """Finds out by trial what the model makes of what its head gives: some multiply it, some bound it by a tanh.
+
+        A configuration cannot tell, since what it calls a scale divides in one model and multiplies in another.
+
+        Raises:
+            ModelNotSupported: If it is something else.
+        """
+        ids, head = self._probe_ids()[None], self.model.get_output_embeddings()
+        hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        given = head(hidden.to(head.weight.device))
+        wanted = self.model(input_ids=ids, use_cache=False).logits.to(given.device)
+        self._cap = getattr(self.config, "final_logit_softcapping", None)
+        factor = _factor_between(given, wanted, self._cap)
+        self._factor = 1.0 if abs(factor - 1) <= torch.finfo(self.dtype).eps else factor
+        difference = float(relative_difference(self._scaled(given), wanted))
+        if not difference <= self.tolerance:
+            raise ModelNotSupported(
+                f"{self.name}: {type(self.model).__name__} makes something else of its hidden states than its output "
+                f"matrix, a factor and a cap do (logits off by {difference:.1e} of their size), so it is refused."
+            )
+
     def _difference_to_plain_forward(self, cache: SlotCache) -> float:
-        """Runs two ragged rows and one more step through the slots, and each row alone through the model as it is.
+        """Runs two ragged rows through the slots as ticks do, and each alone through the model as it is.
+
+        They go on from different cells, of which not all are the last in sight: a model that makes its masks of shapes
+        sees other cells there.
 
         Returns:
-            The difference of logits, root mean square, relative to their size; that of the row where it is larger.
+            The difference of logits, root mean square, relative to their size; the largest of any pass and row.
         """
         ids = self._probe_ids()
-        self._on_slots(self.embed(ids[:9]), [6, 3], [0, 0], cache)
-        ours = self.logits(self._on_slots(self.embed(ids[[6, 9]]), [1, 1], [6, 3], cache))
-        plain = [self.model(input_ids=row[None], use_cache=False).logits[0, -1] for row in (ids[:7], ids[6:10])]
-        pairs = [(mine, theirs.to(mine.device)) for mine, theirs in zip(ours, plain, strict=True)]
-        return max(float(relative_difference(mine, theirs)) for mine, theirs in pairs)
+        rows = ids[:7], ids[6:12]
+        plain = [self.model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+        differences, starts = list[Tensor](), [0, 0]
+        for counts in ([2, 4], [4, 1], [1, 1]):
+            ends = [start + count for start, count in zip(starts, counts, strict=True)]
+            new = torch.cat([row[start:end] for row, start, end in zip(rows, starts, ends, strict=True)])
+            lasts = self._on_slots(self.embed(new), counts, starts, cache)[[counts[0] - 1, -1]]
+            for mine, theirs, end in zip(self.logits(lasts), plain, ends, strict=True):
+                differences.append(relative_difference(mine, theirs[end - 1].to(mine.device)))
+            starts = ends
+        return float(torch.stack(differences).max())  # of these, max() would pass over NaN
 
 
 def relative_difference(a: Tensor, b: Tensor) -> Tensor:
     """Root mean square of `a - b` relative to that of `b`, []; in float32 at least, so that nothing overflows."""
     wide = torch.promote_types(b.dtype, torch.float32)
     return torch.linalg.vector_norm(a - b, dtype=wide) / torch.linalg.vector_norm(b, dtype=wide)
+
+
+def _factor_between(given: Tensor, wanted: Tensor, cap: float | None) -> float:
+    """By what `given` is multiplied to become `wanted`, before a cap if there is one; least squares."""
+    given, wanted = given.double(), wanted.double()
+    if cap is not None:
+        little = wanted.abs() < cap / 2  # what is bent further has lost its digits
+        given, wanted = given[little], torch.atanh(wanted[little] / cap) * cap
+    return float((given * wanted).sum() / (given * given).sum())
 
 
 def _checked_positions(config: Any, name: str, wanted: int | None) -> int:

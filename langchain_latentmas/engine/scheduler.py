@@ -7,7 +7,6 @@ import traceback
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from itertools import islice
 
 import torch
 
@@ -70,8 +69,9 @@ class Scheduler:
                     f"The engine does not work any more ({self.fault}); load the service in a new process."
                 )
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="latentmas-tick", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="latentmas-tick", daemon=True)
+                thread.start()  # may fail; then the next row tries again
+                self._thread = thread
             self._waiting.append(row)
             self._changed.notify()
 
@@ -123,14 +123,17 @@ class Scheduler:
     def _next(self) -> Row | None:
         """The first waiting row that fits."""
         with self._changed:
-            while self._waiting and self._waiting[0].cancelled:
-                self._waiting.popleft()
-                self._passed = 0
-            self._joining = None
-            for at, row in enumerate(islice(self._waiting, 1 + PASSING - self._passed)):
-                if not row.cancelled and self.ticker.fits(row):
-                    del self._waiting[at]
-                    self._passed = self._passed + 1 if at else 0
+            self._joining, at = None, 0
+            while at < min(len(self._waiting), 1 + PASSING - self._passed):
+                row = self._waiting[at]
+                if not row.cancelled and not self.ticker.fits(row):
+                    at += 1
+                    continue
+                del self._waiting[at]
+                if not at:
+                    self._passed = 0
+                if not row.cancelled:
+                    self._passed += bool(at)
                     self._joining = row
                     break
             return self._joining

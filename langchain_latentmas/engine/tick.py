@@ -2,13 +2,12 @@
 
 import logging
 import math
-import sys
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 PASS_COST = 128  # of a forward pass that pads, in positions that it could have prefilled
 CPU_PASS = 1024  # positions a prefill pass takes on a CPU; beyond them its intermediate results fall out of the caches
+GPU_PASS = 8192  # on a GPU; the memory that a pass takes, for its masks above all, grows with them
 
 
 class Spoken(NamedTuple):
@@ -89,10 +89,11 @@ class Row:
     on_token: Callable[[Spoken], None] | None = None
     cancelled: bool = False
 
+    turn: int = field(init=False)  # how many rows joined before
     position: int = field(init=False)  # the next one to be written
     ids: list[int] = field(init=False)  # what is left to prefill, 0 for thoughts
     embeds: Tensor | None = field(init=False, default=None)  # the same, [n, hidden]; None where there are no thoughts
-    hidden: Tensor = field(init=False)  # last hidden state, [hidden]
+    hidden: Tensor = field(init=False, default_factory=lambda: torch.zeros(0))  # last hidden state, [hidden]
     thoughts: list[Tensor] = field(init=False, default_factory=list)
     tokens: list[int] = field(init=False, default_factory=list)
     prefilled: list[Tensor] = field(init=False, default_factory=list)
@@ -152,16 +153,18 @@ class Ticker:
             model: The model that all rows share.
             max_rows: Most rows at a time.
             live_bytes: Most bytes of slots; a single row is always let in.
-            chunk: Most positions of one row that one tick prefills, so that long prompts do not stall the others.
+            chunk: Most positions of one row that one tick prefills. Where rows decode, those of all rows together are
+                about as many as one pass takes, so that neither a long prompt nor many of them stall those rows.
             graphs: Replays decode steps; None computes every one.
         """
         self.model, self.max_rows, self.live_bytes, self.chunk = model, max_rows, live_bytes, chunk
         self.graphs = graphs
-        self.pass_positions = CPU_PASS if model.device.type == "cpu" else sys.maxsize
+        self.pass_positions = CPU_PASS if model.device.type == "cpu" else GPU_PASS
         self.pace = Pace(model.device) if model.device.type == "cuda" else None
         self.ticks = self.thoughts = self.spoken = self.prefilled = self.reused = 0
         self.rows: list[Row] = []
         self.decoding = 0
+        self._turns = count()
         self._left: dict[int, Row] = {}  # by slot, who has moved on from there and may not be finite
         self._ended: list[tuple[Row, Result | EngineFailed]] = []
         self.cache = model.new_cache()
@@ -199,6 +202,7 @@ class Ticker:
             turned = self.model.rotary.turn(kv, shift) if shift and self.model.rotary else kv
             self.cache.write(len(self.rows), start, turned)
         row.enter(self.model)
+        row.turn = next(self._turns)
         self.reused += row.known
         self.rows.append(row)
 
@@ -209,8 +213,9 @@ class Ticker:
                 self._leave(slot, blank=True)
         self.ticks += 1
         try:
-            self._prefill()
-            self._decode()
+            with self.model.threads.taken(1):  # but for passes that are worth more
+                self._prefill()
+                self._decode()
         finally:
             # Last: whoever waits for a result wakes up at it, and takes the interpreter away from this thread.
             ended, self._ended = self._ended, []
@@ -239,9 +244,9 @@ class Ticker:
         rows = self.rows[self.decoding :]
         if not rows:
             return
-        slot = self.decoding
-        while slot < len(self.rows):
-            slot += self._prefill_pass(slot)
+        due = self._due()
+        while due:
+            self._prefill_pass(due)
         ready = [row for row in rows if not row.ids]
         # A thinker is looked at when it is done: what is not finite stays so, and to look takes as long as some calls.
         thinkers = [row for row in ready if row.thinking and row.steps]
@@ -260,11 +265,29 @@ class Ticker:
             else:
                 self._finish(row)
 
-    def _prefill_pass(self, slot: int) -> int:
-        """Prefills rows from `slot` on, as many as one pass takes; returns how many."""
-        left = [min(len(row.ids), self.chunk) for row in self.rows[slot:]]
-        together = max(1, bisect_right(list(accumulate(left)), self.pass_positions))
-        rows, counts = self.rows[slot : slot + together], left[:together]
+    def _due(self) -> dict[int, int]:
+        """How many positions this tick prefills, by slot.
+
+        Who decodes waits for it meanwhile, so it is about one pass then. Who came first goes first, wherever it lies: a
+        slot is taken over from whoever leaves.
+        """
+        due = {slot: min(len(self.rows[slot].ids), self.chunk) for slot in range(self.decoding, len(self.rows))}
+        if self.decoding:
+            in_turn = sorted(due, key=lambda slot: self.rows[slot].turn)
+            in_turn = in_turn[: _fitting((due[slot] for slot in in_turn), self.pass_positions)]
+            due = {slot: due[slot] for slot in sorted(in_turn)}
+        return due
+
+    def _prefill_pass(self, due: dict[int, int]) -> None:
+        """Prefills the first of these slots, as many as lie behind each other and fit into one pass.
+
+        Args:
+            due: Positions by slot, in order; what was prefilled is taken off.
+        """
+        first = min(due)
+        slots = [slot for at, slot in enumerate(due, first) if slot == at]
+        slots = slots[: _fitting((due[slot] for slot in slots), self.pass_positions)]
+        rows, counts = [self.rows[slot] for slot in slots], [due[slot] for slot in slots]
         if self.model.decoder_fault:
             # It pads. The width that wastes least: a wide pass pads the short rows, a narrow one leaves passes to come.
             width = max(
@@ -279,17 +302,20 @@ class Ticker:
                 embeds[end - n : end] = row.embeds[:n]
                 row.embeds = row.embeds[n:]
         ragged = Ragged(counts, [row.position for row in rows], self.model.device)
-        self.cache.window = Window(slice(slot, slot + together), self.cache.capacity, ragged)
+        self.cache.window = Window(slice(first, first + len(rows)), self.cache.capacity, ragged)
         masks = self.model.masks(ragged, [row.holes for row in rows])
         last_only = not any(row.keep_hidden for row in rows)
-        hidden = self.model.hidden(embeds, ragged.cells, masks, self.cache, last_only)
+        with self.model.threads.taken(len(embeds)):
+            hidden = self.model.hidden(embeds, ragged.cells, masks, self.cache, last_only)
         self.prefilled += ends[-1]
         for i, (row, n, end) in enumerate(zip(rows, counts, ends, strict=True)):
             row.position += n
             row.hidden = hidden[i if last_only else end - 1]
             if row.keep_hidden:
                 row.prefilled.append(hidden[end - n : end].clone())  # a view would keep those of all rows
-        return together
+            due[first + i] -= n
+            if not due[first + i]:
+                del due[first + i]
 
     def _decode(self) -> None:
         rows = self.rows[: self.decoding]
@@ -300,7 +326,8 @@ class Ticker:
         if speaking:
             self.feedback.tokens[: len(rows)] = torch.tensor([0 if row.thinking else row.tokens[-1] for row in rows])
         length = 1 + max(row.position for row in rows)
-        step = self.feedback.step(len(rows), length, thinking=bool(thinking), speaking=bool(speaking))
+        with self.model.threads.taken(len(rows)):
+            step = self.feedback.step(len(rows), length, thinking=bool(thinking), speaking=bool(speaking))
         for row, fed, state in zip(rows, step.inputs, step.hidden, strict=True):
             row.position += 1
             row.hidden = state
@@ -312,16 +339,15 @@ class Ticker:
                 row.on_step(len(row.thoughts))
         # The last token of a text is fed as well, so that whoever reads the memory finds it whole.
         over = [row for row in rows if row.finish or (row.thinking and len(row.thoughts) == row.steps)]
-        going_on = [row for row in speaking if not row.finish]
-        sound = self._sound([row for row in going_on if row.sampler is not None])  # there is no sample of NaN
-        self._sample([row for row in going_on if row.sampler is None] + sound)
+        self._sample([row for row in speaking if not row.finish])
         for row in reversed(self._sound(over)):  # whoever comes last leaves without another one being moved
             self._finish(row)
 
     def _sample(self, rows: list[Row]) -> None:
         if not rows:
             return
-        logits = self.model.logits(torch.stack([row.hidden for row in rows]))
+        states = torch.stack([row.hidden for row in rows])
+        logits = self.model.logits(states)
         choices = logits.argmax(-1)
         alike: dict[tuple[float, int | None, float], list[tuple[int, Sampler]]] = {}
         for i, row in enumerate(rows):
@@ -332,9 +358,14 @@ class Ticker:
             found = shares(torch.stack([logits[i] for i, _ in samplers]), *how)
             for (i, sampler), own in zip(samplers, found, strict=True):
                 choices[i] = sampler(own)
-        self.spoken += len(rows)
-        for row, token in zip(rows, choices.tolist(), strict=True):
+        # Of states: a head may give -inf of its own accord. Told with the choices, for which the host waits anyway.
+        sound = _sums(states).isfinite().to(choices.device)
+        for row, token in zip(rows, torch.where(sound, choices, -1).tolist(), strict=True):
+            if token < 0:
+                self._overflowed(row)
+                continue
             assert row.sampling is not None
+            self.spoken += 1
             row.tokens.append(token)
             text = row.text.push(token)
             if token in self.model.eos or row.text.stopped:
@@ -345,24 +376,27 @@ class Ticker:
                 row.on_token(Spoken(token, text))
 
     def _sound(self, rows: list[Row]) -> list[Row]:
-        """Those whose last hidden state is finite; the others end here.
+        """Those whose last hidden state is finite; the others end here."""
+        if not rows:
+            return []
+        finite = list(map(math.isfinite, _sums(torch.stack([row.hidden for row in rows])).tolist()))
+        for row, sound in zip(rows, finite, strict=True):
+            if not sound:
+                self._overflowed(row)
+        return [row for row, sound in zip(rows, finite, strict=True) if sound]
+
+    def _overflowed(self, row: Row) -> None:
+        """Ends a row whose last hidden state is not finite.
 
         In a narrow dtype a prompt can make a model overflow. Whatever comes after an infinite key or value is none of
         the model's, and left in a slot it would reach the next row there: a weight of 0 times NaN is NaN.
         """
-        if not rows:
-            return []
-        sums = torch.stack([row.hidden for row in rows]).sum(-1, dtype=torch.float32).tolist()
-        finite = list(map(math.isfinite, sums))
-        for row, sound in zip(rows, finite, strict=True):
-            if not sound:
-                self._leave(self.rows.index(row), blank=True)
-                error = EngineFailed(
-                    f"The model made infinite numbers or NaN of this in {self.model.dtype}; take dtype='bfloat16' or "
-                    "'float32', or another prompt."
-                )
-                self._ended.append((row, error))
-        return [row for row, sound in zip(rows, finite, strict=True) if sound]
+        self._leave(self.rows.index(row), blank=True)
+        error = EngineFailed(
+            f"The model made infinite numbers or NaN of this in {self.model.dtype}; take dtype='bfloat16' or "
+            "'float32', or another prompt."
+        )
+        self._ended.append((row, error))
 
     def _finish(self, row: Row) -> None:
         slot = self.rows.index(row)
@@ -413,3 +447,13 @@ class Ticker:
             self._left[b] = row_b
         self.feedback.move(b, a)
         self.rows[a], self.rows[b] = row_b, row_a
+
+
+def _fitting(counts: Iterable[int], room: int) -> int:
+    """How many of them, from the first on, add up to at most `room`; the first one in any case."""
+    return max(1, bisect_right(list(accumulate(counts)), room))
+
+
+def _sums(states: Tensor) -> Tensor:
+    """Of hidden states [rows, hidden], one number each that is finite if they are."""
+    return states.sum(-1, dtype=torch.float32)

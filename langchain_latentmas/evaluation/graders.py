@@ -41,7 +41,8 @@ EXPRESSION = rf"""
 # What an answer stands behind; "must answer 10 questions" is none.
 _MARK = r"(?:answer[*_]*+(?:\s++is\b\s*+:?+|\s*+[:=])|(?m:^)[ \t*_]*+(?:final\s++)?+answer\b)"
 MARKED = re.compile(
-    rf"(?:\#\#\#\#|{_MARK})[*_$€£\s]*+(?:\\[(\[]\s*+)?+(?:[a-z]\s*+=\s*+)?+[$€£]?+({EXPRESSION})",
+    rf"(?:\#\#\#\#|{_MARK})[*_$€£\s]*+(?:\\[(\[]\s*+)?+(?:[a-z]\s*+=\s*+)?+[$€£]?+"
+    rf"({EXPRESSION}(?:[ \t*_$,]*+\bor\b[ \t*_$€£]*+(?:{EXPRESSION}))*+)",  # "18 or 20" is neither
     re.IGNORECASE | re.VERBOSE,
 )
 _TEXT = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf)\s*\{([^{}]*)\}"

@@ -1,9 +1,9 @@
 """Runs programs that nobody has read: no network, nothing outside of a folder of their own, limits on everything else.
 
-Each program is one process that has locked itself in before it starts (`guard.py`): it has no environment, starts no
-process or thread, opens no socket, sends no signal, and sees no file but Python's own and those in its folder. The
-kernel of Linux enforces that without root (seccomp since 3.5, Landlock since 5.13). What a platform cannot enforce is
-logged, and stands in `Outcome.missing`.
+Each program is one process that has locked itself in before it starts (`guard.py`): it has nothing of our environment,
+starts no process or thread, opens no socket, sends no signal, and sees no file but Python's own and those in its
+folder. The kernel of Linux enforces that without root (seccomp since 3.5, Landlock since 5.13). What a platform cannot
+enforce is logged, and stands in `Outcome.missing`.
 """
 
 import functools

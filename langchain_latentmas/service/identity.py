@@ -144,7 +144,8 @@ class _Ring:
     """Keys, and the file that they are from; when that is rotated, the fresh key comes in."""
 
     def __init__(self, keys: Sequence[RetiredKey], path: Path | None = None) -> None:
-        self._path, self._seen, self._looked = path, _version(path), time.monotonic()
+        self._path, self._looked = path, time.monotonic()
+        self._read = self._named = _version(path)
         self._all = list(keys) if path is None else _keys(path)
         self._lock = threading.Lock()  # who comes while another one reads fresh keys waits for them
 
@@ -155,13 +156,16 @@ class _Ring:
         """Looks at the file: another list than before if that has other keys, unless it cannot be read."""
         with self._lock:
             self._looked = time.monotonic()
-            if self._path is None or (version := _version(self._path)) == self._seen:
+            if self._path is None or (version := _version(self._path)) == self._read:
                 return self._all
-            self._seen = version  # so that a file at fault is named once
             try:
-                self._all = _keys(self._path)
-            except (InvalidRequest, OSError) as error:
-                logger.error("the signing key has changed and cannot be read; the one before stays in use: %s", error)
+                self._all, self._read = _keys(self._path), version
+            except (InvalidRequest, OSError) as error:  # it is tried again: what mends it may leave it as old as it was
+                if version != self._named:
+                    self._named = version
+                    logger.error(
+                        "the signing key has changed and cannot be read; the one before stays in use: %s", error
+                    )
             else:
                 logger.info("a fresh signing key is in use", extra={"fields": {"key": str(self._path)}})
             return self._all
@@ -226,7 +230,8 @@ def rotate_key(path: Path, keep: float) -> None:
     if not keep >= 0:
         raise InvalidRequest(f"References cannot be kept readable for {keep} seconds; give 0 or more.")
     current, *retired = _keys(path)
-    keys = [RetiredKey(current.key, time.time() + keep), *retired]
+    until = time.time() + keep if keep else 0.0  # at once, also where a clock is behind
+    keys = [RetiredKey(current.key, until), *retired]
     lines = [secrets.token_hex(KEY_BYTES), *(f"{old.key.hex()} {old.until // 1:.0f}" for old in keys)]
     fresh = _written(path, "\n".join(lines))
     fresh.replace(path)

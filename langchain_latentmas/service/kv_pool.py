@@ -5,7 +5,6 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from itertools import takewhile
 from typing import TypeVar, cast
@@ -86,17 +85,21 @@ class KVPool:
     def keep(self, key: str, kv: AnyKV) -> AnyKV:
         """Takes in the KV of a new memory, or of one that came back; others may have to leave the device for it.
 
+        That of a memory which was dropped meanwhile, or whose recipe is damaged, is not taken in.
+
         Returns:
             The KV as its readers get it.
         """
         kept = kv = kv.packed() if self.packed else kv
         with self._lock:
             self.spilled.pop(key)
+            try:
+                recipe = self._recipe(key)
+            except (UnknownReference, StoreCorrupted):  # `forget` has been here, and does not come again
+                return kept
             leaving = self.kept.put(key, kv)
             if not self.packed:  # what is computed anew on rounded keys would depend on who came before
-                with suppress(UnknownReference, StoreCorrupted):  # dropped, or damaged, meanwhile
-                    recipe = self._recipe(key)
-                    self._prefixes.add(key, (recipe.model, *recipe.parents), recipe.segment.prompt_ids)
+                self._prefixes.add(key, (recipe.model, *recipe.parents), recipe.segment.prompt_ids)
             for old, _ in leaving:
                 self._prefixes.remove(old)
             cpu = [torch.device("cpu")] * len(kv[0])

@@ -28,7 +28,7 @@ from .base import LensRow
 from .budget import Budget
 from .identity import Signer
 from .kv_pool import KVPool
-from .memory import Layout, Memory, MergeMode
+from .memory import Layout, Memory, MergeMode, Recipe
 from .recipes import Bytes, RecipeService, RecipeSettings
 from .spill import Spill
 from .transfer import read_memory, write_memory
@@ -254,13 +254,18 @@ class LocalService(RecipeService):
                 f"{model.name} ({model.fingerprint}); load that model."
             )
         exported.check(model.config.vocab_size, model.max_positions)
+
+        def stored(recipe: Recipe, fresh: bool) -> None:
+            if fresh:  # another process may have dropped what is still in memory here under this id
+                self._forget([recipe.id])
+
         most = 0
         for recipe in exported.recipes:
             own = recipe.segment
             sizes = len(own.prompt_ids), len(own.thoughts), len(own.spoken_ids)
             most += self._store.most_bytes(own.agent, recipe.parents, *sizes)
         with self._store.room(most):  # what is known here already stays as it is
-            self._store.put_all(exported.recipes)
+            self._store.put_all(exported.recipes, stored)
         last = exported.recipes[-1]
         return self.signed_ref(last.id, last.segment.agent, last.parents, len(last.segment.thoughts))
 
@@ -410,7 +415,8 @@ class LocalService(RecipeService):
 
         if packed:
             made_for["kv_dtype"] = "int8"
-        return Spill(folder, self.settings.kv_disk_budget, self._signer.timeless(), made_for, blank)
+        limit, signer = self.settings.kv_disk_budget, self._signer.timeless()
+        return Spill(folder, limit, signer, made_for, blank, known=self._store.ids())
 
 
 def _of_the_model(settings: LocalSettings) -> dict[str, Any]:

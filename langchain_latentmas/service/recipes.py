@@ -31,6 +31,7 @@ from ..engine.sampling import Sampling
 from ..engine.tick import Result, Row, Spoken
 from ..errors import (
     ContextTooLong,
+    DroppedReference,
     InvalidRequest,
     ModelNotSupported,
     ServiceClosed,
@@ -406,9 +407,12 @@ class RecipeService(LatentService):
     def drop(self, ref: LatentRef) -> None:
         """See `LatentService.drop`."""
         try:
-            key = _stored(self.verify([ref])[0])
+            self.verify([ref])
+        except DroppedReference:
+            pass  # whoever dropped it may have been stopped before it was removed
         except UnknownReference:
             return
+        key = _stored(ref["id"])
         self._forget([key, *self._retention.drop(key)])
 
     def collect(self) -> int:
@@ -673,7 +677,9 @@ class _Request:
         inbox: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         row = self._row(partial(Mailbox.of(loop).put, loop, inbox), notify)
-        with self.room():
+        if not self.service._store.counted:
+            await asyncio.to_thread(self.service._store.count)
+        with self.room(counted=True):
             try:
                 if self.service._starts_at_once(self.layout):
                     self._start(row)
@@ -703,15 +709,16 @@ class _Request:
 
         return self.service._store.put_soon(made, stored)
 
-    def room(self) -> AbstractContextManager[None]:
-        """Holds room in the store for what comes of it.
+    def room(self, counted: bool = False) -> AbstractContextManager[None]:
+        """Holds room in the store for what comes of it; see `RecipeStore.room`.
 
         Raises:
             StoreFull: If there is not that much.
         """
         spoken = self.sampling.max_tokens if self.sampling else 0
         store = self.service._store
-        return store.room(store.most_bytes(self.agent, self.parents, len(self.prompt_ids), self.steps, spoken))
+        most = store.most_bytes(self.agent, self.parents, len(self.prompt_ids), self.steps, spoken)
+        return store.room(most, counted)
 
     def last_chunk(self, result: Result) -> "Future[Chunk]":
         """What closes a stream of chunks, once its recipe is stored."""
@@ -820,9 +827,19 @@ def _sampling(values: dict[str, Any]) -> Sampling:
 
 def _as_messages(messages: LanguageModelInput) -> list[dict[str, Any]]:
     listed = as_openai(messages)
+    # By order: a random id that a template prints would make another memory of the same words, and Mistral's take nine
+    # letters or digits.
+    numbers: dict[str, str] = {}
+
+    def numbered(id: Any) -> str:
+        return numbers.setdefault(str(id), f"{len(numbers):09d}")
+
     for message in listed:
         for call in message.get("tool_calls") or ():  # templates want the arguments as an object
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+            call["id"] = numbered(call.get("id"))
+        if "tool_call_id" in message:
+            message["tool_call_id"] = numbered(message["tool_call_id"])
     return listed
 
 

@@ -35,6 +35,7 @@ class Retention:
             raise InvalidRequest("keep_for needs a folder as store; other stores know no age.")
         self.store, self.keep_for = store, keep_for
         self._headers: dict[str, Header] = {}
+        self._spared: set[str] = set()  # ids that recipes which cannot be verified may descend from
         # Of whoever reads the store or looks at `_headers`, so that nothing is read twice; taken before the store's.
         self._reading = threading.RLock()
 
@@ -57,9 +58,16 @@ class Retention:
         return self.store.folder.touched(header.id + RECIPE) if self.store.folder else header.made
 
     def pin(self, key: str, pinned: bool) -> None:
-        """Sets or takes away the mark that spares a recipe from age."""
+        """Sets or takes away the mark that spares a recipe from age.
+
+        Raises:
+            UnknownReference: If it is to be set, and the recipe is not there.
+            DroppedReference: Likewise, if it was dropped.
+        """
         with self.store.locked():
             if pinned:
+                self.store.size_of(key)  # raises where another process has removed it since it was verified
+                self.store.check_not_dropped(key)
                 self.store.store.mset([(key + PINNED, b"")])
             else:
                 self.store.store.mdelete([key + PINNED])
@@ -113,8 +121,8 @@ class Retention:
             return True
 
     def _remove(self, staying: Iterable[str]) -> list[str]:
-        """Removes all but these and what they descend from."""
-        needed, stack = set[str](), list(staying)
+        """Removes all but these, what they descend from, and what recipes that cannot be verified may."""
+        needed, stack = set[str](), [*staying, *self._spared]
         while stack:
             key = stack.pop()
             if key not in needed and key in self._headers:
@@ -142,6 +150,7 @@ class Retention:
             found = {name.removesuffix(RECIPE) for name in names if name.endswith(RECIPE)}
             for key in self._headers.keys() - found:
                 del self._headers[key]
+            self._spared = set()
             for key in found - self._headers.keys():
                 try:
                     self._headers[key] = self.store.header(key)  # what goes meanwhile is forgotten the next time
@@ -149,4 +158,16 @@ class Retention:
                     pass
                 except StoreCorrupted as error:  # whoever asks for it by its id finds out
                     logger.warning("the recipe of %s is passed over: %s", key, error)
+                    self._spared |= self._named(key, found)
             return names
+
+    def _named(self, key: str, found: set[str]) -> set[str]:
+        """What a recipe that fails its checks may descend from; another process may have the key or the version for it.
+
+        Nothing else in it is believed, so that a forged one keeps a few files at most.
+        """
+        try:
+            return self.store.named(key)
+        except StoreCorrupted:
+            logger.warning("nothing is removed while the recipe of %s cannot be opened", key)
+            return found

@@ -127,7 +127,7 @@ class ServeSettings(BaseSettings):
             return Gathered(**flags)
         except ValidationError as error:
             raise InvalidRequest(f"{first_fault(error)}. Settings: {', '.join(cls.model_fields)}.") from None
-        except ValueError as error:  # the file is no TOML, or the environment no JSON
+        except (ValueError, OSError) as error:  # the file is no TOML or not ours, or the environment no JSON
             raise InvalidRequest(f"The settings cannot be read: {error}") from error
 
     @classmethod

@@ -1,5 +1,6 @@
 """The service that is taken where none is given: one per name and process."""
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -68,17 +69,17 @@ class SharedSettings(BaseSettings):
         return {"store": self.store, **self.options} if name.startswith("vllm") else {}
 
 
-_services: dict[tuple[str, str | None, str], LatentService] = {}
+_services: dict[tuple[int, str, str | None, str], LatentService] = {}  # by process: a fork takes no threads along
 _loading = threading.Lock()  # one at a time: meanwhile transformers changes torch's default dtype, for all threads
 
 
 def loaded(name: str | None = None, device: str | None = None, dtype: str | None = None) -> LatentService | None:
     """What `shared_service` would return if it has nothing to load, else None; waits for nothing."""
-    return _services.get(SharedSettings().key(name, device, dtype))
+    return _usable(SharedSettings().key(name, device, dtype))
 
 
 def shared_service(name: str | None = None, device: str | None = None, dtype: str | None = None) -> LatentService:
-    """The process-wide service of a name, device and dtype, loaded with the first call.
+    """The process-wide service of a name, device and dtype, loaded with the first call, and anew once it was closed.
 
     Args:
         name: What `LatentService.load` takes; None takes `LATENTMAS_SERVICE`, else the bundled model.
@@ -92,9 +93,15 @@ def shared_service(name: str | None = None, device: str | None = None, dtype: st
     """
     settings = SharedSettings()
     key = settings.key(name, device, dtype)
-    if (service := _services.get(key)) is not None:  # whatever else is being loaded, which may take minutes
+    if (service := _usable(key)) is not None:  # whatever else is being loaded, which may take minutes
         return service
     with _loading:
-        if key not in _services:
-            _services[key] = LatentService.load(key[0], **settings.loading(key[0], device, dtype))
-        return _services[key]
+        if (service := _usable(key)) is None:
+            service = LatentService.load(key[0], **settings.loading(key[0], device, dtype))
+            _services[os.getpid(), *key] = service
+        return service
+
+
+def _usable(key: tuple[str, str | None, str]) -> LatentService | None:
+    service = _services.get((os.getpid(), *key))
+    return None if getattr(service, "_closed", False) else service

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class Spill:
         signer: Signer,
         made_for: Mapping[str, str],
         blank: Callable[[int], AnyKV],
+        known: Container[str],
     ) -> None:
         """Opens a folder and takes over the files that an earlier process left there.
 
@@ -55,8 +56,9 @@ class Spill:
             made_for: What the KV depends on besides the id, such as the dtype; files made for anything else are
                 refused.
             blank: A KV of so many positions as it has to be, on the meta device.
+            known: Ids of the memories that there are; files of others are removed.
         """
-        self.folder, self.refused = folder, 0
+        self.folder, self.refused, self._process = folder, 0, os.getpid()
         self._signer, self._made_for, self._blank = signer, dict(made_for), blank
         self._waiting: dict[str, AnyKV] = {}
         self._waiting_bytes = 0
@@ -74,7 +76,10 @@ class Spill:
             for half in folder.glob(".*.part"):
                 half.unlink(missing_ok=True)
             for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime):
-                self._count(path.name.removesuffix(SUFFIX), path.stat().st_size)
+                if (key := path.name.removesuffix(SUFFIX)) in known:
+                    self._count(key, path.stat().st_size)
+                else:
+                    path.unlink()
 
     def __contains__(self, key: str) -> bool:
         return key in self._waiting or key in self.files
@@ -107,8 +112,10 @@ class Spill:
             damaged, or made for another model, dtype or kind of merge.
 
         Raises:
-            ServiceClosed: If it was closed.
+            ServiceClosed: If it was closed, or opened before this process was forked.
         """
+        if os.getpid() != self._process:  # its thread is not there
+            raise ServiceClosed("The service was loaded before the process was forked; load it in the new one.")
         with self._lock:
             waiting = self._waiting.get(key)
         if waiting is not None:

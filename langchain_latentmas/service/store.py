@@ -32,7 +32,7 @@ from ..errors import (
     first_fault,
 )
 from .alteration import original
-from .envelope import OVERHEAD, Envelope, Kind
+from .envelope import MAX_HEADER, OVERHEAD, Envelope, Kind
 from .identity import MAX_AGENT, MAX_PARENTS, Signer, memory_id
 from .memory import Recipe, Segment
 from .private import FOLDER, flush, private
@@ -46,6 +46,7 @@ TOGETHER = 128  # recipes that are written together; as many files are open at a
 FLUSHERS = 8  # flushes under way at a time, which a disk does as one
 RECIPE, PINNED, DROPPED = ".recipe", ".pinned", ".dropped"
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_ID = re.compile(rb"lat_[0-9a-f]{32}")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 A = TypeVar("A")
 
@@ -68,7 +69,7 @@ class FolderStore(BaseStore[str, bytes]):
         self.folder = Path(folder)
         self._inside = os.path.join(folder, "")  # paths are made of strings: `Path` takes longer than the disk
         self.folder.mkdir(FOLDER, parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / ".lock", mode=0o600)
+        self._lock, self._process = FileLock(self.folder / ".lock", mode=0o600), os.getpid()
         self._thread_lock, self._depth = threading.RLock(), 0
         self._flushers = ThreadPoolExecutor(FLUSHERS - 1, "latentmas-flush")
         with self.locked():
@@ -80,8 +81,9 @@ class FolderStore(BaseStore[str, bytes]):
         """Keeps all others, threads and processes, from writing; may be nested.
 
         Raises:
-            StoreBusy: If it does not become free within a minute.
+            StoreBusy: If it does not become free within a minute, or the folder was opened before a fork.
         """
+        _refuse_after_a_fork(self._process)  # another thread may have held the lock
         until = time.monotonic() + LOCK_SECONDS
         if not self._thread_lock.acquire(timeout=LOCK_SECONDS):
             raise self._busy()
@@ -102,7 +104,7 @@ class FolderStore(BaseStore[str, bytes]):
         """Reads files; None for a key that is not there.
 
         Raises:
-            StoreCorrupted: If a file is larger than any recipe can be.
+            StoreCorrupted: If a file cannot be opened, or is larger than any recipe can be.
         """
         return [self._read(self._path(key)) for key in keys]
 
@@ -231,11 +233,15 @@ class FolderStore(BaseStore[str, bytes]):
 
     @staticmethod
     def _read(path: str) -> bytes | None:
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) > MAX_VALUE:
-                raise StoreCorrupted(f"it has {size} bytes, more than any recipe")
-            return file.read(size)
-        return None
+        try:
+            with open(path, "rb") as file:
+                if (size := os.fstat(file.fileno()).st_size) > MAX_VALUE:
+                    raise StoreCorrupted(f"it has {size} bytes, more than any recipe")
+                return file.read(size)
+        except FileNotFoundError:
+            return None
+        except (PermissionError, IsADirectoryError) as error:  # a fault of this file; others end the call
+            raise StoreCorrupted(f"it cannot be opened ({error.strerror})") from error
 
 
 class Header(BaseModel):
@@ -318,16 +324,18 @@ class RecipeStore:
             yield
 
     @contextlib.contextmanager
-    def room(self, nbytes: int) -> Iterator[None]:
+    def room(self, nbytes: int, counted: bool = False) -> Iterator[None]:
         """Holds room for a recipe that is still being made.
 
         Args:
             nbytes: From `most_bytes`.
+            counted: Whether `count` was called just now; else it is called here.
 
         Raises:
             StoreFull: If there is not that much.
         """
-        self._count()
+        if not counted:
+            self.count()
         with self._room_lock:
             self._check_room(nbytes + self._reserved)
             self._reserved += nbytes
@@ -346,8 +354,30 @@ class RecipeStore:
     @property
     def nbytes(self) -> int | None:
         """Bytes of all files of a folder; None for other stores."""
-        self._count(always=True)
+        self.count(always=True)
         return self._used if self.folder else None
+
+    @property
+    def counted(self) -> bool:
+        """Whether `count` has nothing to do."""
+        with self._room_lock:
+            return self.folder is None or self.budget is None or self._writing or self._counted == self.folder.changed
+
+    def count(self, always: bool = False) -> None:
+        """Sees to it that the bytes in use are known, where there is a budget for them, or `always`.
+
+        To look at all files of a folder may take long: no event loop calls it, and nobody who holds the room's lock.
+        """
+        if self.folder is None or not (always or self.budget is not None):
+            return
+        with self._room_lock:
+            known = self._counted
+            if self._writing or known == self.folder.changed:
+                return
+        changed, used = self.folder.changed, self.folder.nbytes
+        with self._room_lock:
+            if not self._writing and self._counted == known:  # else somebody else was faster
+                self._counted, self._used = changed, used
 
     def put(self, recipe: Recipe) -> Recipe:
         """Writes a recipe; when this returns, a durable store has it.
@@ -361,13 +391,21 @@ class RecipeStore:
             DroppedReference: If a parent is no longer there.
             StoreFull: If there is no room.
         """
-        return self.put_all([recipe])[0]
+        return self.put_all([recipe], lambda there, _: there)[0]
 
-    def put_all(self, recipes: Sequence[Recipe]) -> list[Recipe]:
-        """Like `put` for many, each behind its parents; they are written together."""
+    def put_all(self, recipes: Sequence[Recipe], then: Callable[[Recipe, bool], A]) -> list[A]:
+        """Like `put` for many, each behind its parents; they are written together.
 
-        def begun(recipe: Recipe) -> "Future[Recipe]":
-            return self.put_soon(lambda: recipe, lambda there, _: there)
+        Args:
+            recipes: What is written.
+            then: As `put_soon` takes it.
+
+        Returns:
+            What `then` returns of each.
+        """
+
+        def begun(recipe: Recipe) -> "Future[A]":
+            return self.put_soon(lambda: recipe, then)
 
         puts = list(map(begun, recipes))
         wait(puts)  # also where one fails: the others are written in the room that whoever calls holds
@@ -383,8 +421,7 @@ class RecipeStore:
         Returns:
             A future of what `then` returns, or of what `put` would raise.
         """
-        if os.getpid() != self._process:  # its thread is not there
-            raise StoreBusy("This store was opened before the process was forked; load the service in the new one.")
+        _refuse_after_a_fork(self._process)  # the thread that writes is not there
         put = _Put(made, then, Future[A]())
         with self._waiting_lock:
             self._waiting.append(put)
@@ -421,6 +458,19 @@ class RecipeStore:
         """
         return self._open(key)[0]
 
+    def named(self, key: str) -> set[str]:
+        """Ids that stand at the beginning of a recipe, whoever signed it and whatever became of the rest.
+
+        Raises:
+            StoreCorrupted: If it cannot be opened.
+        """
+        value = self.store.mget([key + RECIPE])[0] or b""
+        return {named.decode() for named in _ID.findall(value, 0, OVERHEAD + MAX_HEADER)}
+
+    def ids(self) -> set[str]:
+        """Those of all recipes, also where they cannot be read."""
+        return {name.removesuffix(RECIPE) for name in self.store.yield_keys() if name.endswith(RECIPE)}
+
     def check(self, keys: Sequence[str]) -> None:
         """Makes sure that references can be used, and notes that they are.
 
@@ -429,12 +479,20 @@ class RecipeStore:
             DroppedReference: If one was dropped.
         """
         for key in keys:
-            if self._has(key + DROPPED):
-                raise DroppedReference(f"The memory {key} was dropped; run the graph again to make it anew.")
+            self.check_not_dropped(key)
             if self.folder:
                 if not self._has(key + RECIPE):
                     raise self._unknown(key)
                 self.folder.touch(key + RECIPE)
+
+    def check_not_dropped(self, key: str) -> None:
+        """Makes sure that a recipe was not dropped.
+
+        Raises:
+            DroppedReference: If it was.
+        """
+        if self._has(key + DROPPED):
+            raise DroppedReference(f"The memory {key} was dropped; run the graph again to make it anew.")
 
     def renew(self, key: str) -> None:
         """Makes a reference as good as one just made: used now, and no longer dropped.
@@ -535,7 +593,7 @@ class RecipeStore:
                 return there, False
         self._check_parents(recipe, fresh)
         value = self._sealed(recipe)
-        self._count()
+        self.count()
         with self._room_lock:
             self._check_room(len(value) + sum(len(other) for _, other in fresh.values()))
         fresh[recipe.id] = recipe, value
@@ -624,22 +682,6 @@ class RecipeStore:
         logger.warning("the recipe of %s cannot be read and was moved to %s", key, to)
         return f"It was moved to {to}. "
 
-    def _count(self, always: bool = False) -> None:
-        """Sees to it that `_used` is right, where there is a budget for it, or `always`.
-
-        Whoever calls does not hold the lock: to look at all files of a folder may take long.
-        """
-        if self.folder is None or not (always or self.budget is not None):
-            return
-        with self._room_lock:
-            known = self._counted
-            if self._writing or known == self.folder.changed:
-                return
-        changed, used = self.folder.changed, self.folder.nbytes
-        with self._room_lock:
-            if not self._writing and self._counted == known:  # else somebody else was faster
-                self._counted, self._used = changed, used
-
     def _has(self, name: str) -> bool:
         return self.folder.has(name) if self.folder else self.store.mget([name])[0] is not None
 
@@ -660,6 +702,11 @@ class RecipeStore:
             f"The memory {key} is not in this service's store: it was made elsewhere, or dropped, or grew too old. "
             "Load the service with the store it was made in (store=...), or run the graph again."
         )
+
+
+def _refuse_after_a_fork(process: int) -> None:
+    if os.getpid() != process:
+        raise StoreBusy("This store was opened before the process was forked; load the service in the new one.")
 
 
 def _made(make: Callable[[], Recipe]) -> Recipe | Exception:

@@ -7,6 +7,9 @@ from torch import Tensor
 from langchain_latentmas.engine import alignment
 from langchain_latentmas.engine.alignment import RIDGE, Alignment
 
+from ..conftest import load_parts
+from ..support import MODELS
+
 
 @pytest.fixture
 def matrices() -> tuple[Tensor, Tensor]:
@@ -68,3 +71,27 @@ def test_a_large_vocabulary_is_summed_in_parts(
 
 def test_a_state_of_zeros_stays_finite(matrices: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(Alignment(*matrices, realign=True)(torch.zeros(1, 12).double()), torch.zeros(1, 12).double())
+
+
+def test_what_is_fed_for_a_token_counts_and_not_what_is_stored(
+    matrices: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, outputs = matrices
+    monkeypatch.setattr(alignment, "ROWS_AT_ONCE", 7)
+    made = Alignment(inputs, outputs, realign=True, embed=lambda ids: 8 * inputs[ids])
+    expected = Alignment(8 * inputs, outputs, realign=True)
+    assert made.weight is not None
+    torch.testing.assert_close(made.weight, expected.weight)
+    torch.testing.assert_close(made.norm, expected.norm)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_that_of_a_model_with_plain_embeddings_is_made_of_their_matrix_bit_by_bit(name: str) -> None:
+    model = load_parts(name, "float32")[0]
+    made = Alignment.of(model, realign=True)
+    plain = [each.weight.detach() for each in (model.get_input_embeddings(), model.get_output_embeddings())]
+    expected = Alignment(*plain, realign=True)
+    assert made.weight is not None
+    assert expected.weight is not None
+    assert torch.equal(made.weight, expected.weight)
+    assert torch.equal(made.norm, expected.norm)

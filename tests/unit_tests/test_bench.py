@@ -21,7 +21,9 @@ from langchain_latentmas.benchmark.shapes import SHAPES, build, parameters
 from langchain_latentmas.benchmark.targets import Target, targets
 from langchain_latentmas.benchmark.ticks import (
     Measured,
+    Published,
     Work,
+    _random_kv,
     floor_bytes,
     measure,
     memory_needed,
@@ -37,7 +39,9 @@ from langchain_latentmas.errors import EngineFailed, InvalidRequest
 from langchain_latentmas.evaluation.machine import machine
 from langchain_latentmas.service.local import LocalService
 
+from ..conftest import load_parts
 from ..support import PARITY
+from .test_model import GPT2, random_model
 
 GB = 10**9
 ROW = {"what", "rows", "positions", "ms", "gb_s", "floor_ratio", "full_lm_ratio"}
@@ -185,6 +189,32 @@ def test_every_loop_takes_its_turns(model: LanguageModel) -> None:
         assert min([*measured.engine, *measured.published]) > 0
         assert measured.row(1.0)["cuda_graphs"] == "off"
     assert len(copied) == 4
+
+
+def test_of_a_mixture_of_experts_those_that_a_row_takes_are_read() -> None:
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+    plain = random_model("mixtral", **experts).float()
+    model = LanguageModel(plain, load_parts("qwen3-tied", "float64")[1])
+    whole = sum(weight.nbytes for weight in plain.get_decoder().parameters())
+    inputs, head = plain.get_input_embeddings().weight.nbytes, plain.get_output_embeddings().weight.nbytes
+    idle = 2 * (8 - 2) * 3 * 64 * 64 * 4  # of each layer six experts, each three matrices
+    assert weight_bytes(model, "speak") == whole - inputs - idle + head
+    published = Published(model, Work("think", 3, 48), _random_kv(model, 8))
+    assert torch.equal(published.hidden, published.hidden[:1].expand(3, -1))  # and so do all of its rows
+
+
+KINDS = [("gpt2", GPT2), ("gpt_neox", {}), ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64})]
+
+
+@pytest.mark.parametrize(("kind", "config"), KINDS, ids=[kind for kind, _ in KINDS])
+def test_a_model_whose_configuration_names_no_heads_of_keys_is_measured(kind: str, config: dict[str, Any]) -> None:
+    plain = random_model(kind, **config).float()
+    del plain.config.num_key_value_heads  # which every random model is given
+    model = LanguageModel(plain, load_parts("qwen3-tied", "float64")[1])
+    model.eos = frozenset()
+    for what in ("think", "speak"):
+        measured = measure(model, Work(what, 2, 48), 1, Copy(model.device, size=1 << 16), [])  # type: ignore[arg-type]
+        assert len(measured.engine) == 1
 
 
 def test_cuda_graphs_that_were_given_up_are_told(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,13 @@ def test_a_template_that_presents_no_tools_is_told_so(llm: ChatLatentMAS) -> Non
         llm.bind_tools([Add]).invoke("Add 3.")
 
 
+def test_a_choice_of_none_presents_no_tools(scripted: Any) -> None:
+    llm = scripted(CALL)
+    message = llm.bind_tools([Add], tool_choice="none").invoke("Add 3.")
+    assert not message.tool_calls
+    assert message.usage_metadata == llm.invoke("Add 3.").usage_metadata
+
+
 @pytest.mark.parametrize("choice", ["Sub", {"type": "function", "function": {"name": "Sub"}}, {}])
 def test_a_choice_that_names_no_tool_is_refused(llm: ChatLatentMAS, choice: Any) -> None:
     with pytest.raises(InvalidRequest, match="is none of the tools: Add"):

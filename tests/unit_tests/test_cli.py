@@ -1,5 +1,6 @@
 """What the command line says before it loads anything, and how it loads."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from typer.testing import CliRunner
 from langchain_latentmas import LatentService, __version__
 from langchain_latentmas.cli import app
 from langchain_latentmas.commands.options import named
-from langchain_latentmas.commands.session import load
+from langchain_latentmas.commands.session import load, settled
 from langchain_latentmas.service.serving import ServeSettings
 
 
@@ -77,3 +78,9 @@ def test_an_unknown_option_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) ->
     assert result.exit_code == 2
     assert "InvalidRequest" in result.stderr
     assert "kv_buget" in result.stderr
+
+
+def test_no_collection_looks_through_what_was_there_when_a_command_began() -> None:
+    with settled():
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0

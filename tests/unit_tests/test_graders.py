@@ -230,6 +230,8 @@ def test_the_last_whole_box_counts(text: str, content: str | None) -> None:
         ("The answer is **18** (9 + 9).", "18"),
         ("The answer is 18! No doubt.", "18"),
         ("(The answer is 18)", "18"),
+        ("The answer is 18 or so.", "18"),
+        ("The answer is 3/4 or 0.75.", "0.75"),
     ],
 )
 def test_numbers_are_compared_by_value(text: str, answer: str) -> None:
@@ -256,6 +258,8 @@ def test_numbers_are_compared_by_value(text: str, answer: str) -> None:
         ("The answer is 3:4", "3"),
         ("The answer is 3.5/2", "3"),
         ("Answer: 1.5e3", "1.5"),
+        ("The answer is 18 or 20.", "18"),
+        ("The answer is $18, or $20.", "18"),
         ("I do not know.", "18"),
         ("", "18"),
         ("\\boxed{" * 100_000, "18"),

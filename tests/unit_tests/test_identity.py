@@ -1,4 +1,5 @@
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from langchain_latentmas import LatentRef
 from langchain_latentmas.errors import InvalidRequest, TamperedReference
-from langchain_latentmas.service.identity import Signer, checked_ref, key_file, memory_id
+from langchain_latentmas.service import identity
+from langchain_latentmas.service.identity import Signer, checked_ref, key_file, key_ring, memory_id, rotate_key
 
 from ..support import FIELDS
 
@@ -103,3 +105,31 @@ def test_a_key_file_with_something_else_in_it_is_refused(tmp_path: Path) -> None
 def test_a_short_key_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="16 bytes"):
         Signer(b"short")
+
+
+def test_a_fresh_key_that_cannot_be_read_yet_is_taken_once_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, fields = tmp_path / "key", {"a": 1}
+    key_file(path)
+    signer = key_ring(path)
+    monkeypatch.setattr(identity, "LOOK_SECONDS", 0)
+    rotate_key(path, keep=0)
+    fresh = key_ring(path).sign(fields)
+    path.chmod(0o640)  # stands for whatever refuses it, and leaves the file as old as it is
+    assert [signer.sign(fields) == fresh for _ in range(3)] == [False] * 3
+    path.chmod(0o600)
+    assert signer.sign(fields) == fresh
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+def test_a_key_that_is_refused_at_once_is_refused_by_a_clock_that_is_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, now = tmp_path / "key", time.time()
+    key_file(path)
+    signed = {"a": 1, "mac": key_ring(path).sign({"a": 1})}
+    rotate_key(path, keep=0)
+    monkeypatch.setattr(time, "time", lambda: now - 3600)
+    assert not key_ring(path).matches(signed)
+    assert key_ring(path).timeless().matches(signed)

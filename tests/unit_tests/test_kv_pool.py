@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from threading import Thread, current_thread
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import DynamicCache
 
 from langchain_latentmas import LatentRef
 from langchain_latentmas.engine.kv import KV
-from langchain_latentmas.errors import EngineFailed, StoreCorrupted
+from langchain_latentmas.errors import EngineFailed, StoreCorrupted, UnknownReference
 from langchain_latentmas.service.budget import Budget
 from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.memory import Memory, Recipe
@@ -294,6 +295,29 @@ def test_what_others_rebuild_while_recipes_are_read_is_not_rebuilt_again(
     assert kv_difference(found[0], before) < EXACT
     assert service.info()["prefilled"] - prefilled == refs[-1]["positions"]
     assert not service._pool._coming
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_what_is_dropped_while_it_is_rebuilt_is_not_kept(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch, kv_dtype: str
+) -> None:
+    service, gate = fresh_service(kv_dtype=kv_dtype), Gate()
+    ref, step = service.think(messages("Plan."), steps=2), service._ticker.step
+    service._pool.kept.clear()
+
+    def slow() -> None:
+        gate.wait()
+        step()
+
+    monkeypatch.setattr(service._ticker, "step", slow)
+    with ThreadPoolExecutor(1) as threads:
+        read = threads.submit(service.memory, ref)
+        assert gate.entered.wait(60)
+        service.drop(ref)
+        gate.open()
+        with pytest.raises(UnknownReference):
+            read.result(60)
+    assert service.info()["kv_segments"] == 0
 
 
 def test_shared_segments_are_kept_once(fresh_service: Fresh) -> None:

@@ -92,19 +92,67 @@ def test_what_is_not_exact_is_refused_before_weights_are_read(
         LatentService.load(folder_with(tmp_path, kind, **config))
 
 
-@pytest.mark.parametrize(
-    ("kind", "config"),
-    [
-        ("granite", {"logits_scaling": 8.0}),
-        ("cohere", {"logit_scale": 0.0625}),
-        ("gemma2", {"head_dim": 32, "sliding_window": 256, "final_logit_softcapping": 1.0}),
-    ],
-)
-def test_logits_and_positions_that_are_treated_in_some_other_way_are_seen_by_the_self_check(
-    kind: str, config: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_that_are_made_of_shapes_are_seen_by_the_self_check(dtype: torch.dtype) -> None:
+    """GPT-Neo takes the queries for the last cells in sight, whatever the mask says."""
+    layers = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 2}
     with pytest.raises(ModelNotSupported, match="computes something else in a ragged batch"):
-        LanguageModel(random_model(kind, **config), load_parts("qwen3-tied", "float64")[1])
+        LanguageModel(random_model("gpt_neo", **layers).to(dtype), load_parts("qwen3-tied", "float64")[1])
+
+
+AFTER_THE_HEAD = [
+    ("granite", {"logits_scaling": 8.0}),
+    ("hyperclovax", {"logits_scaling": 0.1}),
+    ("cohere", {"logit_scale": 0.0625}),
+    ("gemma2", {"head_dim": 32, "sliding_window": 256, "final_logit_softcapping": 2.0}),
+    ("nanochat", {"final_logit_softcapping": 1.0}),
+    ("llama", {}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize(("kind", "config"), AFTER_THE_HEAD, ids=[kind for kind, _ in AFTER_THE_HEAD])
+def test_logits_are_multiplied_and_capped_as_the_model_does_it(
+    kind: str, config: dict[str, Any], dtype: torch.dtype, exact: float
+) -> None:
+    plain = random_model(kind, **config).to(dtype)
+    model, ids = LanguageModel(plain, load_parts("qwen3-tied", "float64")[1]), torch.arange(30, 60)[None]
+    with torch.inference_mode():
+        hidden = plain.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        wanted = plain(input_ids=ids, use_cache=False).logits
+        assert relative(model.logits(hidden).double(), wanted.double()) < exact
+    assert (model._factor, model._cap) == (1, None) if kind == "llama" else (model._factor, model._cap) != (1, None)
+
+
+def test_a_model_that_makes_something_else_of_its_logits_is_refused_for_that() -> None:
+    model = random_model("llama")
+    forward = model.forward
+
+    def cubed(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.logits = out.logits**3
+        return out
+
+    model.forward = cubed
+    with pytest.raises(ModelNotSupported, match="something else of its hidden states than its output matrix"):
+        LanguageModel(model, load_parts("qwen3-tied", "float64")[1])
+
+
+def test_a_model_whose_embeddings_are_narrower_than_its_layers_is_refused() -> None:
+    model = random_model("opt", ffn_dim=64, word_embed_proj_dim=32)
+    with pytest.raises(ModelNotSupported, match="its embeddings are 32 wide and its layers 64"):
+        LanguageModel(model, load_parts("qwen3-tied", "float64")[1])
+
+
+@pytest.mark.parametrize("realign", [True, False])
+def test_a_thought_is_as_long_as_what_is_fed_for_a_token(realign: bool) -> None:
+    """Gemma's embeddings multiply their rows by the root of the width."""
+    model = LanguageModel(random_model("gemma", head_dim=32), load_parts("qwen3-tied", "float64")[1], realign=realign)
+    with torch.inference_mode():
+        fed = model.embed(torch.arange(model.config.vocab_size)).norm(dim=-1)
+        thoughts = model.alignment(torch.randn(3, 64).double())
+    assert fed.mean() > 5 * model.model.get_input_embeddings().weight.norm(dim=-1).mean()
+    torch.testing.assert_close(thoughts.norm(dim=-1), fed.mean().expand(3))
 
 
 @pytest.mark.parametrize(("kind", "config"), [("bloom", {}), ("falcon", {"alibi": True})])
@@ -118,6 +166,9 @@ ACCEPTED = [
     ("mistral", {"sliding_window": None}),
     ("qwen2", {}),
     ("gemma", {"head_dim": 32}),
+    ("gemma2", {"head_dim": 32, "sliding_window": 256}),
+    ("granite", {"logits_scaling": 8.0}),
+    ("cohere", {"logit_scale": 0.0625}),
     ("gpt_neox", {}),
     ("phi", {}),
     ("phi3", {}),

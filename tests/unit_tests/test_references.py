@@ -1,17 +1,23 @@
 """References in a store that stays: listed, pinned, dropped, grown old, and refused where there is no room."""
 
+import asyncio
 import os
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from langchain_core.stores import InMemoryByteStore
 
 from langchain_latentmas import LatentRef
 from langchain_latentmas.errors import DroppedReference, InvalidRequest, StoreFull, TamperedReference, UnknownReference
 from langchain_latentmas.service.local import LocalService
+from langchain_latentmas.service.store import FolderStore
+from langchain_latentmas.service.transfer import write_memory
 
 from ..conftest import Fresh
 from ..support import at_once, kv_copy, kv_difference, messages, say, wait_for
@@ -96,6 +102,21 @@ def test_what_nobody_descends_from_is_gone_and_so_is_its_kv(fresh_service: Fresh
     service.drop(critique)  # gone already
     with pytest.raises(TamperedReference):
         service.drop({**critique, "steps": 9})
+
+
+def test_a_drop_that_was_stopped_is_finished_when_it_is_repeated(
+    fresh_service: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = fresh_service(store=tmp_path)
+    plan, critique = two(service)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(service._retention, "_remove", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            service.drop(critique)
+    again = fresh_service(store=tmp_path)
+    again.drop(critique)
+    assert not list((tmp_path / "recipes").glob(f"{critique['id']}*"))
+    assert again.memory(plan).positions == plan["positions"]
 
 
 @pytest.mark.parametrize("descendant", [True, False])
@@ -217,6 +238,38 @@ async def test_a_full_store_refuses_in_an_event_loop(fresh_service: Fresh, tmp_p
     with pytest.raises(StoreFull):
         service.aspeak(PLAN)
     assert service.info()["ticks"] == 0
+
+
+async def test_an_event_loop_counts_no_files(
+    fresh_service: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, counted = fresh_service(store=tmp_path, store_budget="1GiB"), list[threading.Thread]()
+
+    def nbytes(store: FolderStore) -> int:
+        counted.append(threading.current_thread())
+        os.utime(store.folder, ns=(len(counted), len(counted)))  # others write all the time
+        return 0
+
+    monkeypatch.setattr(FolderStore, "nbytes", property(nbytes))
+    ref = await service.athink(PLAN, steps=1)
+    await service.asay(CHECK, [ref], max_tokens=2)
+    async for _ in await asyncio.to_thread(service.aspeak, CHECK, [ref], max_tokens=2):
+        pass
+    assert counted
+    assert threading.current_thread() not in counted
+
+
+def test_an_imported_memory_is_read_and_not_what_was_dropped_before_it(fresh_service: Fresh, tmp_path: Path) -> None:
+    one, other = fresh_service(store=tmp_path / "store"), fresh_service(store=tmp_path / "store")
+    ref = one.think(PLAN, steps=3)
+    before, recipe = kv_copy(other.memory(ref)), one._recipe(ref["id"])
+    one.drop(ref)
+    thoughts = recipe.segment.thoughts.flip(0)
+    file = write_memory([replace(recipe, segment=replace(recipe.segment, thoughts=thoughts))], None)
+    (tmp_path / "memory").write_bytes(b"".join(file))
+    memory = other.memory(other.import_memory(tmp_path / "memory"))
+    assert torch.equal(memory.segments[0].thoughts, thoughts)
+    assert kv_difference(memory, before) > 1e-3
 
 
 def test_an_imported_memory_is_written_together(

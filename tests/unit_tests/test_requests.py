@@ -7,12 +7,13 @@ import weakref
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.stores import InMemoryByteStore
 
@@ -603,3 +604,23 @@ def test_a_reference_read_from_json_is_as_good_as_the_one_that_was_written(fresh
     ref = service.think(PROMPT, steps=2)
     copied = LatentRef(**{**ref, "parents": list(ref["parents"])})  # type: ignore[typeddict-item]
     assert kv_equal(service.memory(copied), service.memory(ref))
+
+
+def test_calls_are_numbered_whatever_their_ids(fresh_service: Fresh) -> None:
+    template = (
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}"
+        "{% if call.id|length != 9 %}{{ raise_exception('nine') }}{% endif %}{{ call.id }} {% endfor %}"
+        "{% if m.tool_call_id %}answer {{ m.tool_call_id }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    service = fresh_service(chat_template=template)
+
+    def asked(*ids: str) -> list[BaseMessage]:
+        calls = [{"name": "add", "args": {}, "id": id} for id in ids]
+        answers = [ToolMessage(f"{i} ", tool_call_id=id) for i, id in reversed([*enumerate(ids)])]
+        return [HumanMessage("Add. "), AIMessage("", tool_calls=calls), *answers]
+
+    read = [service.token_ids(asked(*ids)) for ids in (("call_1", "call_2"), (str(uuid4()), "x"))]
+    assert read[0] == read[1]
+    text = service.model.tokenizer.decode(read[0])
+    assert [text.count(f"00000000{i}") for i in range(3)] == [2, 2, 0]
+    assert text.index("answer 000000001") < text.index("answer 000000000")

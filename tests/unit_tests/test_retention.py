@@ -1,5 +1,6 @@
 """What stays in a store, and that whatever stays can be read."""
 
+import errno
 import os
 import threading
 import time
@@ -8,16 +9,18 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.stores import InMemoryByteStore
 
-from langchain_latentmas.errors import InvalidRequest, UnknownReference
+from langchain_latentmas.errors import DroppedReference, InvalidRequest, UnknownReference
+from langchain_latentmas.service.identity import Signer
 from langchain_latentmas.service.retention import Retention
-from langchain_latentmas.service.store import DROPPED, RECIPE, FolderStore, Header, RecipeStore
+from langchain_latentmas.service.store import DROPPED, PINNED, RECIPE, FolderStore, Header, RecipeStore
 
 from ..support import at_once
-from .test_store import recipe, recipe_store
+from .test_store import HIDDEN, recipe, recipe_store, refuse
 
 DAY = 86400.0
 
@@ -142,6 +145,20 @@ def test_what_is_pinned_is_not_dropped(tmp_path: Path) -> None:
     assert not store.marked(key, DROPPED)
 
 
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_another_has_dropped_meanwhile_is_not_pinned(tmp_path: Path, folder: bool) -> None:
+    store = recipe_store(tmp_path if folder else None)
+    made, retention = family(store), Retention(store)
+    for name in ("plan", "loner"):
+        Retention(store).drop(made[name])
+    with pytest.raises(DroppedReference, match="dropped"):
+        retention.pin(made["plan"], True)
+    with pytest.raises(UnknownReference, match="store="):
+        retention.pin(made["loner"], True)
+    retention.pin(made["loner"], False)
+    assert not any(name.endswith(PINNED) for name in store.store.yield_keys())
+
+
 def test_what_another_process_makes_and_removes_is_seen(tmp_path: Path) -> None:
     store = recipe_store(tmp_path)
     retention = Retention(store)
@@ -243,6 +260,41 @@ def test_what_cannot_be_read_is_passed_over_and_left_where_it_is(tmp_path: Path)
     path.write_bytes(path.read_bytes()[:-1])
     assert ids(Retention(store)) == set(made.values()) - {made["loner"]}
     assert path.exists()
+
+
+@pytest.mark.parametrize("why", ["another key", "a later version", "cut"])
+def test_what_cannot_be_verified_keeps_what_it_descends_from(tmp_path: Path, why: str) -> None:
+    store, theirs = recipe_store(tmp_path), RecipeStore(FolderStore(tmp_path), Signer(b"x" * 32), HIDDEN, torch.float32)
+    made, retention = family(store), Retention(store, timedelta(days=1))
+    child = (theirs if why == "another key" else store).put(recipe(9, parents=(made["critique"] + ".zeroed",)))
+    path = tmp_path / (child.id + RECIPE)
+    file = path.read_bytes()
+    path.write_bytes({"a later version": file[:8] + b"\2\0" + file[10:], "cut": file[:-1]}.get(why, file))
+    for key in made.values():
+        os.utime(tmp_path / (key + RECIPE), (0, 0))
+    assert retention.drop(made["answer"]) == [made["answer"]]
+    assert retention.drop(made["critique"]) == []
+    assert set(retention.collect()) == {made["aside"], made["loner"]}
+    assert left(store, made) == {"plan", "critique"}
+    path.unlink()
+    assert set(retention.collect()) == {made["plan"], made["critique"]}
+
+
+def test_while_one_cannot_be_opened_the_others_are_listed_and_none_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = recipe_store(tmp_path)
+    made, retention = family(store), Retention(store, timedelta(days=1))
+    for key in made.values():
+        os.utime(tmp_path / (key + RECIPE), (0, 0))
+    with monkeypatch.context() as closed:
+        refuse(closed, tmp_path / (made["answer"] + RECIPE), errno.EACCES)
+        assert ids(retention) == {made[name] for name in ("plan", "critique", "aside", "loner")}
+        assert retention.drop(made["loner"]) == []
+        assert ids(retention) == {made[name] for name in ("plan", "critique", "aside")}
+        assert retention.collect() == []
+    assert left(store, made) == set(made)
+    assert set(retention.collect()) == set(made.values())
 
 
 def test_age_needs_a_folder() -> None:

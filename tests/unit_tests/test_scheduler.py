@@ -47,6 +47,19 @@ def test_after_a_tick_that_failed_work_goes_on(scheduler: Scheduler, monkeypatch
     assert scheduler.fault == ""
 
 
+def test_a_thread_that_could_not_be_started_is_started_for_the_next_row(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = list[Any]()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", broken)
+        with pytest.raises(RuntimeError, match="is gone"):
+            scheduler.submit(row([]))
+    scheduler.submit(row(ends))
+    wait_for(lambda: bool(ends))
+    assert len(ends[0].thoughts) == 2
+
+
 def test_a_device_that_gives_no_slots_is_said_to_all(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[list[Any]] = [[], [], []]
     for name in ("step", "renew"):
@@ -92,6 +105,23 @@ def test_one_that_does_not_fit_is_passed_by_a_few(scheduler: Scheduler, monkeypa
     passed = order[: order.index(-1)]
     assert 1 < len(passed) <= 1 + PASSING
     assert set(passed) == set(range(len(passed)))  # first come, first served
+
+
+def test_those_that_were_cancelled_take_nobody_s_turn(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, small = list[int](), scheduler.ticker.fits
+    large, gone, last = row([]), [row([]) for _ in range(PASSING + 1)], row([])
+    first = row([])
+    first.steps = 3
+    for i, each in enumerate((first, large, last)):
+        each.on_done = lambda _, i=i: order.append(i)
+    monkeypatch.setattr(scheduler.ticker, "fits", lambda r: small(r) and (r is not large or not scheduler.ticker.rows))
+    with scheduler._changed:
+        for each in (first, large, *gone, last):
+            scheduler.submit(each)
+        for each in gone:
+            each.cancelled = True
+    wait_for(lambda: len(order) == 3)
+    assert order.index(2) < order.index(1)  # it fits beside the first one
 
 
 def test_an_error_that_is_kept_keeps_no_slots(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import stat
 import time
+from collections.abc import Container
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -43,12 +44,13 @@ def spill(
     made_for: dict[str, str] = MADE_FOR,
     dtype: torch.dtype = torch.float32,
     packed: bool = False,
+    known: Container[str] = ("lat_a", "lat_b", *"abcd"),
 ) -> Spill:
     def blank(positions: int) -> AnyKV:
         layers = [torch.empty(HEADS, positions, WIDTH, dtype=dtype, device="meta")] * LAYERS
         return KV(layers, layers).packed() if packed else KV(layers, layers)
 
-    return Spill(folder, limit, SIGNER, made_for, blank)
+    return Spill(folder, limit, SIGNER, made_for, blank, known)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -259,6 +261,18 @@ def test_a_kv_that_was_dropped_and_made_anew_while_it_was_written_is_the_new_one
     disk.close()
 
 
+def test_files_of_memories_that_are_not_there_any_more_are_removed(tmp_path: Path) -> None:
+    disk = spill(tmp_path)
+    for key in ("lat_a", "lat_b"):
+        disk.put(key, kv())
+    disk.flush()
+    disk.close()
+    again = spill(tmp_path, known={"lat_b"})
+    assert [path.name for path in tmp_path.glob("*.kv")] == ["lat_b.kv"]
+    assert [key in again for key in ("lat_a", "lat_b")] == [False, True]
+    again.close()
+
+
 # The same in a service
 
 
@@ -347,6 +361,17 @@ def test_after_a_restart_the_disk_is_warm(fresh_service: Fresh, tmp_path: Path) 
     assert second.info()["kv_disk_hits"] == 3
 
 
+def test_the_kv_of_what_was_dropped_meanwhile_is_not_taken_over(fresh_service: Fresh, tmp_path: Path) -> None:
+    first = fresh_service(store=tmp_path, kv_budget=0, kv_disk_budget="1GiB")
+    plan, critique, loner = refs_of(first)
+    assert first._pool.disk is not None
+    first._pool.disk.flush()
+    first.close()
+    fresh_service(store=tmp_path).drop(loner)
+    fresh_service(store=tmp_path, kv_disk_budget="1GiB")
+    assert {path.stem for path in (tmp_path / "kv").glob("*.kv")} == {plan["id"], critique["id"]}
+
+
 @pytest.mark.parametrize("other", [{"dtype": "float32"}, {"merge": "rebuild"}])
 def test_spilled_kv_of_another_dtype_or_merge_is_rebuilt(
     fresh_service: Fresh, tmp_path: Path, other: dict[str, Any]
@@ -428,6 +453,27 @@ def test_a_closed_service_reads_no_disk(fresh_service: Fresh, tmp_path: Path) ->
     service.close()
     with pytest.raises(ServiceClosed):
         service.memory(ref)
+
+
+def test_after_a_fork_no_reader_waits_for_a_thread_that_is_not_there(fresh_service: Fresh, tmp_path: Path) -> None:
+    service = fresh_service(store=tmp_path, kv_budget=0, kv_disk_budget="1GiB")
+    ref = refs_of(service)[0]
+    assert service._pool.disk is not None
+    service._pool.disk.flush()
+    context = multiprocessing.get_context("fork")
+    said: Any = context.SimpleQueue()
+
+    def reads() -> None:
+        try:
+            service.memory(ref)
+        except ServiceClosed as error:
+            said.put(str(error))
+
+    child = context.Process(target=reads, daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert "forked" in said.get()
 
 
 def test_tenants_share_the_budgets_out_and_no_files(fresh_service: Fresh, tmp_path: Path) -> None:

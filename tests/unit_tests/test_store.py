@@ -41,6 +41,17 @@ def recipe_store(store: Any = None, **options: Any) -> RecipeStore:
     return RecipeStore(shelf, Signer(b"k" * 32), HIDDEN, torch.float32, **options)
 
 
+def refuse(patch: pytest.MonkeyPatch, path: Path, code: int) -> None:
+    """Lets nobody open a file of a store, not even root."""
+
+    def opened(name: str, *how: Any, **more: Any) -> Any:
+        if name == str(path):
+            raise OSError(code, os.strerror(code))
+        return open(name, *how, **more)
+
+    patch.setattr(module, "open", opened, raising=False)
+
+
 @given(st.integers(0, 6), st.lists(st.integers(0, 2**31 - 1), max_size=5))
 def test_a_recipe_comes_back_as_it_was(steps: int, spoken: list[int]) -> None:
     store, put = recipe_store(), recipe(steps, tuple(spoken))
@@ -108,6 +119,30 @@ def test_what_cannot_be_read_is_set_aside_and_the_rest_is_read(tmp_path: Path) -
         assert store.get(good.id).id == good.id
     aside = sorted((tmp_path / "recipes.aside").iterdir())
     assert sorted(path.stat().st_size for path in aside) == [40, 41, 42]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EISDIR])
+def test_what_cannot_be_opened_is_set_aside_and_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    store, put = recipe_store(tmp_path / "recipes"), recipe()
+    store.put(put)
+    with monkeypatch.context() as closed:
+        refuse(closed, tmp_path / "recipes" / (put.id + RECIPE), code)
+        with pytest.raises(StoreCorrupted, match=r"cannot be opened.*moved to"):
+            store.get(put.id)
+    assert store.put(put) is put
+    assert store.get(put.id).id == put.id
+
+
+def test_who_can_open_no_more_files_sets_none_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, put = recipe_store(tmp_path / "recipes"), recipe()
+    store.put(put)
+    with monkeypatch.context() as full:
+        refuse(full, tmp_path / "recipes" / (put.id + RECIPE), errno.EMFILE)
+        with pytest.raises(OSError, match="Too many open files"):
+            store.get(put.id)
+    assert store.get(put.id).id == put.id
 
 
 def test_a_value_larger_than_any_recipe_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,6 +532,13 @@ def test_a_store_refuses_to_write_after_a_fork(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(StoreBusy, match="before the process was forked"):
         store.put(recipe())
+
+
+def test_a_folder_is_not_locked_after_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FolderStore(tmp_path)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(StoreBusy, match="before the process was forked"):
+        store.mdelete(["a"])
 
 
 def test_those_who_wait_are_told_when_the_writing_thread_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:

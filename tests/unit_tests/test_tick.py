@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,6 +21,7 @@ from langchain_latentmas.errors import EngineFailed
 
 from ..conftest import load_parts
 from ..support import kv_difference, relative
+from .test_model import random_model
 
 EXACT = 1e-8  # relative, in float64
 
@@ -212,6 +214,78 @@ def test_long_prompts_do_not_stall_a_row_that_is_thinking(model: LanguageModel) 
     assert not reader.results
 
 
+def test_many_prompts_stall_rows_that_decode_for_no_longer_than_one_pass(model: LanguageModel) -> None:
+    tick = ticker(model, chunk=32)
+    tick.pass_positions = 64
+    thinker, readers = Request([ids(3, 1)], steps=20), [Request([ids(50, 10 + n)], steps=2) for n in range(6)]
+    with torch.inference_mode():
+        tick.join(thinker.row())
+        tick.step()
+        for reader in readers:
+            tick.join(reader.row())
+        while any(row.ids for row in tick.rows):
+            before, taken = tick.prefilled, len(thinker.step_numbers)
+            tick.step()
+            assert before < tick.prefilled <= before + 64
+            assert len(thinker.step_numbers) == taken + 1
+    finish(tick)
+    for request in (thinker, *readers):
+        assert_same(request.results[0], alone(model, Request(request.inputs, request.steps)))
+
+
+def test_where_nobody_decodes_every_prompt_is_gone_on_with(model: LanguageModel) -> None:
+    tick = ticker(model, chunk=32)
+    tick.pass_positions = 64
+    with torch.inference_mode():
+        for n in range(6):
+            tick.join(Request([ids(50, n)], steps=2).row())
+        tick.step()
+    assert tick.prefilled == 6 * 32
+
+
+def test_who_came_first_is_prefilled_first_wherever_its_slot_is(model: LanguageModel) -> None:
+    tick, order = ticker(model, chunk=8), list[int]()
+    tick.pass_positions = 8
+    requests = [Request([ids(9 if n % 3 else 25, 10 + n)], steps=1) for n in range(16)]
+
+    def joins(n: int) -> None:
+        row = requests[n].row()
+        row.on_done = lambda result: order.append(n) or requests[n].results.append(result)
+        tick.join(row)
+
+    with torch.inference_mode():
+        for steps in (90, 1, 2, 5):  # of which some leave, and their slots are taken over
+            tick.join(Request([ids(3, steps)], steps=steps).row())
+        tick.step()
+        for n in range(6):
+            joins(n)
+        for n in range(6, 16):
+            tick.step()
+            joins(n)
+    finish(tick)
+    assert order == list(range(16))
+    for request in requests:
+        assert_same(request.results[0], alone(model, Request(request.inputs, 1)))
+
+
+def test_a_long_prompt_gets_its_chunk_beside_short_ones_where_a_pass_pads() -> None:
+    other = LanguageModel(random_model("phi3"), load_parts("qwen3-tied", "float64")[1])
+    assert other.decoder_fault
+    tick, long = ticker(other, chunk=64), Request([ids(150, 1)], steps=2)
+    row = long.row()
+    with torch.inference_mode():
+        for n in range(10):
+            tick.join(Request([ids(2, 10 + n)], steps=4).row())
+        tick.join(row)
+        for n in range(10):
+            tick.join(Request([ids(3, 30 + n)], steps=4).row())
+        for position in (64, 128):
+            tick.step()
+            assert row.position == position
+    finish(tick)
+    assert_same(long.results[0], alone(other, Request(long.inputs, 2)))
+
+
 def test_steps_are_reported_one_by_one(model: LanguageModel) -> None:
     request = Request([ids(3, 1)], steps=4)
     alone(model, request)
@@ -348,6 +422,30 @@ def test_what_overflows_ends_alone_and_leaves_nothing(model: LanguageModel, samp
     assert not broken.results
     for request in (beside, after):
         assert_same(request.results[0], alone(model, Request(request.inputs, request.steps)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_speaker_that_overflows_on_the_way_ends_there(temperature: float) -> None:
+    model = LanguageModel(*deepcopy(load_parts("llama-untied", "float64")))
+    model.eos = frozenset()
+    sampling = Sampling(max_tokens=20, temperature=temperature, seed=0)
+    broken, beside = Request([ids(9, 3)], sampling=sampling), Request([ids(4, 2)], steps=12)
+    spoken = alone(model, broken).tokens
+    last = next(token for n, token in enumerate(spoken) if n > 1 and token not in (*broken.inputs[0], *spoken[:n]))
+    broken.spoken.clear()
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[last] = torch.inf
+    tick = ticker(model)
+    with torch.inference_mode():
+        for request in (broken, beside):
+            tick.join(request.row())
+    finish(tick)
+    assert [token for token, _ in broken.spoken] == spoken[: spoken.index(last) + 1]
+    assert [type(error) for error in broken.errors] == [EngineFailed]
+    assert "infinite numbers or NaN" in str(broken.errors[0])
+    assert not broken.results
+    assert tick.spoken == len(broken.spoken)
+    assert_same(beside.results[0], alone(model, Request(beside.inputs, beside.steps)))
 
 
 def overflowing(steps: int) -> Request:

@@ -4,15 +4,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, NotRequired
 
 from langchain.agents.middleware import AgentMiddleware, AgentState, ExtendedModelResponse, ModelRequest, ModelResponse
-from langchain_core.messages import AIMessage, AnyMessage
+from langchain_core.messages import AIMessage
 from langchain_core.runnables.config import ensure_config
+from langchain_core.tools import BaseTool
 from langgraph.types import Command
 
 from langchain_latentmas import ChatLatentMAS, LatentRef, merge_latents
 from langchain_latentmas.errors import InvalidRequest
-from langchain_latentmas.modes import runs_as_text
+from langchain_latentmas.modes import node_path, runs_as_text
 from langchain_latentmas.state import ancestry, tips
-from langchain_latentmas.unread import held, key_of, mark, memory_of, not_yet_read
+from langchain_latentmas.unread import held, key_of, mark, not_yet_read, thoughts
 
 
 class LatentAgentState(AgentState[Any]):
@@ -25,10 +26,12 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
     """Lets an agent of `create_agent` take part in a latent graph.
 
     The agent's `ChatLatentMAS` reads the memories that other agents left in the state's `latents`, and every message
-    it makes, but for those that call tools, leaves its own there. What stands in a memory that is read is not read a
-    second time from the messages.
+    it makes, but for calls of tools that it goes on from, leaves its own there. What stands in a memory that is read is
+    not read a second time from the messages. It comes last in `middleware`: what others behind it change in the
+    messages (trim, edit, summarize) it does not see, and would take for read as it was.
+
     Run with `{"configurable": {"edges": "text"}}`, the agent reads messages alone, speaks, and leaves nothing; with
-    `{"planner->judger": "text"}` there, the agent called planner speaks and leaves nothing.
+    `{"planner->judger": "text"}` there, the agent or node called planner speaks and leaves nothing.
 
     Example:
         ```python
@@ -60,13 +63,13 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
         Raises:
             InvalidRequest: If the agent's model is no `ChatLatentMAS`, or `reads` names somebody who left nothing.
         """
-        return self._recorded(handler(self._reading(request)), request.messages)
+        return self._recorded(handler(self._reading(request)), request)
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ExtendedModelResponse[Any]:
         """Like `wrap_model_call`, for async runs."""
-        return self._recorded(await handler(self._reading(request)), request.messages)
+        return self._recorded(await handler(self._reading(request)), request)
 
     def _reading(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         if not isinstance(request.model, ChatLatentMAS):
@@ -74,13 +77,14 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
                 f"Agent {self.agent!r} runs {type(request.model).__name__}, which reads no memories; "
                 "give it a ChatLatentMAS, or take its LatentMiddleware out."
             )
-        settings = {**request.model_settings, "agent": self.agent, "steps": self.steps}
+        steps = None if self._leaves_text() else self.steps
+        settings = {**request.model_settings, "agent": self.agent, "steps": steps}
         if runs_as_text(ensure_config()):
             return request.override(model_settings=settings)
         known: list[LatentRef] = list(request.state.get("latents") or [])  # type: ignore[call-overload]
         said = {message.response_metadata.get("agent") for message in request.messages}
         latents = self._chosen(known, said)
-        there = held(request.messages, ancestry(latents, known)) | _thoughts(request.messages, known)
+        there = held(request.messages, ancestry(latents, known)) | thoughts(request.messages, known)
         messages = [message for message in request.messages if key_of(message) not in there]
         return request.override(messages=messages, model_settings={**settings, "latents": latents})
 
@@ -102,23 +106,30 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
             chosen += tips(theirs)
         return chosen
 
-    def _recorded(self, response: ModelResponse[Any], before: Sequence[AnyMessage]) -> ExtendedModelResponse[Any]:
-        # What calls tools is not for others to read: the memory of what is said after all calls holds it, and them.
-        made = [
+    def _recorded(self, response: ModelResponse[Any], request: ModelRequest[Any]) -> ExtendedModelResponse[Any]:
+        said = [
             message
             for message in response.result
-            if isinstance(message, AIMessage) and "latent_ref" in message.response_metadata and not message.tool_calls
+            if isinstance(message, AIMessage) and "latent_ref" in message.response_metadata
         ]
-        if not made or runs_as_text(ensure_config(), self.agent):
+        if not said or self._leaves_text():
             return ExtendedModelResponse(response)
-        for message in made:
-            mark(message, before)
-        refs = [message.response_metadata["latent_ref"] for message in made]
+        for message in said:
+            mark(message, request.messages)
+        # A call of tools is not for others to read: the memory of what is said after all calls holds it, and them.
+        ended = response.structured_response is not None
+        last = [message for message in said if ended or not _goes_on(message, request.tools)]
+        if not last:
+            return ExtendedModelResponse(response)
+        refs = [message.response_metadata["latent_ref"] for message in last]
         return ExtendedModelResponse(response, Command(update={"latents": refs}))
 
+    def _leaves_text(self) -> bool:
+        config = ensure_config()
+        return runs_as_text(config, self.agent, *node_path(config)[-2:-1])  # the last one is the agent's own "model"
 
-def _thoughts(messages: Sequence[AnyMessage], known: list[LatentRef]) -> set[str | int]:
-    """Keys of markers whose references are in the state: what `reads` leaves out is not read from the messages."""
-    ids = {ref["id"] for ref in known}
-    thoughts = (message for message in messages if message.text.startswith("[latent "))
-    return {key_of(message) for message in thoughts if memory_of(message) in ids}
+
+def _goes_on(message: AIMessage, tools: Sequence[Any]) -> bool:
+    """Whether an agent goes on after a message: not if the tools that it calls answer for the agent."""
+    direct = {tool.name for tool in tools if isinstance(tool, BaseTool) and tool.return_direct}
+    return not all(call["name"] in direct for call in message.tool_calls)

@@ -4,23 +4,45 @@ from typing import Annotated, Any
 
 import pytest
 from langchain.agents import create_agent
+from langchain.agents.structured_output import ToolStrategy
 from langchain_core.language_models import FakeListChatModel
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_core.tools import tool
 from langchain_latentmas_agent import LatentMiddleware
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import START, StateGraph
+from langgraph.graph import START, StateGraph, add_messages
 from langgraph.graph.state import CompiledStateGraph
+from pydantic import BaseModel
 
-from langchain_latentmas import ChatLatentMAS, LatentService, LatentState
+from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, LatentState
 from langchain_latentmas.errors import InvalidRequest
 
-ASKED: Any = {"messages": [("human", "2+3?")]}
+ASKED: Any = {"messages": [HumanMessage("2+3?", id="q")]}
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>'
 TEXT: Any = {"configurable": {"edges": "text"}}
 
 
 def steps_read(message: BaseMessage) -> int:
     assert isinstance(message, AIMessage)
     return message.usage_metadata["output_token_details"]["latent_steps"]  # type: ignore[index, typeddict-item]
+
+
+def prompt_of(message: BaseMessage, service: LatentService) -> str:
+    """What was prefilled for a message."""
+    prompt = service.memory(message.response_metadata["latent_ref"]).segments[-1].prompt_ids
+    return str(service.model.tokenizer.decode(list(prompt)))  # type: ignore[attr-defined]
+
+
+def saying(scripted: Callable[..., ChatLatentMAS], *turns: str) -> ChatLatentMAS:
+    """A model that says these, one after the other."""
+    left = iter(turns)
+    return scripted(lambda tools: next(left))
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Adds."""
+    return a + b
 
 
 def team(llm: ChatLatentMAS, *, reads: list[str] | None = None, steps: int | None = 3) -> CompiledStateGraph:
@@ -83,13 +105,7 @@ def test_what_stands_in_a_memory_is_not_read_again_as_text(llm: ChatLatentMAS) -
 def test_an_agent_with_tools_reads_memories_and_keeps_its_calls(
     service: LatentService, scripted: Callable[..., ChatLatentMAS]
 ) -> None:
-    turns = iter(['<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>', "It is 5."])
-
-    def add(a: int, b: int) -> int:
-        """Adds."""
-        return operator.add(a, b)
-
-    llm = scripted(lambda tools: next(turns))
+    llm = saying(scripted, CALL, "It is 5.", "Five.")
     agent = create_agent(llm, tools=[add], middleware=[LatentMiddleware("solver")])
     thought = service.think("Plan.", steps=4, agent="planner")
     out = agent.invoke({**ASKED, "latents": [thought]})
@@ -99,12 +115,110 @@ def test_an_agent_with_tools_reads_memories_and_keeps_its_calls(
     assert [steps_read(message) for message in out["messages"] if message.type == "ai"] == [4, 4]
     assert [ref["agent"] for ref in out["latents"]] == ["planner", "solver"]  # and not one for each call
     judger = create_agent(llm, middleware=[LatentMiddleware("judger")])
-    turns = iter(["Five."])
-    judged = judger.invoke(out)["latents"][-1]
-    prompt = service.memory(judged).segments[-1].prompt_ids
-    read = service.model.tokenizer.decode(list(prompt))  # type: ignore[attr-defined]
-    assert "tool" not in read  # the calls and their answers stand in the memory of what was said after them
-    assert len(prompt) < len(service.memory(out["latents"][-1]).segments[-1].prompt_ids)
+    # The calls and their answers stand in the memory of what was said after them.
+    assert prompt_of(judger.invoke(out)["messages"][-1], service).count("<|im_start|>") == 2
+
+
+def test_agents_with_tools_side_by_side_are_read_once(
+    service: LatentService, scripted: Callable[..., ChatLatentMAS]
+) -> None:
+    llm = saying(scripted, CALL, "It is 5.", CALL, "Five.", "So 5.")
+    outs = [
+        create_agent(llm, tools=[add], middleware=[LatentMiddleware(name)]).invoke({**ASKED, "latents": []})
+        for name in ("pro", "con")
+    ]
+    messages: Any = add_messages(outs[0]["messages"], outs[1]["messages"])
+    state: Any = {"messages": messages, "latents": [*outs[0]["latents"], *outs[1]["latents"]]}
+    assert [message.type for message in messages] == ["human", "ai", "tool", "ai", "ai", "tool", "ai"]
+    judger = create_agent(llm, middleware=[LatentMiddleware("judger")])
+    read = prompt_of(judger.invoke(state)["messages"][-1], service)
+    assert read.count("<|im_start|>") == 2  # the question, and where the answer begins
+    # Of an answer that somebody corrected, what is new is read, beside the call that it belongs to.
+    edited = messages[5].model_copy(update={"content": "six"})
+    state["messages"] = [*messages[:5], edited, messages[6]]
+    llm = saying(scripted, "So 6.")
+    judger = create_agent(llm, middleware=[LatentMiddleware("judger")])
+    read = prompt_of(judger.invoke(state)["messages"][-1], service)
+    assert read.count("<|im_start|>") == 4
+    assert "six" in read
+
+
+def test_a_node_reads_an_agent_with_tools_in_both_modes(
+    service: LatentService, scripted: Callable[..., ChatLatentMAS]
+) -> None:
+    def read(edges: str) -> str:
+        llm = saying(scripted, CALL, "It is 5.", "Five.")
+        builder = StateGraph(LatentState)
+        builder.add_node("solver", create_agent(llm, tools=[add], middleware=[LatentMiddleware("solver")]))
+        how: Any = {"service": service, "speak": True, "temperature": 1.0}
+        builder.add_node("judger", LatentAgentNode("judger", "Answer.", **how))
+        builder.add_edge(START, "solver").add_edge("solver", "judger")
+        out = builder.compile().invoke(ASKED, {"configurable": {"edges": edges}})
+        return prompt_of(out["messages"][-1], service)
+
+    latent = read("latent")
+    assert "solver" not in latent
+    assert latent.count("<|im_start|>") == 3  # system, question, and where the answer begins
+    text = read("text")
+    places = [text.index(part) for part in ("2+3?", "<tool_call>add", "tool\n5", "solver: It is 5.")]
+    assert places == sorted(places)
+    assert text.count("solver:") == 1
+
+
+@pytest.mark.parametrize("how", ["structured", "direct"])
+def test_an_agent_that_ends_on_a_call_leaves_a_memory(
+    service: LatentService, scripted: Callable[..., ChatLatentMAS], how: str
+) -> None:
+    class Sum(BaseModel):
+        """The sum."""
+
+        value: int
+
+    @tool(return_direct=True)
+    def tell(value: int) -> str:
+        """Tells the user."""
+        return f"It is {value}."
+
+    structured = how == "structured"
+    opening = '<tool_call>{"name": "'
+    calls = [CALL, opening + ("Sum" if structured else "tell") + '", "arguments": {"value": 5}}</tool_call>']
+    if structured:  # its calls are forced, and begin with the name
+        calls = [call.removeprefix(opening) for call in calls]
+    llm = saying(scripted, *calls, "Five.")
+    options: Any = {"response_format": ToolStrategy(Sum)} if structured else {}
+    tools = [add] if structured else [add, tell]
+    solver = create_agent(llm, tools=tools, middleware=[LatentMiddleware("solver")], **options)
+    out = solver.invoke({**ASKED, "latents": []})
+    assert [ref["agent"] for ref in out["latents"]] == ["solver"]
+    judger = create_agent(llm, middleware=[LatentMiddleware("judger", reads=["solver"])])
+    read = prompt_of(judger.invoke(out)["messages"][-1], service)
+    assert read.count("<|im_start|>") == 4  # the question, the last call with its answer, and where the answer begins
+
+
+def test_nodes_may_be_named_for_their_edges(llm: ChatLatentMAS) -> None:
+    builder = StateGraph(LatentState)
+    builder.add_node("plan", create_agent(llm, middleware=[LatentMiddleware("planner", steps=2)]))
+    builder.add_node("judge", create_agent(llm, middleware=[LatentMiddleware("judger")]))
+    builder.add_edge(START, "plan").add_edge("plan", "judge")
+    out = builder.compile().invoke(ASKED, {"configurable": {"edges": {"plan->judge": "text"}}})
+    assert [ref["agent"] for ref in out["latents"]] == ["judger"]
+    assert not out["messages"][1].text.startswith("[latent")
+    assert steps_read(out["messages"][-1]) == 0
+
+
+def test_a_node_leaves_out_the_markers_of_those_whom_it_does_not_read(
+    llm: ChatLatentMAS, service: LatentService
+) -> None:
+    builder = StateGraph(LatentState)
+    for name in ("pro", "con"):
+        builder.add_node(name, create_agent(llm, system_prompt=name, middleware=[LatentMiddleware(name, steps=2)]))
+        builder.add_edge(START, name)
+    judge = LatentAgentNode("judge", "Decide.", service=service, speak=True, reads=["pro"], max_tokens=2)
+    builder.add_node("judge", judge)
+    builder.add_edge(["pro", "con"], "judge")
+    out = builder.compile().invoke(ASKED)
+    by_agent = {ref["agent"]: ref for ref in out["latents"]}
+    assert by_agent["judge"]["parents"] == [by_agent["pro"]["id"]]
 
 
 def test_an_agent_goes_on_from_its_own_memory(llm: ChatLatentMAS) -> None:
@@ -117,10 +231,6 @@ def test_an_agent_goes_on_from_its_own_memory(llm: ChatLatentMAS) -> None:
 
 
 def test_an_agent_that_thinks_can_have_no_tools(llm: ChatLatentMAS) -> None:
-    def add(a: int, b: int) -> int:
-        """Adds."""
-        return a + b
-
     agent = create_agent(llm, tools=[add], middleware=[LatentMiddleware("solver", steps=3)])
     with pytest.raises(InvalidRequest, match="'solver' has tools"):
         agent.invoke(ASKED)

@@ -8,6 +8,7 @@ from langgraph.pregel import Pregel
 from langgraph_supervisor import create_supervisor
 
 from langchain_latentmas import ChatLatentMAS, switch_edges
+from langchain_latentmas.errors import InvalidRequest
 
 
 def create_latent_supervisor(
@@ -37,8 +38,14 @@ def create_latent_supervisor(
         A builder; compile it, with a checkpointer if you like.
 
     Raises:
+        InvalidRequest: If there is a tool that forwards reports as they stand.
         InvalidEdge: If a worker named in `latent` is none, or cannot report latently; says why.
     """
+    if latent != [] and any(getattr(tool, "name", "") == "forward_message" for tool in options.get("tools") or ()):
+        raise InvalidRequest(
+            "The tool forward_message hands a worker's report to the user as it stands, and a latent one is a marker: "
+            "leave the tool out, or take latent=[] and text reports."
+        )
     builder = create_supervisor(agents, model=model, supervisor_name=supervisor_name, **options)
     if latent is None:
         return switch_edges(builder, "*", steps=steps)

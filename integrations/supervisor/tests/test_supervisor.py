@@ -6,9 +6,10 @@ from langchain.agents import create_agent
 from langchain_core.messages import BaseMessage
 from langchain_latentmas_supervisor import create_latent_supervisor
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph_supervisor.handoff import create_forward_message_tool
 
 from langchain_latentmas import ChatLatentMAS
-from langchain_latentmas.errors import InvalidEdge
+from langchain_latentmas.errors import InvalidEdge, InvalidRequest
 
 ASKED: Any = {"messages": [("human", "2+3?")]}
 TEXT: Any = {"configurable": {"edges": "text"}}
@@ -51,6 +52,17 @@ async def test_workers_report_latently_and_the_supervisor_routes_by_text(
     assert reports(out["messages"]) == {"math": True, "law": True}
     assert out["messages"][-1].text == "It is 5."
     assert out["messages"][-1].usage_metadata["output_token_details"]["latent_steps"] == 6
+
+
+def test_a_tool_that_shows_reports_to_the_user_is_refused_beside_latent_ones(
+    scripted: Callable[..., ChatLatentMAS],
+) -> None:
+    llm = scripted(talk("math"))
+    workers, tools = [create_agent(llm, name="math")], [create_forward_message_tool()]
+    with pytest.raises(InvalidRequest, match=r"a latent one is a marker: .* latent=\[\]"):
+        create_latent_supervisor(workers, model=llm, tools=tools)
+    out = create_latent_supervisor(workers, model=llm, tools=tools, latent=[]).compile().invoke(ASKED)
+    assert reports(out["messages"]) == {"math": False}
 
 
 def test_a_text_run_reports_in_text(scripted: Callable[..., ChatLatentMAS]) -> None:

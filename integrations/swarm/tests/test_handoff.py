@@ -10,7 +10,7 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph_swarm import create_handoff_tool, create_swarm
 from langgraph_swarm.handoff import get_handoff_destinations
 
-from langchain_latentmas import ChatLatentMAS
+from langchain_latentmas import ChatLatentMAS, LatentService
 
 ASKED: Any = {"messages": [("human", "What does it cost?")]}
 THREAD: Any = {"configurable": {"thread_id": "1"}}
@@ -41,6 +41,32 @@ async def test_the_next_agent_reads_the_memory_of_the_one_that_handed_over(
     assert bobs["parents"] == [alices["id"]]
     again = await graph.ainvoke(ASKED, {"configurable": {"thread_id": "2"}})
     assert again["latents"] == out["latents"]
+
+
+def test_the_next_agent_does_not_read_again_what_was_looked_up_before(
+    service: LatentService, scripted: Callable[..., ChatLatentMAS]
+) -> None:
+    def look_up() -> str:
+        """Looks it up."""
+        return "five euros"
+
+    left = ["look_up", "transfer_to_bob", ""]
+
+    def turn(tools: list[str]) -> str:
+        call = left.pop(0)
+        return f'<tool_call>{{"name": "{call}", "arguments": {{}}}}</tool_call>' if call else "It costs 5."
+
+    llm = scripted(turn)
+    tools: list[Any] = [look_up, create_latent_handoff_tool(agent_name="bob")]
+    alice = create_agent(llm, tools=tools, middleware=[LatentMiddleware("alice")], name="alice")
+    bob = create_agent(llm, middleware=[LatentMiddleware("bob")], name="bob")
+    graph = create_swarm([alice, bob], default_active_agent="alice", state_schema=LatentSwarmState).compile()
+    out = graph.invoke(ASKED)
+    assert [message.type for message in out["messages"]] == ["human", "ai", "tool", "ai", "tool", "ai"]
+    prompt = service.memory(out["latents"][-1]).segments[-1].prompt_ids
+    read = service.model.tokenizer.decode(list(prompt))  # type: ignore[attr-defined]
+    assert "Successfully transferred" in read
+    assert "five euros" not in read
 
 
 def test_the_stock_tool_drops_memories(scripted: Callable[..., ChatLatentMAS]) -> None:

@@ -1,0 +1,33 @@
+"""The service that is taken where none is given."""
+
+import os
+
+import pytest
+
+from langchain_latentmas import LatentService
+from langchain_latentmas.service import shared
+
+from ..conftest import Fresh
+
+
+def test_a_service_that_was_closed_is_loaded_anew(fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "_services", {})
+    monkeypatch.setattr(LatentService, "load", lambda *_, **__: fresh_service())
+    first = shared.shared_service()
+    assert shared.shared_service() is shared.loaded() is first
+    first.close()
+    assert shared.loaded() is None
+    second = shared.shared_service()
+    assert second is not first
+    assert shared.loaded() is second
+    assert second.think("Plan.", steps=1)
+
+
+def test_a_service_of_before_a_fork_is_loaded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "_services", {})
+    monkeypatch.setattr(LatentService, "load", lambda *_, **__: object())
+    before = shared.shared_service()
+    assert shared.loaded() is before
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert shared.loaded() is None
+    assert shared.shared_service() is not before
