@@ -100,7 +100,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Audits a placebo and the relay with as many seeds; every audit has questions of its own."""
-    prepare("bundled", None)
+    prepare(None)
     rows = []
     for case in CASES:
         begun, found, worths = time.perf_counter(), 0, []

@@ -99,11 +99,11 @@ def main(
     model: Annotated[str, typer.Option(help="'bundled', a hub id, or a folder.")] = "bundled",
     steps: Annotated[int, typer.Option(help="Latent steps of each thinking node.")] = STEPS,
     seed: int = 0,
-    threads: Annotated[int | None, typer.Option(help="Of torch; the bundled model gets one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch, at most; by default as many as it chooses.")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Runs each example as text and converted, in turns."""
-    prepare(model, threads)
+    prepare(threads)
     problems = held_out(n, seed)
     with LocalService.load(model) as service:
         loaded, settings = service.model, service.settings

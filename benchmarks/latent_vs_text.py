@@ -35,11 +35,11 @@ def main(
     seed: int = 0,
     max_tokens: int = 256,
     device: str | None = None,
-    threads: Annotated[int | None, typer.Option(help="Of torch; the bundled model gets one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch, at most; by default as many as it chooses.")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Both teams as text, latent, and with the judger's edge cut, and a single agent, on the same problems."""
-    prepare(model, threads)
+    prepare(threads)
     problems = held_out(n, seed)
     with LocalService.load(model, device=device) as service:
         loaded, settings = service.model, service.settings

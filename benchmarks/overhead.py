@@ -90,7 +90,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """From a node's `invoke` to the engine, and from the engine back to the caller."""
-    prepare("bundled" if shape is None else shape, None)
+    prepare(None)
     if shape is None:
         with LocalService.load(model, device=device) as loading:
             loaded: LanguageModel = loading.model

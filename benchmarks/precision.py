@@ -53,11 +53,11 @@ def main(
     model: Annotated[str, typer.Option(help="'bundled', a hub id, or a folder.")] = "bundled",
     seed: int = 0,
     device: str | None = None,
-    threads: Annotated[int | None, typer.Option(help="Of torch; the bundled model gets one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch, at most; by default as many as it chooses.")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """The same questions in every precision: right answers, the same tokens, how far thoughts and KV are off, bytes."""
-    prepare(model, threads)
+    prepare(threads)
     rows: list[dict[str, Any]] = []
     first: dict[str, Run] = {}
     about: dict[str, Any] = {}

@@ -14,12 +14,8 @@ from langchain_latentmas.evaluation.machine import machine
 __all__ = ["Spread", "machine", "prepare", "ratios", "show"]
 
 
-def prepare(model: str, threads: int | None) -> None:
-    """Keeps progress bars of loading out of the tables, and sets torch's threads.
-
-    The bundled model gets one where none are asked for, as in `latentmas demo`: it is faster on one than on two.
-    """
-    threads = threads or (1 if model == "bundled" else None)
+def prepare(threads: int | None) -> None:
+    """Keeps progress bars of loading out of the tables, and sets torch's threads if a number is asked for."""
     if threads:
         torch.set_num_threads(threads)
     transformers_logging.disable_progress_bar()

@@ -39,12 +39,12 @@ def main(
     gpu_memory_utilization: Annotated[
         float | None, typer.Option(help="Share of all GPU memory that vLLM that starts here has, beside the tick's.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Of torch for the tick; the bundled model gets one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch for the tick, at most.")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """As many agents at a time as are named, all on prompts of their own, on either service in turn."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    prepare(model, threads)
+    prepare(threads)
     sizes = [int(size) for size in agents.replace(",", " ").split()]
     # Nobody asks the same twice: what was thought before is known, and what was read before is cached.
     questions = iter([problem.question for problem in held_out(2 * sum(sizes) * repeats + 2 * max(sizes), seed)])
