@@ -58,6 +58,19 @@ def runs_as_text(config: RunnableConfig, *sources: str) -> bool:
     return any(mode == "text" and str(key).split("->")[0] in sources for key, mode in asked.items())
 
 
+def agent_leaves_text(config: RunnableConfig, agent: str) -> bool:
+    """`runs_as_text` for an agent of `create_agent`, asked in one of its own nodes, such as "model" or "tools".
+
+    Args:
+        config: See `edge_modes`.
+        agent: What the agent is called; the node that it is in the graph around it counts as well.
+
+    Raises:
+        InvalidRequest: As for `edge_modes`.
+    """
+    return runs_as_text(config, agent, *node_path(config)[-2:-1])
+
+
 def node_path(config: RunnableConfig) -> tuple[str, ...]:
     """Names of the graph nodes that a run is in, the outermost first."""
     return names_in(namespace(config))

@@ -26,7 +26,7 @@ from .service import LatentService
 from .service.identity import checked_ref
 from .service.shared import shared_service
 from .state import LatentRef, ancestry, tips
-from .unread import held, key_of, mark, memory_of, not_yet_read, thoughts
+from .unread import held, key_of, last_human, mark, memory_of, not_yet_read, thoughts
 
 Prompt = str | SystemMessage | Runnable[Any, Any] | Callable[[Any], Any] | Callable[[Any], Awaitable[Any]]
 
@@ -264,7 +264,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             if memory_of(message) not in ids
         ]
         own = [ref for ref in known if ref["agent"] == self.name]
-        asked = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=-1)
+        asked = last_human(messages)
         # What it has thought about it does not read again; only its own words tell, where it left no memory.
         read = asked if own else max((i for i, message in said if _speaker(message) == self.name), default=-1)
         there = {key_of(message) for message in shown}
@@ -365,8 +365,8 @@ def _with_notes(messages: list[BaseMessage], notes: Sequence[AIMessage]) -> list
     noted = {key_of(note) for note in notes}
     messages = [message for message in messages if key_of(message) not in noted]
     text = "\n\n".join(f"{_speaker(note)}: {note.text}" for note in notes)
-    at = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=None)
-    if at is None or any(isinstance(message, ToolMessage) for message in messages[at:]):
+    at = last_human(messages)
+    if at < 0 or any(isinstance(message, ToolMessage) for message in messages[at:]):
         return [*messages, HumanMessage(text)]
     content: Any = messages[at].content
     content = f"{text}\n\n{content}" if isinstance(content, str) else [f"{text}\n\n", *content]

@@ -40,7 +40,7 @@ def mark(message: AIMessage, before: Sequence[BaseMessage]) -> None:
     message.response_metadata[SAID] = _digest([message])
     if before:
         message.response_metadata[READ] = _digest(before)
-        turn = [_digest([earlier]) for earlier in before[1 + _last_human(before) :]]
+        turn = [_digest([earlier]) for earlier in before[1 + last_human(before) :]]
         message.response_metadata |= {TURN: turn} if turn else {}
 
 
@@ -72,7 +72,7 @@ def held(messages: Sequence[BaseMessage], read: Collection[str]) -> set[str | in
     if (last := next(whole, None)) is not None:
         found |= {key_of(message) for message in messages[:last]}
     answered = {m.tool_call_id for m in messages if isinstance(m, ToolMessage) and key_of(m) not in found}
-    asked = _last_human(messages)
+    asked = last_human(messages)
     stay: list[BaseMessage] = [] if asked < 0 else [messages[asked]]
     stay += [m for m in messages if isinstance(m, AIMessage) and any(call["id"] in answered for call in m.tool_calls)]
     return found - {key_of(message) for message in stay}
@@ -101,12 +101,12 @@ def not_yet_read(
 
 def thoughts(messages: Sequence[BaseMessage], known: Sequence[LatentRef]) -> set[str | int]:
     """Keys of markers whose references are in the state: what a reader leaves out is not read from the messages."""
-    ids = {ref["id"] for ref in known}
-    marked = (message for message in messages if message.response_metadata.get("thought"))
-    return {key_of(m) for m in marked if m.text.startswith(OPENING) and memory_of(m) in ids}
+    marked = [m for m in messages if m.response_metadata.get("thought") and m.text.startswith(OPENING)]
+    ids = {ref["id"] for ref in known} if marked else set()  # there may be thousands, and none is a message
+    return {key_of(message) for message in marked if memory_of(message) in ids}
 
 
-def _last_human(messages: Sequence[BaseMessage]) -> int:
+def last_human(messages: Sequence[BaseMessage]) -> int:
     """Where the last question stands, -1 for nowhere."""
     return max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=-1)
 

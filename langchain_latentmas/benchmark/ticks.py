@@ -240,7 +240,7 @@ def measure(model: LanguageModel, work: Work, repeats: int, copy: Copy, copied: 
         middle = work._replace(positions=work.positions - repeats * ticks // 2)
         measured = Measured(work, floor_bytes(model, middle))
         for loop in loops:
-            with _attention_for(loop, model):
+            with _attention_for(loop, model), model.threads.taken(work.rows):
                 loop.run(WARM_UP)
         for _ in range(repeats):
             copied.append(copy.run())

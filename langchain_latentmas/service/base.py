@@ -463,6 +463,11 @@ class LatentService(ABC):
     def info(self) -> dict[str, Any]:
         """What runs here and how it fares: model, fingerprint, settings, counters; plain JSON."""
 
+    @property
+    @abstractmethod
+    def closed(self) -> bool:
+        """Whether it takes no work any more."""
+
     @abstractmethod
     def close(self) -> None:
         """Ends all work and frees slots and KV; recipes in a durable store stay. Idempotent.

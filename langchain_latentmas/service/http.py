@@ -91,8 +91,7 @@ class HTTPSettings(BaseSettings):
         read_timeout: Seconds without a sign of life after which a connection counts as broken; the server gives one
             every 5 s while it thinks or speaks. What else takes its turn has until the server's own deadline at least.
         max_connections: Most connections at a time, per event loop and for all threads together.
-        ca: PEM file of the authority behind the server's certificate; None takes
-            certifi's, not the system's.
+        ca: PEM file of the authority behind the server's certificate; None takes certifi's.
     """
 
     model_config = SettingsConfigDict(env_prefix="LATENTMAS_", extra="ignore")
@@ -390,6 +389,11 @@ class HTTPService(LatentService):
                 raise ServiceUnreachable(f"What answers at {self.url} is no latentmas serve.") from None
 
         return self._retried(ask)
+
+    @property
+    def closed(self) -> bool:
+        """See `LatentService.closed`."""
+        return self._closed
 
     def close(self) -> None:
         """See `LatentService.close`; ends this client, not the server."""

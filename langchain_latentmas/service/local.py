@@ -382,7 +382,8 @@ class LocalService(RecipeService):
         return self._scheduler.fault
 
     @property
-    def _closed(self) -> bool:
+    def closed(self) -> bool:
+        """See `LatentService.closed`."""
         return self._ended.is_set() or self._scheduler.closed
 
     def _start(self, row: Row, layout: Layout, after: Sequence[str]) -> None:

@@ -210,11 +210,6 @@ class RecipeService(LatentService):
                 self.name,
             )
 
-    @property
-    @abstractmethod
-    def _closed(self) -> bool:
-        """Whether no more rows are taken."""
-
     @abstractmethod
     def _start(self, row: Row, layout: Layout, after: Sequence[str]) -> None:
         """Starts a row on a memory; what fails from then on goes to the row.
@@ -605,7 +600,7 @@ class _Request:
         tools: Sequence[dict[str, Any]] | None = None,
         prefix: str = "",
     ) -> None:
-        if service._closed:
+        if service.closed:
             raise ServiceClosed("The service is closed; load another one.")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise InvalidRequest(f"steps must be a whole number from 0 on, not {steps!r}.")

@@ -104,4 +104,4 @@ def shared_service(name: str | None = None, device: str | None = None, dtype: st
 
 def _usable(key: tuple[str, str | None, str]) -> LatentService | None:
     service = _services.get((os.getpid(), *key))
-    return None if getattr(service, "_closed", False) else service
+    return None if service is None or service.closed else service

@@ -205,7 +205,8 @@ class VLLMService(RecipeService):
         super().close()
 
     @property
-    def _closed(self) -> bool:
+    def closed(self) -> bool:
+        """See `LatentService.closed`."""
         return self._transport.closed
 
     def _start(self, row: Row, layout: Layout, after: Sequence[str]) -> None:

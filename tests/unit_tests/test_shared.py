@@ -1,6 +1,7 @@
 """The service that is taken where none is given."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_a_service_that_was_closed_is_loaded_anew(fresh_service: Fresh, monkeypa
 
 def test_a_service_of_before_a_fork_is_loaded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "_services", {})
-    monkeypatch.setattr(LatentService, "load", lambda *_, **__: object())
+    monkeypatch.setattr(LatentService, "load", lambda *_, **__: SimpleNamespace(closed=False))
     before = shared.shared_service()
     assert shared.loaded() is before
     monkeypatch.setattr(os, "getpid", lambda: -1)

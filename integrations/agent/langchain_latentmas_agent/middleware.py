@@ -11,7 +11,7 @@ from langgraph.types import Command
 
 from langchain_latentmas import ChatLatentMAS, LatentRef, merge_latents
 from langchain_latentmas.errors import InvalidRequest
-from langchain_latentmas.modes import node_path, runs_as_text
+from langchain_latentmas.modes import agent_leaves_text, runs_as_text
 from langchain_latentmas.state import ancestry, tips
 from langchain_latentmas.unread import held, key_of, mark, not_yet_read, thoughts
 
@@ -77,9 +77,10 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
                 f"Agent {self.agent!r} runs {type(request.model).__name__}, which reads no memories; "
                 "give it a ChatLatentMAS, or take its LatentMiddleware out."
             )
-        steps = None if self._leaves_text() else self.steps
+        config = ensure_config()
+        steps = None if agent_leaves_text(config, self.agent) else self.steps
         settings = {**request.model_settings, "agent": self.agent, "steps": steps}
-        if runs_as_text(ensure_config()):
+        if runs_as_text(config):
             return request.override(model_settings=settings)
         known: list[LatentRef] = list(request.state.get("latents") or [])  # type: ignore[call-overload]
         said = {message.response_metadata.get("agent") for message in request.messages}
@@ -112,21 +113,15 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
             for message in response.result
             if isinstance(message, AIMessage) and "latent_ref" in message.response_metadata
         ]
-        if not said or self._leaves_text():
+        if not said or agent_leaves_text(ensure_config(), self.agent):
             return ExtendedModelResponse(response)
         for message in said:
             mark(message, request.messages)
         # A call of tools is not for others to read: the memory of what is said after all calls holds it, and them.
         ended = response.structured_response is not None
         last = [message for message in said if ended or not _goes_on(message, request.tools)]
-        if not last:
-            return ExtendedModelResponse(response)
         refs = [message.response_metadata["latent_ref"] for message in last]
-        return ExtendedModelResponse(response, Command(update={"latents": refs}))
-
-    def _leaves_text(self) -> bool:
-        config = ensure_config()
-        return runs_as_text(config, self.agent, *node_path(config)[-2:-1])  # the last one is the agent's own "model"
+        return ExtendedModelResponse(response, Command(update={"latents": refs}) if refs else None)
 
 
 def _goes_on(message: AIMessage, tools: Sequence[Any]) -> bool:

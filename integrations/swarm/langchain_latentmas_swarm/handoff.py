@@ -11,7 +11,7 @@ from langgraph_swarm import SwarmState, create_handoff_tool
 from langgraph_swarm.handoff import METADATA_KEY_HANDOFF_DESTINATION
 
 from langchain_latentmas import LatentRef, merge_latents
-from langchain_latentmas.modes import node_path, runs_as_text
+from langchain_latentmas.modes import agent_leaves_text
 
 
 class LatentSwarmState(SwarmState):
@@ -41,9 +41,7 @@ def create_latent_handoff_tool(*, agent_name: str, name: str | None = None, desc
         done = ToolMessage(f"Successfully transferred to {agent_name}", name=stock.name, tool_call_id=tool_call_id)
         *_, calling = (message for message in state["messages"] if isinstance(message, AIMessage))
         said = calling.response_metadata  # a call of other tools leaves no memory, but nothing is said after this one
-        config = ensure_config()
-        as_text = runs_as_text(config, said.get("agent") or "", *node_path(config)[-2:-1])
-        ends = "latent_ref" in said and not as_text
+        ends = "latent_ref" in said and not agent_leaves_text(ensure_config(), said.get("agent") or "")
         update = {
             "messages": [*state["messages"], done],
             "active_agent": agent_name,
