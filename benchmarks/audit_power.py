@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.report import Spread, machine, prepare, show
 from langchain_latentmas import LatentAgentNode, LatentService, LatentState, audit
-from langchain_latentmas.bundled import STEPS, tasks
+from langchain_latentmas.bundled import ROLES, STEPS, tasks
 from langchain_latentmas.evaluation.statistics import wilson
 from langchain_latentmas.evaluation.task import Question, Relay
 from langchain_latentmas.evaluation.worth import EdgeWorth
@@ -34,9 +34,8 @@ def placebo(service: LatentService | None = None, steps: int = STEPS) -> StateGr
     The bystander thinks about a problem of its own, drawn at random and independent of the question. So the content of
     its edge cannot matter: any other bystander's memory is as good, though the judger does read it and may be misled.
     """
-    roles = tasks.ROLES
     builder = StateGraph(PlaceboState)
-    builder.add_node("planner", LatentAgentNode("planner", roles["planner"], service=service, steps=steps))
+    builder.add_node("planner", LatentAgentNode("planner", ROLES["planner"], service=service, steps=steps))
     builder.add_node("bystander", LatentAgentNode("bystander", _topic_only, service=service, steps=steps))
     builder.add_node("judger", LatentAgentNode("judger", _no_question, service=service, speak=True, max_tokens=64))
     for source, target in ((START, "planner"), (START, "bystander"), ("judger", END)):
@@ -64,11 +63,11 @@ def right(state: Any, asked: Question) -> bool:
 
 
 def _topic_only(state: PlaceboState) -> list[Any]:
-    return [SystemMessage(tasks.ROLES["reading"]), HumanMessage(state["topic"])]
+    return [SystemMessage(ROLES["reading"]), HumanMessage(state["topic"])]
 
 
 def _no_question(state: PlaceboState) -> list[Any]:
-    return [SystemMessage(tasks.ROLES["judger"])]
+    return [SystemMessage(ROLES["judger"])]
 
 
 class Case(NamedTuple):

@@ -57,7 +57,7 @@ class Load:
         return sum(self.memory[:part]) / part, sum(self.memory[-part:]) / part
 
     async def run(self, service: Any, steps: int, questions: random.Random) -> None:
-        graph = teams.sequential(service, agents=teams.SEQUENTIAL, steps=steps, max_tokens=24).compile()
+        graph = teams.sequential(service, steps=steps, max_tokens=24).compile()
         end = time.perf_counter() + self.warm_up + self.seconds
 
         async def one() -> None:

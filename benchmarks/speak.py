@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.report import Spread, machine, prepare, ratios, show
 from langchain_latentmas import LatentService
-from langchain_latentmas.bundled.tasks import ROLES
+from langchain_latentmas.bundled import ROLES
 from langchain_latentmas.demo import held_out
 
 WHAT = {"think": "thoughts / s", "speak": "tokens / s"}

@@ -3,10 +3,11 @@
 import asyncio
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from langgraph.pregel import Pregel
 
 from .edges import SWITCHED, _Graph, _inner, _look
 from .errors import InvalidEdge, InvalidRequest
-from .evaluation.conditions import Grade, Progress, Questions
+from .evaluation.conditions import LEAST, Grade, Progress, Questions
 from .evaluation.journal import Journal, digest, pinned
 from .evaluation.machine import version_of
 from .evaluation.worth import CONDITIONS, Audit, EdgeWorth
@@ -27,8 +28,6 @@ from .modes import Edge
 from .node import LatentAgentNode, _field
 from .service import LatentService
 from .service.shared import shared_service
-
-LEAST = 20  # examples; with fewer, McNemar's test can hardly find anything
 
 
 def audit(
@@ -55,11 +54,13 @@ def audit(
 
     - "intact": as it is.
     - "swapped": the memory of another question crosses instead, one of about the same length from the same edge of the
-      intact run.
+      intact run. Examples without such a one are left out of "swapped" and of what is told from it.
     - "zeroed": the same memory with all values zero; keys and positions stay.
     - "random": the same memory with noise for values, its norms those of the values.
     - "cut": the reader reads nothing over the edge.
     - "text": the edge carries text (the sender speaks, over all of its edges).
+
+    A condition under which every question fails is left out, and the result's notes say so.
 
     Intact less swapped is the edge's *content*: a swapped memory is one that this graph really produces, in the same
     role and of about the same length, so the question behind it is all that differs. Swapped less cut is its mere
@@ -85,7 +86,7 @@ def audit(
         edges: "all": all latent edges at once. "each": all at once, then each that was crossed by itself. Pairs of
             names: those at once, then each by itself.
         conditions: Which of the six; "intact" and "swapped" are always run.
-        seed: Of the swaps, the noise and the bootstrap.
+        seed: Of the swaps, the noise and the bootstrap; 0 or more.
         level: Confidence of intervals and tests.
         concurrency: Questions at a time.
         config: Passed to the graph.
@@ -101,16 +102,21 @@ def audit(
         What came of it.
 
     Raises:
-        InvalidRequest: Fewer than 20 examples, or an unknown condition; before anything runs, like `InvalidEdge`.
+        InvalidRequest: Fewer than 20 examples, an unknown condition, a seed below 0; before anything runs, like
+            `InvalidEdge`. Or the graph fails on all examples, intact or swapped.
         InvalidEdge: If an edge does not exist or is not latent.
         EdgeNotCrossed: If no example's memory crosses an edge; after the intact run, like the two below.
-        NoPartner: If a memory has no other of its length class (within a factor of 2) to be swapped with.
-        GraderFailed: If the grader raises on all answers. Where it raises on some, or the graph does, these count as
-            wrong, and the result says what was raised and how often.
+        NoPartner: If no two questions' memories are of one length class (within a factor of 2), to be swapped.
+        GraderFailed: If the grader raises on each of the first 20 answers. Where it raises on some, or the graph does,
+            these count as wrong, and the result says what was raised and how often.
     """
     given: dict[str, Any] = {**locals()}
+    ends: list[Callable[[], object]] = []
 
     async def work() -> Audit:
+        task = asyncio.current_task()
+        assert task is not None
+        ends.append(partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel))
         # Nodes without a coroutine run in the loop's threads, and one that waits for another, as an entrypoint does for
         # its tasks, keeps its own meanwhile. So there is always one more; how many questions run is bounded elsewhere.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(sys.maxsize))
@@ -121,7 +127,13 @@ def audit(
     except RuntimeError:
         return asyncio.run(work())
     with ThreadPoolExecutor(1) as thread:  # inside of an event loop, as in a notebook
-        return thread.submit(copy_context().run, asyncio.run, work()).result()
+        running = thread.submit(copy_context().run, asyncio.run, work())
+        try:
+            return running.result()
+        except BaseException:
+            for end in [] if running.done() else ends:  # interrupted: else the hours that are left would be waited for
+                end()
+            raise
 
 
 async def aaudit(
@@ -158,6 +170,8 @@ async def aaudit(
         raise InvalidRequest(f"There is no condition {min(unknown)!r}; take some of {', '.join(CONDITIONS)}.")
     if not 0 < level < 1:
         raise InvalidRequest(f"level must lie between 0 and 1, not at {level!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InvalidRequest(f"seed must be a whole number from 0 on, not {seed!r}.")
     if concurrency < 1:
         raise InvalidRequest(f"concurrency must be at least 1, not {concurrency!r}.")
     if isinstance(edges, str) and edges not in ("all", "each"):
@@ -165,12 +179,15 @@ async def aaudit(
     named = edges if isinstance(edges, str) else [_edge(edge) for edge in edges]
     if not named:
         raise InvalidEdge("edges names no edge; give pairs of names, 'all' or 'each'.")
-    _check_edges(graph, [] if isinstance(named, str) else named)
+    seen = _Survey(graph)
+    _check_edges(graph, seen, [] if isinstance(named, str) else named)
     compiled = graph.compile() if isinstance(graph, StateGraph) else graph.copy({"checkpointer": None, "cache": None})
     wanted = [name for name in CONDITIONS if name in {"intact", "swapped", *conditions}]
     head = journal_head(graph, examples, seed, about, context, config) if journal else {}
     with Journal(journal, head) if journal else nullcontext() as opened:
-        asked = Questions(compiled, examples, grade, seed, concurrency, config or {}, context, on_answer, opened)
+        asked = Questions(
+            compiled, seen.edges, examples, grade, seed, concurrency, config or {}, context, on_answer, opened
+        )
         intact = await asked.intact()
         scopes = asked.scopes(named)
         for scope in scopes:
@@ -178,7 +195,7 @@ async def aaudit(
         worths = []
         for scope in scopes:
             answers = {name: await asked.altered(scope, name) if name != "intact" else intact for name in wanted}
-            crossed, notes = asked.crossed_by(scope), asked.notes(scope)
+            crossed, notes = len(asked.crossing(scope)), asked.notes(scope)
             worths.append(EdgeWorth.of(scope.name, answers, crossed=crossed, seed=seed, level=level, notes=notes))
     return Audit.of(task, worths, seed=seed, level=level, about=about)
 
@@ -199,9 +216,7 @@ def journal_head(
     Returns:
         Plain JSON: what a journal begins with.
     """
-    seen = _Survey()
-    if isinstance(builder := _builder(graph), StateGraph):
-        seen.look(builder)
+    seen = _Survey(graph)
     compiled = graph.compile() if isinstance(graph, StateGraph) else graph
     llms = _look(compiled).ours
     services = [llm._service for llm in llms]
@@ -209,7 +224,7 @@ def journal_head(
     models = {digest(pinned(one)) for one in services if isinstance(one, LatentService)}
     shape = [
         sorted(map(str, seen.edges)),
-        sorted((*edge, setting.steps) for edge, setting in seen.latent.items()),
+        sorted((*edge, steps) for edge, steps in seen.latent.items()),
         sorted(digest(llm._identifying_params) for llm in llms),
         sorted(digest(_settings(agent)) for agent in seen.agents.values()),
     ]
@@ -243,12 +258,10 @@ def _edge(named: Any) -> Edge:
     return str(named[0]), str(named[1])
 
 
-def _check_edges(graph: StateGraph | Pregel, edges: Sequence[Edge]) -> None:
+def _check_edges(graph: StateGraph | Pregel, seen: "_Survey", edges: Sequence[Edge]) -> None:
     """Refuses, before anything runs, edges that do not exist or are not latent, as far as that can be seen."""
     if not isinstance(builder := _builder(graph), StateGraph):
         return
-    seen = _Survey()
-    seen.look(builder)
     if not seen.agents and not seen.latent and "latents" not in builder.channels:
         raise InvalidEdge("No edge of this graph is latent; switch some with switch_edges(builder, '*', to='latent').")
     names = [*dict.fromkeys([*seen.nodes, *seen.agents])]
@@ -270,13 +283,15 @@ def _check_edges(graph: StateGraph | Pregel, edges: Sequence[Edge]) -> None:
 
 
 class _Survey:
-    """Nodes, agents, edges and switched edges of a graph and its subgraphs."""
+    """Nodes, agents, edges and switched edges of a graph and its subgraphs; none of one of the functional API."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: StateGraph | Pregel) -> None:
         self.nodes: list[str] = []
         self.agents: dict[str, LatentAgentNode] = {}
         self.edges: list[Edge] = []
-        self.latent: dict[Edge, Any] = {}
+        self.latent: dict[Edge, int] = {}
+        if isinstance(builder := _builder(graph), StateGraph):
+            self.look(builder)
 
     def look(self, builder: StateGraph) -> None:
         """Adds a graph."""

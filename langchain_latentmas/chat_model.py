@@ -3,9 +3,12 @@
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from contextvars import ContextVar
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -27,12 +30,12 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field
 
 from .errors import InvalidReference, InvalidRequest
-from .modes import names_in, namespace, node_path, runs_as_text
+from .modes import inside, names_in, namespace, node_path, runs_as_text
 from .progress import reporter
 from .service import Chunk, LatentService
 from .service.base import READING
 from .service.marker import OPENING
-from .service.shared import SharedSettings, loaded, shared_service
+from .service.shared import loaded, shared_service
 from .state import LatentRef
 from .tool_calls import ToolCallText, forcing_prefix
 
@@ -112,7 +115,7 @@ class ChatLatentMAS(BaseChatModel):
     text was read from, or the steps that a marker stands for. A marker's own usage counts no input tokens, although its
     prompt was prefilled: compare costs by output tokens and seconds. `response_metadata` has the model's name, the
     finish reason, and as `latent_ref` the reference of what was said or thought; that of a marker says `thought`
-    besides, so that whoever shows `stream_mode="messages"` can leave markers out.
+    besides. Whoever shows `stream_mode="messages"` leaves out what holds "[latent ": a node may wrap a marker anew.
 
     Attributes:
         service: The model service; None takes the shared one of `model`.
@@ -242,9 +245,9 @@ class ChatLatentMAS(BaseChatModel):
     @property
     def lc_attributes(self) -> dict[str, Any]:
         """What is written down of a service: its address, or the name of its model."""
-        if self.service is None or self.model is not None:
+        if self.service is None or "model" in self.model_fields_set:
             return {}
-        return {"model": getattr(self.service, "url", self.service.name)}
+        return {"model": self.service.address}
 
     @property
     def _service(self) -> LatentService:
@@ -259,16 +262,19 @@ class ChatLatentMAS(BaseChatModel):
         return {name: getattr(self, name) for name in ("model", "device", "dtype", *SAMPLING)}
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """Key of LangChain's model cache: a call that thinks and one that speaks are not the same."""
-        thinker = _thinker(kwargs.get("agent"), kwargs.get("steps"), bool(kwargs.get("speak")), ensure_config())
-        steps = thinker and thinker.steps
+        """Key of LangChain's model cache, which is asked for spoken texts only: thoughts are known to the service."""
+        thinks = _thinker(kwargs.get("agent"), kwargs.get("steps"), bool(kwargs.get("speak")), ensure_config())
+        service = self._at_hand(kwargs.get("model"))
+        # What is not loaded has no identity yet, and to load it takes long, on what may be an event loop.
+        served = secrets.token_hex(16) if thinks or service is None else service.identity
         reading = READING.get()
-        read = f"---{reading.name}" if reading else ""
-        if self.service is not None:
-            served = self.service.name
-        else:  # what it is loaded by, since to load it takes long, and this may be an event loop
-            served = str(SharedSettings().key(self.model, self.device, self.dtype))
-        return f"{super()._get_llm_string(stop, **kwargs)}---{served}---{steps}{read}"
+        return f"{super()._get_llm_string(stop, **kwargs)}---{served}---{reading and reading.name}"
+
+    def _at_hand(self, model: str | None) -> LatentService | None:
+        """The service of a call that names this model, or none; None where it has to be loaded first."""
+        if not model and self.service is not None:
+            return self.service
+        return loaded(model or self.model, self.device, self.dtype)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = LangSmithParams(
@@ -281,6 +287,41 @@ class ChatLatentMAS(BaseChatModel):
         if named := stop or self.stop:
             params["ls_stop"] = named
         return params
+
+    def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
+        """See `BaseChatModel.invoke`. What `config` says of edges and nodes counts wherever the call stands."""
+        with inside(config):
+            return super().invoke(input, config, **kwargs)
+
+    async def ainvoke(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AIMessage:
+        """Like `invoke`."""
+        with inside(config):
+            return await super().ainvoke(input, config, **kwargs)
+
+    def stream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[AIMessageChunk]:
+        """Like `invoke`, chunk by chunk."""
+        chunks = super().stream(input, config, **kwargs)
+        with inside(config):  # a call asks for it before its first chunk, and others must not find it between two
+            first = list(islice(chunks, 1))
+        yield from first
+        yield from chunks
+
+    async def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[AIMessageChunk]:
+        """Like `stream`."""
+        spoken = cast(AsyncGenerator[AIMessageChunk], super().astream(input, config, **kwargs))
+        async with aclosing(spoken) as chunks:
+            with inside(config):
+                first = await anext(chunks, None)
+            if first is not None:
+                yield first
+            async for chunk in chunks:
+                yield chunk
 
     def _generate(
         self,
@@ -376,9 +417,7 @@ class _Call:
     async def aside(cls, *call: Any) -> "_Call":
         """Made in a thread of its own, where the service has to be loaded first, or a store or server to be asked."""
         llm, messages, stop, given = call
-        named: str | None = given.get("model")
-        own = None if named else llm.service
-        service = loaded(named or llm.model, llm.device, llm.dtype) if own is None else own
+        service = llm._at_hand(given.get("model"))
         if service is not None and not any(may_hold_marker(message) for message in messages):
             return cls(llm, messages, stop, given, service)
         return await asyncio.to_thread(cls, llm, messages, stop, given, service)
@@ -481,7 +520,7 @@ def _thinker(named: str | None, steps: int | None, speak: bool, config: Runnable
             raise InvalidRequest(f"A call with speak=True takes no latent steps; leave steps={steps!r} out.")
         return None
     agent = _agent(named, config)
-    if steps is not None and not runs_as_text(config, agent, *node_path(config)[-1:]):
+    if steps is not None and not runs_as_text(config, agent, *node_path(config)):
         return Thinker(agent, steps, f"steps={steps}", frozenset())
     around = THINKER.get()
     return None if around is None or around.speaks_here(config) else around

@@ -1,14 +1,11 @@
 """The command line, `latentmas`: one file per command in `commands/`."""
 
 import logging
-import os
 from typing import Annotated
-
-# Before torch is imported: threads that spin while they wait slow each other down once something else needs a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
+from . import spinning  # noqa: F401 (before torch, so before the commands)
 from .commands.ask import ask
 from .commands.audit import audit
 from .commands.bench import bench

@@ -24,12 +24,12 @@ from langgraph.utils.runnable import RunnableCallable  # type: ignore[attr-defin
 from .chat_model import THINKER, ChatLatentMAS, Thinker
 from .errors import InvalidEdge, InvalidRequest
 from .modes import Edge, Mode, edge_modes, namespace, node_path
-from .node import LatentAgentNode
+from .node import LatentAgentNode, told_by
 from .service.shared import SharedSettings
 
 LIBRARIES = {"langchain", "langchain_core", "langgraph", "langsmith"}  # their globals hold none of the user's models
 DEFAULT_ERROR_HANDLER = "__default_error_handler__"  # node that LangGraph's `compile` adds to a builder
-SWITCHED = "_latentmas_edges"  # attribute of a builder that holds its latent edges
+SWITCHED = "_latentmas_edges"  # attribute of a builder that holds the steps of its latent edges
 
 
 class EdgeReport(NamedTuple):
@@ -58,12 +58,6 @@ class EdgeReports(list[EdgeReport]):
             for source, target, mode, why in self
         )
         return f"<table><tr><th>edge</th><th>mode</th><th style='text-align: left'>why</th></tr>{rows}</table>"
-
-
-class _Setting(NamedTuple):
-    """A latent edge."""
-
-    steps: int
 
 
 @overload
@@ -164,7 +158,7 @@ def switch_edges(
         if refused and edges != "*":
             (source, target), why = next(iter(refused.items()))
             raise InvalidEdge(f"The edge {source!r} -> {target!r} cannot be latent: {why}")
-        switched |= {edge: _Setting(steps) for edge in wanted if edge not in refused}
+        switched |= {edge: steps for edge in wanted if edge not in refused}
     if explain:
         return EdgeReports(graph.report(edge, switched, refused.get(edge, "not switched")) for edge in graph.edges)
     return graph.with_edges(switched)
@@ -194,7 +188,7 @@ class _Graph:
 
     def __init__(self, builder: StateGraph) -> None:
         self.builder = builder
-        self.switched: dict[Edge, _Setting] = getattr(builder, SWITCHED, {})
+        self.switched: dict[Edge, int] = getattr(builder, SWITCHED, {})
         made: dict[Edge, str] = dict.fromkeys(builder.edges, "edge")
         made |= {(source, target): "edge" for sources, target in builder.waiting_edges for source in sources}
         for source, branches in builder.branches.items():
@@ -212,7 +206,7 @@ class _Graph:
     def leaving(self, source: str) -> list[Edge]:
         return [edge for edge in self.edges if edge[0] == source]
 
-    def report(self, edge: Edge, switched: Mapping[Edge, _Setting], why_text: str) -> EdgeReport:
+    def report(self, edge: Edge, switched: Mapping[Edge, int], why_text: str) -> EdgeReport:
         """What an edge is, once these are switched; a latent one beside a text one of the same node is text."""
         if edge not in switched:
             return EdgeReport(*edge, "text", why_text)
@@ -220,13 +214,13 @@ class _Graph:
         for other in siblings:
             if other not in switched:
                 return EdgeReport(*edge, "text", f"{edge[0]!r} speaks, because its edge to {other[1]!r} is text.")
-        why = f"{max(switched[each].steps for each in siblings)} latent steps"
+        why = f"{max(switched[each] for each in siblings)} latent steps"
         if silent := self._silent_after(edge):
             why += f"; {silent!r} calls no model that can be seen, and has a marker only where it reads this text"
         return EdgeReport(*edge, "latent", why)
 
     def refusals(
-        self, wanted: list[Edge], switched: Mapping[Edge, _Setting], router_reads_text: bool, trusted: bool
+        self, wanted: list[Edge], switched: Mapping[Edge, int], router_reads_text: bool, trusted: bool
     ) -> dict[Edge, str]:
         """Why edges cannot be latent, for those that cannot.
 
@@ -331,7 +325,7 @@ class _Graph:
         parsers = [parser for each in looked for parser in each.parsers]
         return _Facts(models, any(each.tools for each in looked), parsers, [], [])
 
-    def with_edges(self, switched: dict[Edge, _Setting]) -> StateGraph:
+    def with_edges(self, switched: dict[Edge, int]) -> StateGraph:
         """A copy of the builder in which these edges are latent and all others are not."""
         new = copy.copy(self.builder)
         vars(new).update({name: copy.copy(value) for name, value in vars(new).items()})
@@ -383,7 +377,7 @@ class _Switched(RunnableCallable):
         self,
         name: str,
         inner: Runnable,
-        edges: dict[Edge, _Setting],
+        edges: dict[Edge, int],
         outputs: frozenset[tuple[str, ...]],
         inside: frozenset[str],
         known: frozenset[Edge],
@@ -394,7 +388,7 @@ class _Switched(RunnableCallable):
             if "text" in edge_modes(config, edges, known if outermost else None, there).values():
                 return None
             arrows = ", ".join("->".join(edge) for edge in edges)
-            steps = max(setting.steps for setting in edges.values())
+            steps = max(edges.values())
             return Thinker(name, steps, arrows, outputs, namespace(config), inside)
 
         def call(input: Any, config: RunnableConfig) -> Any:
@@ -441,7 +435,7 @@ def _inner(runnable: Any) -> Any:
     return runnable.inner if isinstance(runnable, _Switched) else runnable
 
 
-def _cached(policy: CachePolicy | None, edges: Mapping[Edge, _Setting], inner: Runnable) -> CachePolicy | None:
+def _cached(policy: CachePolicy | None, edges: Mapping[Edge, int], inner: Runnable) -> CachePolicy | None:
     """The policy of a node that thinks: what the same node returned as text, or after other steps, is not for it.
 
     Nor is what a node of its name returned in another graph: LangGraph tells these apart by their function, which here
@@ -450,8 +444,7 @@ def _cached(policy: CachePolicy | None, edges: Mapping[Edge, _Setting], inner: R
     if policy is None:
         return None
     function = getattr(inner, "func", None) or getattr(inner, "afunc", None) or type(inner)
-    named = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
-    label = f"{max(setting.steps for setting in edges.values())} {named}"
+    label = f"{max(edges.values())} {told_by(function)}"
     return dataclasses.replace(policy, key_func=_CacheKey(policy.key_func, label))
 
 
@@ -474,10 +467,8 @@ class _CacheKey(NamedTuple):
 
 
 def _service_of(model: ChatLatentMAS) -> Hashable:
-    if (service := model.service) is not None:  # clients of one server with one token read each other's memories
-        settings: Any = getattr(service, "settings", None)
-        url: str | None = getattr(service, "url", None)
-        return id(service) if url is None else (url, settings.token)
+    if model.service is not None:
+        return model.service.identity
     return SharedSettings().key(model.model, model.device, model.dtype)
 
 

@@ -24,6 +24,11 @@ def first_fault(error: "ValidationError") -> str:
     return f"{where}: {what}" if where else what
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing: asserts and libraries may do that."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class LatentMASError(Exception):
     """Base of all errors of this package."""
 
@@ -137,7 +142,7 @@ class EdgeNotCrossed(InvalidEdge):
 
 
 class NoPartner(InvalidRequest):
-    """A memory has no partner of its length class among the other questions to be swapped with."""
+    """No two questions have memories of one length class, so that none can be swapped with another."""
 
 
 class GraderFailed(LatentMASError, ValueError):

@@ -1,9 +1,11 @@
 """`configurable.edges`: which edges of a run are latent, and which are text. All readers of the setting are here."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import ensure_config, var_child_runnable_config
 
 from .errors import InvalidRequest
 
@@ -47,7 +49,8 @@ def runs_as_text(config: RunnableConfig, *sources: str) -> bool:
 
     Args:
         config: See `edge_modes`.
-        *sources: What the node is called: its own name and its agent's, where they differ.
+        *sources: What the node is called: its own name and its agent's, where they differ, and the nodes around it,
+            which leave what it leaves.
 
     Raises:
         InvalidRequest: As for `edge_modes`.
@@ -63,12 +66,34 @@ def agent_leaves_text(config: RunnableConfig, agent: str) -> bool:
 
     Args:
         config: See `edge_modes`.
-        agent: What the agent is called; the node that it is in the graph around it counts as well.
+        agent: What the agent is called; the node that it is in the graph around it counts as well, and those around it.
 
     Raises:
         InvalidRequest: As for `edge_modes`.
     """
-    return runs_as_text(config, agent, *node_path(config)[-2:-1])
+    return runs_as_text(config, agent, *node_path(config)[:-1])
+
+
+@contextmanager
+def inside(config: RunnableConfig | None) -> Iterator[RunnableConfig]:
+    """Makes the configuration of a call the one that `ensure_config` and `get_runtime` find meanwhile.
+
+    In a chain that is a node, LangGraph does that for the first step alone, and LangChain does it for no model call.
+
+    Args:
+        config: As the call got it. Where no graph made it, it only adds to that of the node that calls.
+
+    Yields:
+        All of it.
+    """
+    around, merged = ensure_config(), ensure_config(config)
+    if "checkpoint_ns" not in merged["configurable"]:
+        merged["configurable"] = {**around["configurable"], **merged["configurable"]}
+    token = var_child_runnable_config.set(merged)
+    try:
+        yield merged
+    finally:
+        var_child_runnable_config.reset(token)
 
 
 def node_path(config: RunnableConfig) -> tuple[str, ...]:

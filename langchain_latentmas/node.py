@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,12 +16,12 @@ from langchain_core.messages import (
     convert_to_messages,
 )
 from langchain_core.prompt_values import PromptValue
-from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
+from langchain_core.runnables import Runnable, RunnableConfig
 from langgraph.runtime import Runtime, get_runtime
 
 from .chat_model import ChatLatentMAS, may_hold_marker, without_markers
 from .errors import InvalidRequest
-from .modes import node_path, runs_as_text
+from .modes import inside, node_path, runs_as_text
 from .progress import reporter
 from .service import LatentService
 from .service.identity import checked_ref
@@ -59,8 +60,14 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
     `{"planner->critic": "text"}` does that to single nodes: the planner speaks and leaves no reference, and whoever
     reads it reads its text, beside the memories of others.
 
+    What a node gets as its input is all that it knows: where a `Send` or an `input_schema` leaves `latents` out, it
+    reads nobody. A `Send` to agents that shall read passes `"latents": state["latents"]`.
+
     A `CachePolicy` of LangGraph knows the node's input and nothing of `edges`: what a latent run cached, a text run
-    gets as it is, and so no text. Clear the cache between such runs (`graph.clear_cache()`), or cache no agents.
+    gets as it is, and so no text. Clear the cache between such runs (`graph.clear_cache()`), or cache no agents. A
+    cache that outlives the process gives back references that a service without `store` does not know after a restart,
+    and refuses: give it one, or clear the cache. Two prompts that are functions of one name, such as lambdas, are the
+    same to a cache.
 
     Example:
         ```python
@@ -131,6 +138,10 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         self.sampling["stop_sequences"] = [stop] if isinstance(stop, str) else list(stop) if stop else None
         self._llm: ChatLatentMAS | None = None
+        # LangGraph tells what it caches apart by this, as it does for functions.
+        made_of = (name, steps, speak, self.reads, max_tokens, self.sampling, service and service.identity)
+        described = f"{made_of} {prompt if isinstance(prompt, str) else told_by(prompt)}"
+        self.__qualname__ = f"{type(self).__name__}.{hashlib.sha256(described.encode()).hexdigest()[:32]}"
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Runs the agent on a graph state; see the class for what it returns.
@@ -140,46 +151,52 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 the state of the graph has no `latents`, or no `messages` for what the agent says.
             LatentMASError: Whatever `LatentService.think` and `LatentService.speak` raise.
         """
-        config = ensure_config(config)
-        made = self._prompted("invoke", input, config)
-        if inspect.isawaitable(made):
-            if inspect.iscoroutine(made):
-                made.close()
-            raise InvalidRequest(f"The prompt of agent {self.name!r} is async; run the graph with ainvoke or astream.")
-        plan = self._plan(input, config, self._messages(made))
-        if plan.thinks:
-            on_step = reporter(str(self.name), self.steps)
-            ref = plan.service.think(
-                plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=on_step
-            )
-            return {"latents": [ref]}
-        llm = self._chat_model(plan)
-        return _said(llm.invoke(plan.messages, config, latents=plan.latents, agent=self.name), plan)
+        with inside(config) as config:
+            made = self._prompted("invoke", input, config)
+            if inspect.isawaitable(made):
+                if inspect.iscoroutine(made):
+                    made.close()
+                raise InvalidRequest(
+                    f"The prompt of agent {self.name!r} is async; run the graph with ainvoke or astream."
+                )
+            plan = self._plan(input, config, self._messages(made))
+            if plan.thinks:
+                on_step = reporter(str(self.name), self.steps)
+                ref = plan.service.think(
+                    plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=on_step
+                )
+                return {"latents": [ref]}
+            llm = self._chat_model(plan)
+            return _said(llm.invoke(plan.messages, config, latents=plan.latents, agent=self.name), plan)
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Like `invoke`, without blocking the event loop."""
-        config = ensure_config(config)
-        made = self._prompted("ainvoke", input, config)
-        if inspect.isawaitable(made):
-            made = await made
-        shown = self._messages(made)
-        if self.service is None or any(map(may_hold_marker, shown)):
-            plan = await asyncio.to_thread(self._plan, input, config, shown)  # may load a model, or ask a server
-        else:
-            plan = self._plan(input, config, shown)
-        if plan.thinks:
-            on_step = reporter(str(self.name), self.steps)
-            ref = await plan.service.athink(
-                plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=on_step
-            )
-            return {"latents": [ref]}
-        llm = self._chat_model(plan)
-        return _said(await llm.ainvoke(plan.messages, config, latents=plan.latents, agent=self.name), plan)
+        with inside(config) as config:
+            made = self._prompted("ainvoke", input, config)
+            if inspect.isawaitable(made):
+                made = await made
+            shown = self._messages(made)
+            if self.service is None or any(map(may_hold_marker, shown)):
+                plan = await asyncio.to_thread(self._plan, input, config, shown)  # may load a model, or ask a server
+            else:
+                plan = self._plan(input, config, shown)
+            if plan.thinks:
+                on_step = reporter(str(self.name), self.steps)
+                ref = await plan.service.athink(
+                    plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=on_step
+                )
+                return {"latents": [ref]}
+            llm = self._chat_model(plan)
+            return _said(await llm.ainvoke(plan.messages, config, latents=plan.latents, agent=self.name), plan)
+
+    def _leaves_text(self, config: RunnableConfig) -> bool:
+        """Whether an edge that leaves it, or a node that it lies in, is text."""
+        return runs_as_text(config, str(self.name), *node_path(config))
 
     def _prompted(self, run: Literal["invoke", "ainvoke"], state: Any, config: RunnableConfig) -> Any:
         """What the prompt makes of a state; an awaitable of it, where the prompt is async or run so."""
         channels = {"latents": ("its memory", "list[LatentRef], merge_latents")}
-        if self.speak or runs_as_text(config, str(self.name), *node_path(config)[-1:]):
+        if self.speak or self._leaves_text(config):
             channels["messages"] = ("what it says", "list[AnyMessage], add_messages")
         for channel, (what, kind) in channels.items():
             if _loses(channel, state, config):
@@ -199,13 +216,14 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         service = self.service or _service_of_the_run() or shared_service()
         if not isinstance(service, LatentService):
             raise InvalidRequest(f"Agent {self.name!r}: service must be a LatentService, not {type(service).__name__}.")
-        leaves_text = runs_as_text(config, str(self.name), *node_path(config)[-1:])
-        known = [] if runs_as_text(config) else list(_field(state, "latents") or [])
+        leaves_text = self._leaves_text(config)
+        handed = _field(state, "latents")
+        known = [] if runs_as_text(config) else list(handed or [])
         # A prompt of words shows all that was said. What others show is their own choice.
         whole = isinstance(self.prompt, (str, SystemMessage))
         conversation: Sequence[BaseMessage] = messages[1:] if whole else _field(state, "messages") or []
         try:
-            latents, notes = self._read(known, conversation, messages)
+            latents, notes = self._read(known, conversation, messages, handed is None)
             read = ancestry(latents, known) if any(map(memory_of, messages)) else set()
         except (TypeError, KeyError):  # a checkpoint may be written by others; looking through a long one takes time
             for ref in known:
@@ -243,7 +261,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         return messages
 
     def _read(
-        self, known: Sequence[LatentRef], messages: Sequence[BaseMessage], shown: Sequence[BaseMessage]
+        self, known: Sequence[LatentRef], messages: Sequence[BaseMessage], shown: Sequence[BaseMessage], bare: bool
     ) -> tuple[list[LatentRef], list[AIMessage]]:
         """What it reads of others.
 
@@ -251,6 +269,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             known: References in the state.
             messages: Those of the state.
             shown: Those that its prompt gives.
+            bare: Whether its input had no references, not even an empty list.
 
         Returns:
             References in the order in which they are merged, and texts that stand in no memory: what was said since the
@@ -265,8 +284,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         ]
         own = [ref for ref in known if ref["agent"] == self.name]
         asked = last_human(messages)
-        # What it has thought about it does not read again; only its own words tell, where it left no memory.
-        read = asked if own else max((i for i, message in said if _speaker(message) == self.name), default=-1)
+        # Of a thinker nothing tells how much was said before it thought: it thought about what it was asked.
+        mine = (i for i, message in enumerate(messages) if _speaker(message) == self.name)
+        read = max(mine, default=asked if own else -1)
         there = {key_of(message) for message in shown}
         new = [message for i, message in said if i > asked or (i > read and key_of(message) not in there)]
         new = [message for message in new if not message.tool_calls]  # these stay with their answers
@@ -283,7 +303,8 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             if not theirs and not left[agent]:
                 last = next((message for _, message in reversed(said) if _speaker(message) == agent), None)
                 if last is None:
-                    raise self._nobody(agent, sorted({ref["agent"] for ref in known} | {_speaker(m) for _, m in said}))
+                    agents = sorted({ref["agent"] for ref in known} | {_speaker(m) for _, m in said})
+                    raise self._nobody(agent, agents, bare)
                 theirs = [] if key_of(last) in there or last.tool_calls else [last]
             notes += theirs
         # Those of a loop that descend from each other count once: the service reads tips only.
@@ -291,11 +312,15 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             left = not_yet_read(left, own, known)
         return [ref for agent in self.reads for ref in left[agent]], notes
 
-    def _nobody(self, agent: str, known: list[str]) -> InvalidRequest:
+    def _nobody(self, agent: str, known: list[str], bare: bool) -> InvalidRequest:
         there = ", ".join(known) or "nobody yet"
+        way_out = (
+            "Its input has no `latents`: let the Send or the input_schema that it comes from hand them on."
+            if bare
+            else "Correct reads=..., or add the edge that lets it run first."
+        )
         return InvalidRequest(
-            f"Agent {self.name!r} reads {agent!r}, who left nothing in the state (there: {there}). Correct reads=..., "
-            "or add the edge that lets it run first."
+            f"Agent {self.name!r} reads {agent!r}, who left nothing in the state (there: {there}). {way_out}"
         )
 
     def _chat_model(self, plan: _Plan) -> ChatLatentMAS:
@@ -303,6 +328,12 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         if (llm := self._llm) is None or llm.service is not plan.service:
             self._llm = llm = ChatLatentMAS(service=plan.service, max_tokens=self.max_tokens, **self.sampling)
         return llm
+
+
+def told_by(function: Any) -> str:
+    """What tells one function from others where it is known by its name; anything else is told by how it is written."""
+    name = getattr(function, "__qualname__", None)
+    return repr(function) if name is None else f"{getattr(function, '__module__', '')}.{name}"
 
 
 def _service_of_the_run() -> Any:

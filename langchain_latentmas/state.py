@@ -34,17 +34,19 @@ class LatentRef(TypedDict):
 
 
 def merge_latents(left: Sequence[LatentRef] | None, right: Sequence[LatentRef] | None) -> list[LatentRef]:
-    """Reducer of `LatentState.latents`: the union, in order of first appearance.
+    """Reducer of `LatentState.latents`: the union, in the order in which it was thought last.
 
-    Idempotent, because subgraphs and handoffs emit values again that the state already has; pure, because LangGraph may
-    call it twice.
+    A reference of the state that comes again stands for the same thought, thought again, and goes to the end: so it
+    counts as new to those who read it before. But subgraphs and handoffs emit the whole state again: what they begin
+    with in the order of the state stays where it is, unless it is one reference alone, as a node returns it. Merging
+    the same again changes nothing. Pure, because LangGraph may call it twice.
 
     Args:
         left: What the state holds.
         right: What a node returned.
 
     Returns:
-        A new list; a reference that is already there (same id and agent) keeps its place and is not repeated.
+        A new list without repetitions; of the same id and agent, the reference that came first.
 
     Raises:
         InvalidRequest: If one of them is no list of references.
@@ -57,9 +59,13 @@ def merge_latents(left: Sequence[LatentRef] | None, right: Sequence[LatentRef] |
         raise InvalidRequest(
             f"`latents` takes a list of references, such as [ref] for one; it got {str(right)[:80]!r}."
         ) from None
-    merged: dict[tuple[str, str], LatentRef] = {}
-    for ref in refs:
-        merged.setdefault((ref["id"], ref["agent"]), ref)
+    merged, emitted = _by_key(left or []), _by_key(right or [])
+    standing = iter(list(merged))
+    again = len(emitted) == 1
+    for key, ref in emitted.items():
+        again = again or key not in standing  # which looks on from where it found the one before
+        if again:
+            merged[key] = merged.pop(key, ref)
     return list(merged.values())
 
 
@@ -102,4 +108,12 @@ def ancestry(refs: Iterable[LatentRef], among: Iterable[LatentRef]) -> set[str]:
         if key not in found:
             found.add(key)
             queue += known[key]["parents"] if key in known else []
+    return found
+
+
+def _by_key(refs: Iterable[LatentRef]) -> dict[tuple[str, str], LatentRef]:
+    """References by id and agent; of several, the first."""
+    found: dict[tuple[str, str], LatentRef] = {}
+    for ref in refs:
+        found.setdefault((ref["id"], ref["agent"]), ref)
     return found

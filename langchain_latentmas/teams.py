@@ -1,27 +1,15 @@
 """The arrangements of the paper as ready graphs: experts one after the other, in parallel before a judger, or alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from langchain_core.messages import SystemMessage
 from langgraph.graph import END, START, StateGraph
 
+from .bundled import EXPERTS, ROLES, SEQUENTIAL
 from .node import LatentAgentNode, Prompt
 from .service import LatentService
 from .state import LatentState
-
-SEQUENTIAL: Mapping[str, str] = {
-    "planner": "You are a planner. Plan the steps for the question.",
-    "critic": "You are a critic. Check the plan for the question.",
-    "refiner": "You are a refiner. Improve the plan for the question.",
-}
-HIERARCHICAL: Mapping[str, str] = {
-    "arithmetic": "You are an arithmetic expert. Solve the question.",
-    "logic": "You are a logic expert. Solve the question.",
-    "reading": "You are a reading expert. Solve the question.",
-}
-JUDGER = "You are a judger. Give the final answer."
-SOLVER = "You are a helpful assistant. Solve the question step by step."
 
 
 def sequential(service: LatentService | None = None, **options: Any) -> "StateGraph[LatentState]":
@@ -31,12 +19,13 @@ def sequential(service: LatentService | None = None, **options: Any) -> "StateGr
         service: The model service; None as for `LatentAgentNode`.
         **options: `agents` (prompt by name), `judger` (its prompt), `relay` (whether the judger is kept from the
             question, so that it can know it from the others alone), `reads` (whom the judger reads; [] reads nobody),
-            `state` (a schema that extends `LatentState`), and what `LatentAgentNode` takes: `steps`, `max_tokens`, ...
+            `state` (a schema that extends `LatentState`), and what `LatentAgentNode` takes: `steps`, `max_tokens`,
+            `speak` (whether those before the judger speak too), ...
 
     Returns:
         A builder; compile it, with a checkpointer if you like.
     """
-    agents, builder = _team(service, {"agents": SEQUENTIAL, **options})
+    agents, builder = _team(service, SEQUENTIAL, options)
     for one, next_one in zip([START, *agents], [*agents, "judger"], strict=True):
         builder.add_edge(one, next_one)
     builder.add_edge("judger", END)
@@ -53,7 +42,7 @@ def hierarchical(service: LatentService | None = None, **options: Any) -> "State
     Returns:
         A builder.
     """
-    agents, builder = _team(service, {"agents": HIERARCHICAL, **options})
+    agents, builder = _team(service, EXPERTS, options)
     for agent in agents:
         builder.add_edge(START, agent)
     builder.add_edge(list(agents), "judger")
@@ -71,8 +60,8 @@ def single(service: LatentService | None = None, **options: Any) -> "StateGraph[
     Returns:
         A builder.
     """
-    prompt, builder = options.pop("solver", SOLVER), StateGraph(options.pop("state", LatentState))
-    builder.add_node("solver", LatentAgentNode("solver", prompt, service=service, speak=True, **options))
+    prompt, builder = options.pop("solver", ROLES["solver"]), StateGraph(options.pop("state", LatentState))
+    builder.add_node("solver", LatentAgentNode("solver", prompt, service=service, **{**options, "speak": True}))
     builder.add_edge(START, "solver")
     builder.add_edge("solver", END)
     return builder
@@ -86,13 +75,16 @@ ARRANGEMENTS: "Mapping[str, Callable[..., StateGraph[LatentState]]]" = {
 """By name; "single" is what the others are compared with."""
 
 
-def _team(service: LatentService | None, options: dict[str, Any]) -> "tuple[list[str], StateGraph[LatentState]]":
-    agents: Mapping[str, Prompt] = options.pop("agents")
-    prompt, reads = options.pop("judger", JUDGER), options.pop("reads", None)
+def _team(
+    service: LatentService | None, names: Sequence[str], options: dict[str, Any]
+) -> "tuple[list[str], StateGraph[LatentState]]":
+    agents: Mapping[str, Prompt] = options.pop("agents", {name: ROLES[name] for name in names})
+    prompt, reads = options.pop("judger", ROLES["judger"]), options.pop("reads", None)
     judger: Prompt = (lambda state: [SystemMessage(prompt)]) if options.pop("relay", False) else prompt
     builder = StateGraph(options.pop("state", LatentState))
     for name, role in agents.items():
         builder.add_node(name, LatentAgentNode(name, role, service=service, **options))
     options.pop("steps", None)
-    builder.add_node("judger", LatentAgentNode("judger", judger, service=service, speak=True, reads=reads, **options))
+    options |= {"speak": True, "reads": reads}
+    builder.add_node("judger", LatentAgentNode("judger", judger, service=service, **options))
     return list(agents), builder

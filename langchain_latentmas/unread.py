@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
@@ -22,7 +23,7 @@ def memory_of(message: BaseMessage) -> str | None:
     """Id of the memory in which the text of a message stands."""
     ref: Mapping[str, Any] = message.response_metadata.get("latent_ref") or {}
     said = message.response_metadata.get(SAID)
-    return None if said is not None and said != _digest([message]) else ref.get("id")
+    return None if said is not None and said != _digest(message) else ref.get("id")
 
 
 def key_of(message: BaseMessage) -> str | int:
@@ -37,10 +38,11 @@ def mark(message: AIMessage, before: Sequence[BaseMessage]) -> None:
         message: What was said.
         before: All messages of the conversation before it, if each was in its prompt or in a memory that was read.
     """
-    message.response_metadata[SAID] = _digest([message])
+    message.response_metadata[SAID] = _digest(message)
     if before:
-        message.response_metadata[READ] = _digest(before)
-        turn = [_digest([earlier]) for earlier in before[1 + last_human(before) :]]
+        digests = [_digest(earlier) for earlier in before]
+        message.response_metadata[READ] = _heads(digests)[-1]
+        turn = digests[1 + last_human(before) :]
         message.response_metadata |= {TURN: turn} if turn else {}
 
 
@@ -58,19 +60,21 @@ def held(messages: Sequence[BaseMessage], read: Collection[str]) -> set[str | in
     """
     if not read:
         return set()
-    remembered = [message for message in messages if memory_of(message) in read]
-    found = {key_of(message) for message in remembered}
-    if turn := {digest for message in remembered for digest in message.response_metadata.get(TURN, ())}:
-        found |= {key_of(message) for message in messages if _digest([message]) in turn}
-    said = (i for i in reversed(range(len(messages))) if READ in messages[i].response_metadata)
-    # Not always the last one: before what one of several agents said side by side, others stand that it never saw.
-    whole = (
-        i
-        for i in said
-        if memory_of(messages[i]) in read and messages[i].response_metadata[READ] == _digest(messages[:i])
-    )
-    if (last := next(whole, None)) is not None:
-        found |= {key_of(message) for message in messages[:last]}
+    found: set[str | int] = set()
+    whole = 0  # so many of the first messages are held
+    digests = [_digest(message) for message in messages]
+    earlier: defaultdict[str, list[str | int]] = defaultdict(list)
+    for i, (message, digest, head) in enumerate(zip(messages, digests, _heads(digests), strict=False)):
+        if memory_of(message) in read:
+            found.add(key_of(message))
+            # What is said in the same words later on was not there to be read.
+            for known, times in Counter(message.response_metadata.get(TURN, ())).items():
+                found.update(earlier[known][-times:])
+            # Not always the last one: of agents side by side, one never saw what the other said before it.
+            if message.response_metadata.get(READ) == head:
+                whole = i
+        earlier[digest].append(key_of(message))
+    found |= {key_of(message) for message in messages[:whole]}
     answered = {m.tool_call_id for m in messages if isinstance(m, ToolMessage) and key_of(m) not in found}
     asked = last_human(messages)
     stay: list[BaseMessage] = [] if asked < 0 else [messages[asked]]
@@ -83,8 +87,8 @@ def not_yet_read(
 ) -> dict[str, list[LatentRef]]:
     """Those of each agent's memories that a reader has not read yet; if there are none, those that it read last.
 
-    So on a thread with several turns it reads what was thought in this one. All that some workers of one name thought
-    side by side is new together.
+    So on a thread with several turns it reads what was thought in this one, be it the same again as in an earlier one.
+    All that some workers of one name thought side by side is new together.
 
     Args:
         left: The memories by agent.
@@ -92,7 +96,12 @@ def not_yet_read(
         known: All of the state.
     """
     before = ancestry(own, known)
-    new = {agent: [ref for ref in refs if ref["id"] not in before] for agent, refs in left.items()}
+    # A thought that comes again has the id that it had, but stands behind what the reader has left since.
+    since = {(ref["id"], ref["agent"]) for ref in known[known.index(own[-1]) + 1 :]}
+    new = {
+        agent: [ref for ref in refs if ref["id"] not in before or (ref["id"], agent) in since]
+        for agent, refs in left.items()
+    }
     if all(new.values()):
         return new
     last = ancestry(own[-1:], known)
@@ -111,9 +120,21 @@ def last_human(messages: Sequence[BaseMessage]) -> int:
     return max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=-1)
 
 
-def _digest(messages: Sequence[BaseMessage]) -> str:
+def _digest(message: BaseMessage) -> str:
     parts = [
-        [message.type, message.content, getattr(message, "tool_calls", None), getattr(message, "tool_call_id", None)]
-        for message in messages
+        message.type,
+        message.content,
+        getattr(message, "tool_calls", None),
+        getattr(message, "tool_call_id", None),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _heads(digests: Iterable[str]) -> list[str]:
+    """Digests of the conversation before each message, and of all of it."""
+    so_far = hashlib.sha256()
+    heads = [so_far.hexdigest()[:32]]
+    for digest in digests:
+        so_far.update(digest.encode())
+        heads.append(so_far.hexdigest()[:32])
+    return heads

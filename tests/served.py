@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -79,3 +80,12 @@ class Process:
 
 def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
+
+
+def certificate(folder: Path) -> dict[str, Path]:
+    """Settings of a server with HTTPS, whose certificate is its own authority."""
+    files = {"certificate": folder / "cert.pem", "certificate_key": folder / "key.pem"}
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1"
+    out = ("-addext", "subjectAltName=IP:127.0.0.1", "-out", files["certificate"], "-keyout", files["certificate_key"])
+    subprocess.run([*command.split(), *out], check=True, capture_output=True)
+    return files

@@ -6,21 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from langchain_core.messages import HumanMessage
-from langgraph.graph import END, START, StateGraph
 
+from .. import teams
 from ..demo import held_out
 from ..engine.model import LanguageModel
 from ..errors import EngineFailed
 from ..evaluation.run import cost
 from ..evaluation.task import Relay
-from ..node import LatentAgentNode
 from ..service.local import LocalService, LocalSettings
-from ..state import LatentState
-from ..teams import HIERARCHICAL, JUDGER, SEQUENTIAL
 from .spread import Spread, ratios
 
 Arrangement = Literal["sequential", "hierarchical"]
-TEAMS: dict[Arrangement, Any] = {"sequential": SEQUENTIAL, "hierarchical": HIERARCHICAL}
+TEAMS: tuple[Arrangement, ...] = ("sequential", "hierarchical")
 
 
 def team(service: LocalService, arrangement: Arrangement, text: bool, steps: int, tokens: int) -> Any:
@@ -34,20 +31,7 @@ def team(service: LocalService, arrangement: Arrangement, text: bool, steps: int
         steps: Latent steps of each of the three.
         tokens: Tokens of the judger, and of each of the three where they speak.
     """
-    builder = StateGraph(LatentState)
-    for name, role in TEAMS[arrangement].items():
-        builder.add_node(name, LatentAgentNode(name, role, service=service, speak=text, steps=steps, max_tokens=tokens))
-    builder.add_node("judger", LatentAgentNode("judger", JUDGER, service=service, speak=True, max_tokens=tokens))
-    names = list(TEAMS[arrangement])
-    if arrangement == "sequential":
-        for one, next_one in zip([START, *names], [*names, "judger"], strict=True):
-            builder.add_edge(one, next_one)
-    else:
-        for name in names:
-            builder.add_edge(START, name)
-        builder.add_edge(names, "judger")
-    builder.add_edge("judger", END)
-    return builder.compile()
+    return teams.ARRANGEMENTS[arrangement](service, speak=text, steps=steps, max_tokens=tokens).compile()
 
 
 def text_against_latent(

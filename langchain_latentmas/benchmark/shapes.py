@@ -10,7 +10,7 @@ from .. import bundled
 from ..engine.device import free_bytes
 from ..engine.model import LanguageModel
 from ..engine.quantization import quantization_config
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, first_line
 from .memory import in_gb
 
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -109,7 +109,7 @@ def build(shape: str, device: str, dtype: torch.dtype, quantization: str | None 
     try:
         free = free_bytes(torch.device(device))
     except (RuntimeError, AssertionError) as error:  # no such device; or torch was built without CUDA
-        raise InvalidRequest(f"There is no device {device!r} here ({str(error).splitlines()[0]}).") from error
+        raise InvalidRequest(f"There is no device {device!r} here ({first_line(error)}).") from error
     needed = parameters(shape) * dtype.itemsize
     if needed > free:
         raise InvalidRequest(

@@ -9,7 +9,8 @@ import random
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from .tasks import EXPERTS, ROLES, SEQUENTIAL, Problem, answer_text, notes
+from . import EXPERTS, ROLES, SEQUENTIAL
+from .tasks import Problem, answer_text, notes
 
 EXTRA_ROLES: dict[str, str] = {
     "executor": "You are an executor. Carry out the plan.",

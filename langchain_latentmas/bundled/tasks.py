@@ -1,23 +1,11 @@
-"""Word problems, the roles that solve them, and the grader. Imports no torch."""
+"""Word problems and their grader. Imports no torch."""
 
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..evaluation.graders import boxed_number
-
-ROLES: dict[str, str] = {
-    "planner": "You are a planner. Plan the steps for the question.",
-    "critic": "You are a critic. Check the plan for the question.",
-    "refiner": "You are a refiner. Improve the plan for the question.",
-    "judger": "You are a judger. Give the final answer.",
-    "solver": "You are a helpful assistant. Solve the question step by step.",
-    "arithmetic": "You are an arithmetic expert. Solve the question.",
-    "logic": "You are a logic expert. Solve the question.",
-    "reading": "You are a reading expert. Solve the question.",
-}
-SEQUENTIAL = ("planner", "critic", "refiner")
-EXPERTS = ("arithmetic", "logic", "reading")
+from . import ROLES
 
 HE = "Tom Bob Max Sam Leo Ben Dan Jack Carl Eric Fred Hugo Ivan Karl Luke Mark Nick Otto Pete Ray Paul Alex".split()
 SHE = "Ann Eva Zoe Ivy Mia Lily Emma Ruth Anna Beth Cora Dora Ella Gina Hana Iris Judy Lena Mary Rita Nora Kate".split()

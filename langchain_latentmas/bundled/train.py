@@ -8,7 +8,6 @@ kinds of plain turns are not surely right yet, and goes on with more of these.
 
 import math
 import multiprocessing
-import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-# Threads that spin while they wait make training several times slower as soon as anything else uses a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from langchain_latentmas import spinning  # noqa: F401
 
+# isort: split
 import torch
 import torch.nn.functional as F
 import typer
@@ -29,15 +28,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from langchain_latentmas import bundled
-from langchain_latentmas.bundled import MODEL
+from langchain_latentmas.bundled import EXPERTS, MODEL, ROLES, SEQUENTIAL
 from langchain_latentmas.bundled.muon import Muon
 from langchain_latentmas.bundled.patterns import APPROVED, Part, latent_pattern, text_pattern
 from langchain_latentmas.bundled.tasks import (
-    EXPERTS,
     HE,
     HE_ENDS,
-    ROLES,
-    SEQUENTIAL,
     SHE,
     SHE_ENDS,
     STARTS,

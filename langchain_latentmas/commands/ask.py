@@ -13,7 +13,7 @@ from rich.text import Text
 from ..bundled import STEPS
 from ..errors import InvalidRequest
 from .options import AsJson, MaxTokens, Model, Options, Steps
-from .session import describe, load, loading, print_json, reported
+from .session import describe, load, loading, print_json, reported, team
 from .terminal import headline, lens_strip, open_console, open_grid, printable
 
 if TYPE_CHECKING:
@@ -40,14 +40,10 @@ def ask(
             from langchain_core.messages import HumanMessage
 
             from .. import demo as shown
-            from .. import teams
 
             loaded = load(model, option)
         with loaded as service:
-            # The bundled judger was trained to know the question from the others alone.
-            builder = teams.ARRANGEMENTS[arrangement](
-                service, steps=steps, max_tokens=max_tokens, relay=model == "bundled"
-            )
+            builder = team(service, model, arrangement, steps=steps, max_tokens=max_tokens)
             console, about = open_console(), describe(service, model)
             if not as_json:
                 console.print(headline("ask", about, f"{arrangement}, {edges} edges"))

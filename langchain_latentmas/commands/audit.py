@@ -68,7 +68,7 @@ def audit(
     ] = "intact,swapped,zeroed,random,cut,text",
     steps: Annotated[int | None, typer.Option(help="For a task: latent steps of each thinker.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="For a task: most tokens that one agent decodes.")] = None,
-    seed: Annotated[int, typer.Option(help="Which questions; and of swaps, noise and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which questions; and of swaps, noise and intervals. 0 or more.")] = 0,
     level: Annotated[float, typer.Option(help="Confidence of intervals and tests.")] = 0.95,
     batch: Annotated[int, typer.Option(help="Questions at work at a time.")] = 32,
     out: Annotated[
@@ -107,9 +107,12 @@ def audit(
 
             service = None
             if task is not None:
+                from ..evaluation import sandbox
                 from ..evaluation.benchmarks import task_named
 
                 asked = task_named(task, grader)
+                if asked.runs_code:
+                    sandbox.missing()  # said, or refused, before the model is loaded
                 questions = asked.questions(n, seed)  # a data set that is not there is found before the model is loaded
                 service = load(model, option)
                 built: Any = asked.graph(service, arrangement, steps=steps, max_tokens=max_tokens)

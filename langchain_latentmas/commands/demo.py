@@ -17,8 +17,8 @@ from ..evaluation.files import check_file
 from .options import AsJson, MaxTokens, Model, Options, Steps
 from .session import describe, load, loading, print_json, progress_bars, reported
 from .terminal import (
-    SHADES,
     headline,
+    legend,
     lens_strip,
     one_line,
     open_console,
@@ -140,10 +140,7 @@ def _top3(turn: "Turn") -> RenderableType:
             Text.assemble(f"{token_text(tokens[rank][0])} ", (percent(tokens[rank][1]), "dim")) for tokens in steps
         ]
         table.add_row("", ("likeliest", "second", "third")[rank], *cells)
-    legend = Text.assemble(("A cell is the token one latent step would have written; its probability: ", "dim"))
-    for least, style in SHADES:
-        legend.append(f" ≥ {percent(least)} " if least else " less ", style)
-    return Group(legend, table)
+    return Group(legend(), table)
 
 
 def _table(scores: "Sequence[Score]", ratios: dict[str, dict[str, float]]) -> Table:

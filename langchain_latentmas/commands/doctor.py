@@ -73,10 +73,10 @@ def diagnose(
         settings: Fields of `VLLMSettings`.
         transport: For tests.
     """
-    from ..service.vllm import PREFIX, VLLMService
+    from ..service.vllm import PREFIX, VLLMService, checked_settings
     from ..service.vllm_server import Server, VLLMSettings
 
-    checked = VLLMSettings(**settings or {})
+    checked = checked_settings(VLLMSettings, {**(settings or {})})
     address = url.removeprefix(PREFIX).rstrip("/")
     server = Server(address, checked, transport)
     try:

@@ -9,11 +9,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ..bundled import STEPS
 from ..errors import InvalidRequest
 from ..evaluation.files import check_file
-from .options import AsJson, MaxTokens, Model, Options
-from .session import describe, load, loading, print_json, reported
-from .terminal import SHADES, headline, open_console, percent, printable, shade, token_text
+from .options import AsJson, MaxTokens, Model, Options, Steps
+from .session import describe, load, loading, print_json, reported, team
+from .terminal import headline, legend, open_console, percent, printable, shade, token_text
 
 if TYPE_CHECKING:
     from ..service.base import LensRow
@@ -27,7 +28,7 @@ def lens(
     arrangement: Annotated[
         Literal["sequential", "hierarchical"], typer.Option(help="Experts one after the other, or in parallel.")
     ] = "sequential",
-    steps: Annotated[int | None, typer.Option(help="Latent steps of each thinker.")] = None,
+    steps: Steps = STEPS,
     top_k: Annotated[int, typer.Option(help="Tokens per step.")] = 3,
     max_tokens: MaxTokens = 256,
     option: Options = None,
@@ -44,41 +45,29 @@ def lens(
             from langchain_core.messages import HumanMessage
 
             from ..evaluation.lens_page import lens_page
-            from ..evaluation.task import BUNDLED_TASKS
 
-            # The bundled judger was trained to know the question from the others alone.
-            task = BUNDLED_TASKS["relay" if model == "bundled" else "words"]()
             service = load(model, option)
         with service:
-            steps = task.steps if steps is None else steps
-            graph = task.graph(service, arrangement, steps=steps, max_tokens=max_tokens).compile()
+            graph = team(service, model, arrangement, steps=steps, max_tokens=max_tokens).compile()
             state = graph.invoke({"messages": [HumanMessage(question)], "latents": []})
             said = state["messages"][-1]
             spoken = said.response_metadata["latent_ref"]["id"]
             lenses = {ref["agent"]: service.lens(ref, top_k) for ref in state["latents"] if ref["id"] != spoken}
             about = describe(service, model)
+        thoughts = {agent: [row.tokens for row in rows] for agent, rows in lenses.items()}
         rest = f"{arrangement}, {steps} latent steps a thinker"
         if html is not None:
-            page = lens_page(
-                question,
-                {agent: [row.tokens for row in rows] for agent, rows in lenses.items()},
-                said.text,
-                about=f"{about['name']} model, {rest}",
-            )
+            page = lens_page(question, thoughts, said.text, about=f"{about['name']} model, {rest}")
             html.parent.mkdir(parents=True, exist_ok=True)
             html.write_text(page, encoding="utf-8")
         if as_json:
-            thoughts = {agent: [row.tokens for row in rows] for agent, rows in lenses.items()}
             print_json(model=about, question=question, arrangement=arrangement, agents=thoughts, answer=said.text)
             return
         console = open_console()
         console.print(headline("lens", about, rest), Text(), Text(printable(question)), Text(), sep="\n")
         console.print(_table(lenses))
         console.print(Text.assemble(("\nanswer  ", "dim"), printable(said.text)))
-        legend = Text("\nA cell is the token that one latent step would have written, with its probability: ", "dim")
-        for least, style in SHADES:
-            legend.append(f" ≥ {percent(least)} " if least else " less ", style)
-        console.print(legend)
+        console.print(Text(), legend(), sep="\n")
 
 
 def _table(lenses: "Mapping[str, Sequence[LensRow]]") -> Table:

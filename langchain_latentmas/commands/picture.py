@@ -22,8 +22,7 @@ picture = typer.Typer(no_args_is_help=True, help="Pictures as .png or .svg files
 Out = Annotated[Path, typer.Argument(help="A .png or .svg file.")]
 Task = Annotated[str, typer.Option(help="words, relay, split, a benchmark, or a path that ends in .jsonl.")]
 Questions = Annotated[int, typer.Option("--n", help="Questions.")]
-Seed = Annotated[int, typer.Option(help="Which questions.")]
-TEAMS = ("sequential", "hierarchical")
+Seed = Annotated[int, typer.Option(min=0, help="Which questions.")]
 
 
 @picture.command()

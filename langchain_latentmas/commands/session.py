@@ -19,7 +19,10 @@ from .terminal import printable
 
 if TYPE_CHECKING:
     # torch and transformers take seconds to import, and `latentmas --help` needs neither.
+    from langgraph.graph import StateGraph
+
     from ..service import LatentService
+    from ..state import LatentState
 
 
 @contextmanager
@@ -81,6 +84,25 @@ def load(model: str, options: Sequence[str] | None = None) -> "LatentService":
     # A durable store would answer with thoughts of earlier runs, in no time at all.
     settings = SharedSettings(store=None)
     return LatentService.load(model, **{**settings.loading(model), **named(options)})
+
+
+def team(
+    service: "LatentService", model: str, arrangement: str, *, steps: int, max_tokens: int
+) -> "StateGraph[LatentState]":
+    """The agents that answer a question of the user's own.
+
+    Args:
+        service: The model service.
+        model: What it was loaded by.
+        arrangement: One of `teams.ARRANGEMENTS`.
+        steps: Latent steps of each thinker.
+        max_tokens: Most tokens that one agent decodes.
+    """
+    from .. import teams
+
+    # The bundled judger was trained to know the question from the others alone.
+    relay = model == "bundled"
+    return teams.ARRANGEMENTS[arrangement](service, steps=steps, max_tokens=max_tokens, relay=relay)
 
 
 def describe(service: "LatentService", model: str) -> dict[str, Any]:

@@ -58,6 +58,14 @@ def lens_strip(lens: "Sequence[Sequence[tuple[str, float]]]") -> Text:
     return strip
 
 
+def legend() -> Text:
+    """What a cell with a token and the colours of `shade` mean."""
+    words = Text.assemble(("A cell is the token one latent step would have written; its probability: ", "dim"))
+    for least, style in SHADES:
+        words.append(f" ≥ {percent(least)} " if least else " less ", style)
+    return words
+
+
 def shade(share: float) -> str:
     """The colours of a probability."""
     return next(style for least, style in SHADES if share >= least)

@@ -9,6 +9,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ..errors import first_line
 from .model import LanguageModel, relative_difference
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Graphs:
                 return replay
             self.fault = f"a replayed step differs by {max(map(float, differences)):.1e}"
         except RuntimeError as error:
-            why = str(error).strip().splitlines()[0]
+            why = first_line(error)
             if isinstance(error, torch.OutOfMemoryError):  # which may pass
                 if self._pause is None:
                     logger.warning("a step is not recorded as a CUDA graph for now: %s", why)

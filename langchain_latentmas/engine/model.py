@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ModelNotFound, ModelNotSupported
+from ..errors import ModelNotFound, ModelNotSupported, first_line
 from . import attention
 from .alignment import Alignment
 from .device import prepare
@@ -194,7 +194,7 @@ class LanguageModel:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
             raise ModelNotFound(
-                f"Cannot load {name!r}: {_first_line(error)} Give a hub id, a folder with config.json, or 'bundled'."
+                f"Cannot load {name!r}: {first_line(error)} Give a hub id, a folder with config.json, or 'bundled'."
             ) from error
         if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
             raise ModelNotFound(
@@ -459,7 +459,7 @@ class LanguageModel:
         ) as error:
             how = " when compiled, which takes a C++ compiler on a CPU and can be left out" if self.compiled else ""
             raise ModelNotSupported(
-                f"{self.name}: {type(self.model).__name__} does not run on the slot cache{how} ({_first_line(error)})."
+                f"{self.name}: {type(self.model).__name__} does not run on the slot cache{how} ({first_line(error)})."
             ) from error
         if not difference <= self.tolerance:
             raise ModelNotSupported(
@@ -568,7 +568,3 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
     if model.generation_config is not None:
         named.append(model.generation_config.eos_token_id)
     return frozenset(i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

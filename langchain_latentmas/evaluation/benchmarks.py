@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import BadRow, DatasetNotFound, InvalidRequest, MissingExtra
+from ..errors import BadRow, DatasetNotFound, InvalidRequest, MissingExtra, first_line
 from ..service import LatentService
 from . import graders
 from .graders import LETTERS, Checks
@@ -178,10 +178,9 @@ def _medqa_rows() -> Sequence[Row]:
 
 
 def _unreachable(source: str, error: Exception) -> DatasetNotFound:
-    why = (str(error).strip() or repr(error)).splitlines()[0]
     return DatasetNotFound(
-        f"The data set {source} cannot be loaded ({why}). Is the network there, and access granted (hf auth login)? "
-        "A local copy works as --task file.jsonl."
+        f"The data set {source} cannot be loaded ({first_line(error)}). Is the network there, and access granted (hf "
+        "auth login)? A local copy works as --task file.jsonl."
     )
 
 

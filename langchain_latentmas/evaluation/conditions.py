@@ -2,21 +2,24 @@
 
 import asyncio
 import copy
+import json
 import random
 import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 from langchain_core.callbacks import UsageMetadataCallbackHandler
+from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import merge_configs
 from langgraph.pregel import Pregel
 
-from ..errors import EdgeNotCrossed, GraderFailed, InvalidRequest, NoPartner, ServiceUnreachable
+from ..errors import EdgeNotCrossed, GraderFailed, InvalidRequest, NoPartner, ServiceUnreachable, first_line
 from ..modes import Edge
 from ..service import LatentService
 from ..service.base import READING
@@ -24,10 +27,12 @@ from ..state import LatentRef
 from .journal import Journal, is_mended
 from .worth import Answer
 
+LEAST = 20  # examples; with fewer, McNemar's test can hardly find anything
 CLASS_SIZE, CLASS_RATIO = 8, 2.0
 GRADER = "the grader raised "
 Grade = Callable[[Any, Any], bool]
 Progress = Callable[[str, int, int], None]
+Member = TypeVar("Member")
 
 
 class Scope(NamedTuple):
@@ -87,6 +92,8 @@ class Questions:
     """The questions of an audit, put to the graph under one condition after the other."""
 
     graph: Pregel
+    edges: Sequence[Edge]
+    """Those that can be seen in it, its subgraphs' included."""
     examples: Sequence[tuple[Any, Any]]
     grade: Grade
     seed: int
@@ -101,8 +108,11 @@ class Questions:
     """The memories themselves, as far as they were made in this process."""
     missing: Counter[str] = field(default_factory=Counter)
 
-    async def run(self, scope: str, condition: str, change: Change, edges: Any = None) -> list[Answer]:
-        """All answers under one condition, those in the journal included."""
+    async def run(
+        self, scope: str, condition: str, change: Change, edges: Any = None, left_out: Collection[int] = ()
+    ) -> list[Answer | None]:
+        """All answers under one condition, those in the journal included; None of an example that is left out."""
+        wanted = [i for i in range(len(self.examples)) if i not in left_out]
         answers: dict[int, Answer] = {}
         for line in self._known(scope, condition):
             answers[line["example"]] = Answer(**line["answer"])
@@ -126,15 +136,23 @@ class Questions:
                 line["missing"], line["crossed"] = watch.missing, [(*edge, positions) for edge, positions in crossed]
                 self.journal.add(line)
             if self.on_answer:
-                self.on_answer(name, len(answers), len(self.examples))
+                self.on_answer(name, len(answers), len(wanted))
+            broken = len(answers) == LEAST and all(each.error.startswith(GRADER) for each in answers.values())
+            if broken and condition == "intact":  # before the hours of work
+                why = answer.error.removeprefix(GRADER)
+                raise GraderFailed(f"The grader raised on each of the first {LEAST} answers: {why}")
 
         if self.on_answer:
-            self.on_answer(name, len(answers), len(self.examples))
-        await self._ask([i for i in range(len(self.examples)) if i not in answers], change, edges, done)
-        return [answers[i] for i in range(len(self.examples))]
+            self.on_answer(name, len(answers), len(wanted))
+        await self._ask([i for i in wanted if i not in answers], change, edges, done)
+        return [answers.get(i) for i in range(len(self.examples))]
 
-    async def altered(self, scope: Scope, condition: str) -> list[Answer]:
-        """All answers with some edges altered."""
+    async def altered(self, scope: Scope, condition: str) -> list[Answer | None]:
+        """All answers with some edges altered; None of an example that has nobody to be swapped with.
+
+        Raises:
+            InvalidRequest: If the graph failed on every example under "swapped", without which there is no verdict.
+        """
         partners = self.partners(scope)
 
         def change(i: int, service: LatentService, edge: Edge, number: int, ref: LatentRef) -> list[LatentRef] | None:
@@ -148,13 +166,23 @@ class Questions:
             return [service.altered(ref, condition, self.seed % 10**9)]  # type: ignore[arg-type]
 
         if condition == "text":
-            edges = "text" if scope.all else {"->".join(edge): "text" for edge in scope.edges}
-            return await self.run(scope.name, condition, _whole, edges)
+            named = {"->".join(own): "text" for edge in scope.edges for own in self._leaving(edge)}
+            return await self.run(scope.name, condition, _whole, "text" if scope.all else named)
         if condition == "swapped":
             done = {line["example"] for line in self._known(scope.name, condition)}
             gone = {partners[i] for i in partners.keys() - done} - self.memories.keys()
             await self._ask(sorted(gone), _whole, None, self._remember)
+            answers = await self.run(scope.name, condition, change, left_out=self.alone(scope))
+            return _unless_all_failed(condition, answers)
         return await self.run(scope.name, condition, change)
+
+    def _leaving(self, edge: Edge) -> list[Edge]:
+        """The graph's edges over which an agent sends what crosses this one: itself, or where it is none, all of them.
+
+        A string that names a memory goes on in the state to readers that no edge leads to.
+        """
+        own = [edge] if edge in self.edges else [each for each in self.edges if each[0] == edge[0]]
+        return own or [edge]
 
     def _known(self, scope: str, condition: str) -> list[dict[str, Any]]:
         """The lines of the journal that stand.
@@ -218,19 +246,15 @@ class Questions:
         tokens = sum(used["output_tokens"] for used in usage.usage_metadata.values())
         return Answer(right, tokens, watch.latent_steps, error=error)
 
-    async def intact(self) -> list[Answer]:
+    async def intact(self) -> list[Answer | None]:
         """All answers of the graph as it is.
 
         Raises:
-            GraderFailed: If the grader raised on every answer.
+            GraderFailed: If the grader raised on each of the first 20 answers.
             InvalidRequest: If the graph failed on every question.
             EdgeNotCrossed: If no memory crossed any edge.
         """
-        answers = await self.run("", "intact", _whole)
-        if all(answer.error.startswith(GRADER) for answer in answers):
-            raise GraderFailed(f"The grader raised on every answer: {answers[0].error.removeprefix(GRADER)}")
-        if all(answer.error for answer in answers):
-            raise InvalidRequest(f"The graph failed on every example: {answers[0].error}")
+        answers = _unless_all_failed("intact", await self.run("", "intact", _whole))
         if not any(self.crossed.values()):
             raise EdgeNotCrossed(
                 "No memory crossed any edge of this graph on any example. Is there an agent that thinks, and one that "
@@ -238,9 +262,10 @@ class Questions:
             )
         return answers
 
-    def crossed_by(self, scope: Scope) -> int:
-        """In how many questions a memory crossed one of these edges."""
-        return sum(any(edge in scope.edges for edge, _ in crossed) for crossed in self.crossed.values())
+    def crossing(self, scope: Scope) -> dict[int, list[tuple[Edge, int]]]:
+        """By example, which of these edges a memory crossed, and its length; those where none did are not in it."""
+        crossed = {i: [one for one in self.crossed[i] if one[0] in scope.edges] for i in sorted(self.crossed)}
+        return {i: crossings for i, crossings in crossed.items() if crossings}
 
     def scopes(self, edges: Sequence[Edge] | str) -> list[Scope]:
         """What is altered together: all edges or the named ones first, then each of them."""
@@ -262,28 +287,53 @@ class Questions:
         return [Scope(", ".join(scope.name for scope in singles), frozenset(each)), *singles]
 
     def partners(self, scope: Scope) -> dict[int, int]:
-        """Whose memory each question gets in "swapped": another's of its length class that crossed the same edges.
+        """Whose memory each example gets in "swapped": another question's, of about its length, over the same edges.
 
-        A derangement within each class; questions that crossed none of the edges have no partner.
+        A derangement of the questions within each length class; examples that ask the same count as one question. Those
+        that crossed none of the edges, or are `alone`, are not in it.
+
+        Raises:
+            NoPartner: If nobody has one.
         """
-        alike: dict[frozenset[Edge], list[tuple[int, int]]] = defaultdict(list)
-        for i, crossed in sorted(self.crossed.items()):
-            lengths = [(edge, positions) for edge, positions in crossed if edge in scope.edges]
-            if lengths:
-                alike[frozenset(edge for edge, _ in lengths)].append((sum(length for _, length in lengths), i))
+        alike: dict[frozenset[Edge], dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+        for i, crossings in self.crossing(scope).items():
+            edges, length = frozenset(edge for edge, _ in crossings), sum(length for _, length in crossings)
+            alike[edges][self._asked[i]].append((length, i))
         rng = random.Random(self.seed)
         partners: dict[int, int] = {}
-        for members in alike.values():
-            for group in _length_classes(members, scope.name, rng):
+        for questions in alike.values():
+            repeats = [sorted(those) for those in questions.values()]
+            for group in _length_classes([(those[len(those) // 2][0], those) for those in repeats], rng):
                 rng.shuffle(group)
-                partners |= dict(zip(group, group[1:] + group[:1], strict=True))
+                for ours, theirs in zip(group, group[1:] + group[:1], strict=True):
+                    for k, (length, i) in enumerate(ours):
+                        other, j = theirs[k % len(theirs)]
+                        if max(length, other) <= CLASS_RATIO * min(length, other):  # who samples repeats himself unlike
+                            partners[i] = j
+        if not partners:
+            raise NoPartner(
+                f"What crosses {scope.name} cannot be swapped: no two questions have memories there whose lengths "
+                "differ by less than a factor of 2. Add examples of about one length, or name other edges."
+            )
         return partners
+
+    @cached_property
+    def _asked(self) -> list[str]:
+        """What tells the questions of the examples apart."""
+        return [json.dumps(question, sort_keys=True, default=_plain) for question, _ in self.examples]
+
+    def alone(self, scope: Scope) -> set[int]:
+        """The examples in which a memory crossed these edges, and no other question's can be swapped with it."""
+        return self.crossing(scope).keys() - self.partners(scope).keys()
 
     def notes(self, scope: Scope) -> list[str]:
         """What was done otherwise than asked for."""
-        if not (missing := self.missing[scope.name]):
-            return []
-        return [f"swapped: {missing} times the other question had no memory to give, and nothing was read"]
+        notes = []
+        if alone := len(self.alone(scope)):
+            notes.append(f"swapped: {alone} left out, for want of another question with a memory of about that length")
+        if missing := self.missing[scope.name]:
+            notes.append(f"swapped: {missing} times the other question had no memory to give, and nothing was read")
+        return notes
 
 
 def _is_mended(line: Mapping[str, Any]) -> bool:
@@ -291,42 +341,48 @@ def _is_mended(line: Mapping[str, Any]) -> bool:
     return error.startswith(GRADER) or is_mended(error)
 
 
+def _plain(value: object) -> object:
+    """For JSON: a message without its id, which any run of a graph gives it, and what else is none as it prints."""
+    return value.model_dump(exclude={"id"}) if isinstance(value, BaseMessage) else str(value)
+
+
 def _named(error: Exception) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
-def _length_classes(members: list[tuple[int, int]], edge: str, rng: random.Random) -> list[list[int]]:
-    """Cuts questions into as few classes of 2 to 8 as can be, whose lengths differ by a factor of 2 at most.
+def _unless_all_failed(condition: str, answers: list[Answer | None]) -> list[Answer | None]:
+    """The answers, if there are any."""
+    errors = [answer.error for answer in answers if answer is not None]
+    if all(errors):
+        raise InvalidRequest(f"Under {condition!r} the graph failed on every example: {errors[0]}")
+    return answers
+
+
+def _length_classes(members: list[tuple[int, Member]], rng: random.Random) -> list[list[Member]]:
+    """Cuts questions into classes of 2 to 8 whose lengths differ by a factor of 2 at most.
+
+    As few questions as can be stay without a class, and then there are as few classes as can be.
 
     Args:
         members: Pairs of length and question.
-        edge: For the message.
         rng: Orders questions of equal length.
-
-    Raises:
-        NoPartner: If there are no such classes.
     """
     rng.shuffle(members)
     members.sort(key=lambda member: member[0])
-    sizes = {0: (0, 0)}  # by the number of questions that are in classes: of how many classes, and the last one's size
-    for end in range(2, len(members) + 1):
-        fitting = [
-            (sizes[end - size][0] + 1, size)
-            for size in range(2, min(CLASS_SIZE, end) + 1)
-            if end - size in sizes and members[end - 1][0] <= CLASS_RATIO * members[end - size][0]
-        ]
-        if fitting:
-            sizes[end] = min(fitting)
-    if (end := max(sizes)) < len(members):
-        length, i = members[end]
-        raise NoPartner(
-            f"What crosses {edge} on example {i} has {length} positions, and of the examples with half to twice as "
-            "many there, none is left to swap with. Leave this example out, or add some of its kind."
+    best = [(0, 0, 0)]  # of the first so many questions: how many are alone, in how many classes, the last one's size
+    for end in range(1, len(members) + 1):
+        best.append(
+            min(
+                (best[end - size][0] + (size == 1), best[end - size][1] + 1, size)
+                for size in range(1, min(CLASS_SIZE, end) + 1)
+                if members[end - 1][0] <= CLASS_RATIO * members[end - size][0]
+            )
         )
-    classes: list[list[int]] = []
+    classes: list[list[Member]] = []
+    end = len(members)
     while end:
-        size = sizes[end][1]
-        classes.insert(0, [i for _, i in members[end - size : end]])
+        size = best[end][2]
+        if size > 1:
+            classes.insert(0, [member for _, member in members[end - size : end]])
         end -= size
     return classes

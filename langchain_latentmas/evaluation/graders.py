@@ -94,7 +94,8 @@ def number(text: str, answer: str) -> bool:
     r"""Whether a text's final number is the right one, however it is written (math-verify).
 
     The final number is the last \boxed{...}; where there is none, the number behind the last "####" or "answer is",
-    with the mathematics that goes on from it; else what math-verify takes for it, as a rule the last one.
+    with the mathematics that goes on from it; else what math-verify takes for it, as a rule the last one. A percentage
+    may be asked for as such, or as a share: `25\%` is both 25 and 0.25.
 
     Args:
         text: What the agent said.
@@ -108,7 +109,7 @@ def number(text: str, answer: str) -> bool:
     said = boxed(text)
     said = _marked(text[-TAIL:]) if said is None else _tidied(said)
     if said is not None and (ours := _measured(said)) is not None and (theirs := _plain_number(answer)) is not None:
-        return ours == theirs
+        return ours == theirs or ("%" in said and ours == 100 * theirs)
     return Mathematics.shared().equal(text[-TAIL:] if said is None else f"\\boxed{{{said}}}", f"\\boxed{{{answer}}}")
 
 
@@ -156,7 +157,10 @@ def chosen(text: str, options: Sequence[str] = ()) -> str | None:
 
 
 def exact(text: str, answer: str) -> bool:
-    r"""Whether the last \boxed{...}, or else the whole text, is the answer, but for case, blanks and a final stop."""
+    r"""Whether the last \boxed{...}, or else the whole text, is the answer.
+
+    Case, blanks, a final stop and the `\text{...}` around words make no difference.
+    """
     said = boxed(text)
     return _words(text if said is None else said) == _words(answer)
 
@@ -353,7 +357,7 @@ def _choice(said: str, letters: str, options: Sequence[str]) -> str | None:
 
 
 def _words(text: str) -> str:
-    return " ".join(text.split()).strip(" .").casefold()
+    return " ".join(re.sub(_TEXT, r"\1", text).split()).strip(" .").casefold()
 
 
 def _defined(part: str) -> set[str]:

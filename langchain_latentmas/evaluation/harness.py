@@ -12,7 +12,7 @@ import pickle
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 BROKEN = 3
 """Exit status of tests that are wrong themselves, whatever the program does."""
@@ -24,7 +24,7 @@ PLAIN = {
     "decimal": ["Decimal"],
     "fractions": ["Fraction"],
 }
-"""Types whose values may cross; unpickling makes no others, so that a value cannot do anything by itself."""
+"""Types whose values may cross; unpickling makes no others and sets no attributes, so that no value does anything."""
 
 
 VIEWS: dict[type[Iterable[Any]], tuple[str, Callable[[Any], Any]]] = {
@@ -47,8 +47,17 @@ class PlainPickler(pickle.Pickler):
         return None
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Makes values of plain types only."""
+def _sets_attributes(unpickler: pickle.Unpickler) -> NoReturn:
+    raise TypeError("what sets attributes is no plain data")
+
+
+class PlainUnpickler(pickle._Unpickler):  # the one in Python: an opcode can be taken out of it
+    """Makes values of plain types only, without attributes: those of a type would hold for all of its values."""
+
+    dispatch: ClassVar[dict[int, Callable[[pickle.Unpickler], None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: _sets_attributes,
+    }
 
     def persistent_load(self, pid: Any) -> Any:
         """See `pickle.Unpickler`."""
@@ -100,8 +109,7 @@ def check(pipes: Sequence[int], before: str, tests: str, name: str) -> None:
         try:
             asked = pickle.dumps((args, kwargs))
         except (pickle.PicklingError, TypeError, AttributeError) as error:
-            print(f"they call {name} with what cannot cross to it: {error}", file=sys.stderr)
-            sys.exit(BROKEN)
+            _broken(f"they call {name} with what cannot cross to it: {error}")
         _send(pipes[1], asked)
         answer = _receive(pipes[0])
         if answer is None:
@@ -117,16 +125,20 @@ def check(pipes: Sequence[int], before: str, tests: str, name: str) -> None:
     try:
         exec(compile(before, "before", "exec"), module)
         module |= {name: candidate, "candidate": candidate}
-        compiled = compile(tests, "tests", "exec")
+        exec(compile(tests, "tests", "exec"), module)
+        if (whole := module.get("check")) not in (None, candidate):
+            whole(candidate)
     except Exception as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(BROKEN)
-    exec(compiled, module)
-    if (whole := module.get("check")) not in (None, candidate):
-        whole(candidate)
+        if calls:
+            raise
+        _broken(f"{type(error).__name__}: {error}")  # whatever the program is: it had no part in this
     if not calls:
-        print(f"they never call {name}", file=sys.stderr)
-        sys.exit(BROKEN)
+        _broken(f"they never call {name}")
+
+
+def _broken(why: str) -> NoReturn:
+    print(why, file=sys.stderr)
+    sys.exit(BROKEN)
 
 
 def _send(to: int, data: bytes) -> None:

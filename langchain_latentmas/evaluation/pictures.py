@@ -107,12 +107,14 @@ def draw_bars(summary: Mapping[str, Any], path: str | Path) -> None:
     numbers = ("accuracy", "output_tokens", "seconds")
     try:
         rows = {(row["arrangement"], row["mode"]): {key: float(row[key]) for key in numbers} for row in summary["rows"]}
+        teams = [a for a in dict.fromkeys(a for a, _ in rows) if {(a, "text"), (a, "latent")} <= rows.keys()]
+        compared = {team: summary["comparisons"][team] for team in teams}
+        ratios = {team: {key: float(compared[team][key] or 0) for key in numbers[1:]} for team in teams}
         n, about = summary["n"], f"{summary['task']}, {summary['n']} questions, {summary['model']['name']} model"
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidRequest(
             f"This is not what `latentmas eval --json` prints ({type(error).__name__}: {error})."
         ) from error
-    teams = [a for a in dict.fromkeys(a for a, _ in rows) if {(a, "text"), (a, "latent")} <= rows.keys()]
     if not teams:
         raise InvalidRequest("There is nothing to compare: no arrangement was run both as text and latent.")
     figure = _figure(path, 3.8)
@@ -124,7 +126,7 @@ def draw_bars(summary: Mapping[str, Any], path: str | Path) -> None:
             at = [i + (j - 0.5) * 0.38 for i in range(len(teams))]
             axes.bar(at, values, 0.36, color=colour, label=mode)
             for i, value in enumerate(values):
-                ratio = rows[teams[i], "text"][key] / value if mode == "latent" and value else 0
+                ratio = ratios[teams[i]][key] if mode == "latent" else 0.0  # 0 where the evaluation compares nothing
                 shown = f"{value:,.0f}" if value >= 10 else f"{value:,.1f}"
                 less = f"\n{ratio:.0f}× less" if ratio >= 10 else f"\n{ratio:.1f}× less" if ratio > 1 else ""
                 axes.text(at[i], value, shown + less, ha="center", va="bottom", color=DARK)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .. import teams
+from ..bundled import EXPERTS, ROLES, SEQUENTIAL
 
 
 class Roles(NamedTuple):
@@ -18,15 +18,16 @@ class Roles(NamedTuple):
     solver: str
     """Who answers alone."""
 
-    def thinkers(self, arrangement: str) -> list[str]:
-        """Names of those who hand something on: none in the arrangement "single"."""
-        return list({"sequential": self.sequential, "hierarchical": self.hierarchical}.get(arrangement, {}))
 
-
-BUNDLED = Roles(teams.SEQUENTIAL, teams.HIERARCHICAL, teams.JUDGER, teams.SOLVER)
+BUNDLED = Roles(
+    sequential={name: ROLES[name] for name in SEQUENTIAL},
+    hierarchical={name: ROLES[name] for name in EXPERTS},
+    judger=ROLES["judger"],
+    solver=ROLES["solver"],
+)
 """Word for word what the bundled model was trained with."""
 _BOXED = " Write it as \\boxed{number}."
-BOXED = BUNDLED._replace(judger=teams.JUDGER + _BOXED, solver=teams.SOLVER + _BOXED)
+BOXED = BUNDLED._replace(judger=BUNDLED.judger + _BOXED, solver=BUNDLED.solver + _BOXED)
 """The same for models that were not trained to answer that way."""
 
 MATH = Roles(

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -263,7 +262,8 @@ class Evaluation:
 
         Args:
             path: A JSONL file that gets every answer as it comes. If it is there already, the run goes on where it
-                stopped; what failed for want of a working device, server or grader is asked again.
+                stopped; what failed for want of a working device or server is asked again, and what for want of a
+                grader, or was not graded yet when the run was interrupted, is graded.
             on_answer: Called after every answer with mode, arrangement, answers so far, and number of questions.
 
         Returns:
@@ -290,11 +290,12 @@ class Evaluation:
     ) -> Summary:
         lines = journal.lines if journal else []
         sessions = [line["session"] for line in lines if "session" in line]
-        answers = {
+        known = {
             (answer.mode, answer.arrangement, answer.id): answer
             for answer in (Answer(**line) for line in lines if "session" not in line)
-            if not is_mended(answer.error)
         }
+        answers = {key: answer for key, answer in known.items() if not is_mended(answer.error)}
+        ungraded = {key: replace(known[key], error="") for key in known.keys() - answers.keys() if known[key].text}
         pending = {
             cell: [question for question in self.questions if (*cell, question.id) not in answers]
             for cell in self.cells
@@ -322,21 +323,34 @@ class Evaluation:
                         "are too few; measure seconds with a model in this process, or one mode at a time",
                         *cell,
                     )
-                await self._warm_up(cell, questions[0])
+                said = {key[-1]: answer for key, answer in ungraded.items() if key[:-1] == cell}
+                if len(said) < len(questions):
+                    await self._warm_up(cell, questions[0])
                 try:
-                    await self._ask(cell, questions, keep)
+                    await self._ask(cell, questions, said, keep)
                 except ExceptionGroup as group:  # say, a disk that is full, or a server that is gone
                     raise group.exceptions[0] from None
         return self._summary(answers, sessions, None if path is None else str(path))
 
     async def _ask(
-        self, cell: tuple[str, str], questions: Sequence[Question], keep: "Callable[[Answer], None]"
+        self,
+        cell: tuple[str, str],
+        questions: Sequence[Question],
+        said: Mapping[str, Answer],
+        keep: "Callable[[Answer], None]",
     ) -> None:
-        """Puts questions to the graph, `batch` at a time; grades and keeps each answer as it comes."""
+        """Puts questions to the graph, `batch` at a time; grades and keeps each answer as it comes.
+
+        Args:
+            cell: Mode and arrangement.
+            questions: What to ask.
+            said: By question, answers from before that only want grading.
+            keep: Gets each answer.
+        """
         mode, arrangement = cell
         graph = self.graphs[cell].compile()
         room = asyncio.Semaphore(self.batch)
-        graders = asyncio.Semaphore(max(1, (os.cpu_count() or 2) // 2))
+        graders = asyncio.Semaphore(sandbox.AT_ONCE)  # who waits for the sandbox keeps a thread from the service
         before = self.service.info().get("thoughts", 0)
         config = _config(mode, self.batch)
         taken, last = 0, time.perf_counter()
@@ -368,18 +382,20 @@ class Evaluation:
 
         async def grade(answer: Answer, question: Question) -> None:
             if not answer.error:
-                async with graders:
-                    try:
-                        answer = replace(
-                            answer, right=bool(await asyncio.to_thread(self.task.grade, answer.text, question))
-                        )
-                    except Exception as error:
-                        answer = replace(answer, error=_named(error))
+                try:
+                    async with graders:
+                        right = bool(await asyncio.to_thread(self.task.grade, answer.text, question))
+                    answer = replace(answer, right=right)
+                except asyncio.CancelledError:  # the run ends: the next one has only to grade this
+                    keep(replace(answer, error="GraderFailed: the run ended before it came to this answer"))
+                    raise
+                except Exception as error:
+                    answer = replace(answer, error=_named(error))
             keep(answer)
 
         async def one(question: Question) -> None:
             async with room:
-                answer = await ask(question)
+                answer = said.get(question.id) or await ask(question)
             await grade(answer, question)  # meanwhile the next one is asked
 
         async with asyncio.TaskGroup() as tasks:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 GUARD = Path(__file__).with_name("guard.py")
 TICK = 0.01  # seconds between two looks at a program
 GRACE = 0.5  # seconds for a program to end when another one, which it talks with, has ended
+AT_ONCE = max(1, (os.cpu_count() or 2) // 2)
+"""Calls of `run` at work at a time, of two processes as a rule: their time is limited, and more would share it."""
+_ROOM = threading.BoundedSemaphore(AT_ONCE)
 
 
 class Limits(NamedTuple):
@@ -68,6 +72,8 @@ class Outcome(NamedTuple):
 def run(*programs: str, limits: Limits | None = None) -> list[Outcome]:
     """Runs Python programs side by side to their end, which the limits set at the latest.
 
+    Waits while `AT_ONCE` other calls are at work.
+
     Args:
         *programs: Sources. Several form a ring: in `PIPES`, each finds the descriptors to read from the one before it
             and to write to the one after it.
@@ -82,7 +88,7 @@ def run(*programs: str, limits: Limits | None = None) -> list[Outcome]:
     if os.name != "posix":
         raise SandboxUnavailable("Untrusted code runs on Linux and macOS only: nothing else limits what it uses.")
     limits = limits or Limits()
-    with ExitStack() as stack:
+    with _ROOM, ExitStack() as stack:
         ring = [os.pipe() for _ in programs] if len(programs) > 1 else []
         ends: list[tuple[int, ...]] = [(ring[i - 1][0], ring[i][1]) for i in range(len(ring))] or [()]
         try:

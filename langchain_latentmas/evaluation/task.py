@@ -88,7 +88,7 @@ class Task(ABC):
     ) -> "StateGraph[LatentState]":
         """The team, or the single agent, that answers the questions of this task.
 
-        Its thinkers are `roles(service).thinkers(arrangement)`; who answers is "judger", or "solver" where it is alone.
+        Who answers is "judger", or "solver" where it is alone.
 
         Args:
             service: The model service.

@@ -42,7 +42,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All questions under one condition.
+    """All questions under one condition, but for those that were left out of it.
 
     Attributes:
         accuracy: Right answers in %, between `low` and `high` (Wilson).
@@ -68,8 +68,9 @@ class Outcome:
     errors: Mapping[str, int]
 
     @classmethod
-    def of(cls, answers: Sequence[Answer], intact: Sequence[Answer], level: float) -> "Outcome":
+    def of(cls, given: Sequence[Answer | None], intact: Sequence[Answer | None], level: float) -> "Outcome":
         """Sums answers up."""
+        answers, whole = _both(given, intact)
         n, right = len(answers), sum(answer.right for answer in answers)
         low, high = wilson(right, n, level)
         return cls(
@@ -80,7 +81,7 @@ class Outcome:
             output_tokens=sum(answer.output_tokens for answer in answers) / n,
             latent_steps=sum(answer.latent_steps for answer in answers) / n,
             seconds=sum(answer.seconds for answer in answers) / n,
-            p=mcnemar([answer.right for answer in intact], [answer.right for answer in answers]),
+            p=mcnemar([answer.right for answer in whole], [answer.right for answer in answers]),
             errors=Counter(answer.error for answer in answers if answer.error),
         )
 
@@ -102,9 +103,9 @@ class Effect:
     p: float
 
     @classmethod
-    def of(cls, ones: Sequence[Answer], others: Sequence[Answer], seed: int, level: float) -> "Effect":
-        """The effect of having `ones` rather than `others`."""
-        a, b = [answer.right for answer in ones], [answer.right for answer in others]
+    def of(cls, ones: Sequence[Answer | None], others: Sequence[Answer | None], seed: int, level: float) -> "Effect":
+        """The effect of having `ones` rather than `others`, on the questions that were asked under both."""
+        a, b = ([answer.right for answer in answers] for answers in _both(ones, others))
         low, high = paired_bootstrap(a, b, seed=seed, level=level)
         return cls(100 * (sum(a) - sum(b)) / len(a), 100 * low, 100 * high, mcnemar(a, b))
 
@@ -130,9 +131,10 @@ class EdgeWorth:
         edge: "planner->critic", or "all edges", or several.
         n: Questions.
         crossed: Questions in which a memory crossed it.
+        alone: Those of them that are left out of "swapped", and of the effects it is in: no memory is like theirs.
         level: Confidence of intervals and tests.
-        outcomes: By condition.
-        effects: By name, see `EFFECTS`; those whose conditions were run.
+        outcomes: By condition; those under which not all failed.
+        effects: By name, see `EFFECTS`; those of whose conditions there are outcomes.
         notes: What was done otherwise than asked for, and how often.
         tests: How many edges were tested together; each is held to a stricter test then (Holm).
     """
@@ -140,6 +142,7 @@ class EdgeWorth:
     edge: str
     n: int
     crossed: int
+    alone: int
     level: float
     outcomes: Mapping[str, Outcome]
     effects: Mapping[str, Effect]
@@ -150,7 +153,7 @@ class EdgeWorth:
     def of(
         cls,
         edge: str,
-        answers: Mapping[str, Sequence[Answer]],
+        answers: Mapping[str, Sequence[Answer | None]],
         *,
         crossed: int,
         seed: int = 0,
@@ -161,19 +164,25 @@ class EdgeWorth:
 
         Args:
             edge: Its name.
-            answers: By condition, in the order of the questions; "intact" and "swapped" at least.
+            answers: By condition, in the order of the questions, None where one was left out; "intact" and "swapped" at
+                least.
             crossed: Questions in which a memory crossed it.
             seed: Of the bootstrap.
             level: Confidence.
             notes: See the class.
         """
-        outcomes = {name: Outcome.of(those, answers["intact"], level) for name, those in answers.items()}
+        failed = {name: why for name, those in answers.items() if (why := _failed(those))}
+        outcomes = {
+            name: Outcome.of(those, answers["intact"], level) for name, those in answers.items() if name not in failed
+        }
         effects = {
             name: Effect.of(answers[one], answers[other], seed, level)
             for name, (one, other) in EFFECTS.items()
-            if one in answers and other in answers
+            if one in outcomes and other in outcomes
         }
-        return cls(edge, len(answers["intact"]), crossed, level, outcomes, effects, tuple(notes))
+        left_out = (f"{name}: left out, since every question failed there ({why})" for name, why in failed.items())
+        n, alone = len(answers["intact"]), answers["swapped"].count(None)
+        return cls(edge, n, crossed, alone, level, outcomes, effects, (*notes, *left_out))
 
     @property
     def has_content(self) -> bool:
@@ -189,11 +198,11 @@ class EdgeWorth:
         its, edge = ("this edge's", "the edge") if one else ("these edges'", "the edges")
         if not self.has_content:
             parts = [f"no detectable content: {self._instead(edge)} (content {content.signed})"]
-            if self.crossed < self._fewest:
-                crossed = f"{edge} had a memory on {self.crossed} of {self.n} questions"
-                parts.append(f"{crossed}, too few to show any: ask more")
+            if (swapped := self.crossed - self.alone) < self._fewest:
+                had = f"{edge} had a memory{' to swap' if self.alone else ''} on {swapped} of {self.n} questions"
+                parts.append(f"{had}, too few to show any: ask more")
             elif self.least > FEW_POINTS:
-                parts.append(f"{self.n} questions show none below {self.least:.0f} points, ask more")
+                parts.append(f"{self.n - self.alone} questions show none below {self.least:.0f} points, ask more")
         elif content.points < 0:
             parts = [f"{its} content does harm: {self._instead(edge)} (content {content.signed})"]
         elif worth is not None and not self._clearly("worth"):
@@ -221,7 +230,7 @@ class EdgeWorth:
     @property
     def least(self) -> float:
         """The smallest content, in points, that so many questions can show: where each that changes gets worse."""
-        return min(100.0, 100 * self._fewest / self.n)
+        return min(100.0, 100 * self._fewest / (self.n - self.alone))
 
     @property
     def _fewest(self) -> int:
@@ -235,6 +244,7 @@ class EdgeWorth:
             "edge": self.edge,
             "n": self.n,
             "crossed": self.crossed,
+            "alone": self.alone,
             "conditions": {name: outcome.accuracy for name, outcome in self.outcomes.items()},
             **effects,
             "verdict": self.verdict,
@@ -257,6 +267,18 @@ class EdgeWorth:
 
     def _significant(self, name: str) -> bool:
         return name in self.effects and self.effects[name].p < 1 - self.level
+
+
+def _both(ones: Sequence[Answer | None], others: Sequence[Answer | None]) -> tuple[list[Answer], list[Answer]]:
+    """The answers to the questions that were asked under both of two conditions."""
+    pairs = [(a, b) for a, b in zip(ones, others, strict=True) if a is not None and b is not None]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _failed(answers: Sequence[Answer | None]) -> str:
+    """Why all questions failed under a condition, and would again; "" if one did not, or may not."""
+    errors = [answer.error for answer in answers if answer is not None]
+    return errors[0] if all(errors) and not any(map(is_mended, errors)) else ""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from typing_extensions import TypedDict
 
 from ..errors import InvalidRequest, MissingExtra, ModelNotFound
 from ..state import LatentRef
-from .memory import Memory
-
-Merge = Literal["none", "rotated", "rebuilt", "chained"]
+from .memory import Memory, Merge
 
 
 class Usage(TypedDict):
@@ -462,6 +460,19 @@ class LatentService(ABC):
     @abstractmethod
     def info(self) -> dict[str, Any]:
         """What runs here and how it fares: model, fingerprint, settings, counters; plain JSON."""
+
+    @property
+    def address(self) -> str:
+        """What `load` takes for a service of this model."""
+        return self.name
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """A digest, the same only for services that say the same, and read each other's memories and markers.
+
+        It tells neither keys nor tokens.
+        """
 
     @property
     @abstractmethod

@@ -9,9 +9,46 @@ from contextlib import contextmanager
 
 import httpx
 
-from ..errors import DeadlineExceeded
+from ..errors import DeadlineExceeded, InvalidRequest, ServiceUnreachable
 
 KEPT_SECONDS = 3.0  # that an idle connection is used again within; the server closes it after 5
+
+
+def is_address(url: str) -> bool:
+    """Whether it is that of a server: `http` or `https`, a host, maybe a port and a path, and nothing else."""
+    try:
+        parts = httpx.URL(url)
+        parts.raw_host.decode("ascii").encode("idna")  # as the socket will, and fail on labels without or too long
+    except (httpx.InvalidURL, UnicodeError):
+        return False
+    known = parts.scheme in ("http", "https") and parts.host and (parts.port or 0) < 1 << 16
+    return bool(known) and not (parts.userinfo or parts.query or parts.fragment)
+
+
+@contextmanager
+def reaching(url: str, server: str) -> Iterator[None]:
+    """Turns errors of the connection into ours.
+
+    Args:
+        url: Where the server should be.
+        server: What should run there.
+
+    Raises:
+        ServiceUnreachable: If it cannot be reached, or the connection broke.
+        InvalidRequest: If the request cannot be sent as it is.
+    """
+    try:
+        yield
+    except httpx.LocalProtocolError:
+        # Its words quote what is wrong, and a header may hold a token.
+        raise InvalidRequest(
+            f"The request to {url} is no valid HTTP: a header holds what none may, or a file changed while it was sent."
+        ) from None
+    except httpx.TransportError as error:
+        raise ServiceUnreachable(
+            f"{url} cannot be reached, or the connection broke ({type(error).__name__}: {error}). Is {server} running "
+            "there?"
+        ) from error
 
 
 @contextmanager

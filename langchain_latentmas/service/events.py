@@ -255,14 +255,11 @@ def problem_of(status: int, content_type: str, body: bytes, retry_after: str | N
     if content_type.startswith(PROBLEM):
         with suppress(ValueError):
             return Problem.model_validate_json(body).error
-    with suppress(ValueError, TypeError):
-        detail = json.loads(body)["detail"]
-        return Problem(type="", title="", status=status, detail=str(detail)[:1000]).error
-    kind = {429: "ServiceBusy", 502: "ServiceUnreachable", 503: "ServiceClosed", 504: "DeadlineExceeded"}
-    seconds = float(retry_after) if retry_after and retry_after.isdigit() else None
-    named = f"urn:latentmas:error:{kind.get(status, '')}"
     detail = f"The server, or what stands before it, answered with status {status} and no reason."
-    return Problem(type=named, title="", status=status, detail=detail, retry_after=seconds).error
+    with suppress(ValueError, TypeError, KeyError):  # no JSON, no object, or one without a detail
+        detail = str(json.loads(body)["detail"])[:1000]
+    seconds = float(retry_after) if retry_after and retry_after.isdigit() else None
+    return Problem(type="", title="", status=status, detail=detail, retry_after=seconds).error
 
 
 def _endless() -> ServiceUnreachable:

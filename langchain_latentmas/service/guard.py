@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -22,6 +22,7 @@ logger = logging.getLogger("langchain_latentmas.access")
 
 OPEN = ("/health", "/ready")
 STREAMED = ("/v1/memory/import",)  # counts its own bytes
+PIECE = 1 << 16  # bytes of a reply that are sent at a time
 FROM_ELSEWHERE = ("cross-site", "same-site")  # a browser's word for a page of another address, or another port
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?')  # without a way back, which takes memory for each character
 _ROUND = bytes.maketrans(b"[{]}", b"(())")
@@ -61,12 +62,15 @@ class Guard:
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", state["id"].encode())]}
-            await send(message)
+            for piece in _pieces(message):
+                await send(piece)
 
         try:
             self._admit(scope, headers)
-            if scope["path"] not in (*OPEN, *STREAMED):
-                receive = await self._body(headers, receive)
+            if scope["path"] not in OPEN:
+                streamed = scope["path"] in STREAMED
+                self._announced(headers, self.settings.max_memory if streamed else self.settings.max_body)
+                receive = receive if streamed else await self._body(receive)
             await self.app(scope, receive, noted_send)
         except _HungUpError:
             status = 499
@@ -114,12 +118,15 @@ class Guard:
             raise AccessDenied("This server has no token, so it answers no pages of other addresses.")
         return ""
 
-    async def _body(self, headers: Mapping[str, str], receive: Receive) -> Receive:
-        """Reads the body, within its bounds, and returns what hands it on."""
+    @staticmethod
+    def _announced(headers: Mapping[str, str], limit: int) -> None:
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
             raise InvalidRequest("The header Content-Length must be a whole number.")
-        self._check_size(int(length))
+        check_size(int(length), limit)
+
+    async def _body(self, receive: Receive) -> Receive:
+        """Reads the body, within its bounds, and returns what hands it on."""
         body, more = bytearray(), True
         try:
             async with asyncio.timeout(self.settings.body_seconds):
@@ -129,7 +136,7 @@ class Guard:
                         raise _HungUpError
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
-                    self._check_size(len(body))
+                    check_size(len(body), self.settings.max_body)
         except TimeoutError:
             raise InvalidRequest(f"The body did not come within {self.settings.body_seconds} s.") from None
         if _nests_deeper(bytes(body), self.settings.max_depth):
@@ -145,10 +152,6 @@ class Guard:
 
         return replay
 
-    def _check_size(self, size: int) -> None:
-        if size > self.settings.max_body:
-            raise RequestTooLarge(f"The request is larger than {self.settings.max_body} bytes.")
-
     def _note(self, scope: Scope, status: int) -> None:
         state = scope["state"]
         route = getattr(scope.get("route"), "path", "none")
@@ -161,12 +164,33 @@ class Guard:
         logger.log(level, "%s %s", scope["method"], route, extra={"fields": fields})
 
 
+def check_size(size: int, limit: int) -> None:
+    """Checks the size of a body: what is announced of it, or what has come so far.
+
+    Raises:
+        RequestTooLarge: If it is not.
+    """
+    if size > limit:
+        raise RequestTooLarge(f"The request is larger than {limit} bytes.")
+
+
 class _HungUpError(Exception):
     """The client left before its request was whole."""
 
 
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
+
+
+def _pieces(message: Message) -> Iterator[Message]:
+    """A body in pieces: whether its client takes anything shows only where a piece has left and another one waits."""
+    body = message.get("body", b"")
+    if len(body) <= PIECE:
+        yield message
+        return
+    for start in range(0, len(body), PIECE):
+        more = message.get("more_body", False) or start + PIECE < len(body)
+        yield {**message, "body": body[start : start + PIECE], "more_body": more}
 
 
 def _nests_deeper(body: bytes, limit: int) -> bool:

@@ -12,14 +12,14 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 import tenacity
 from langchain_core.language_models import LanguageModelInput
-from pydantic import BaseModel, Field, SecretStr, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from tenacity.wait import wait_base
 
@@ -36,14 +36,14 @@ from ..errors import (
 from ..state import LatentRef
 from .base import READING, Chunk, LatentService, LensRow, StoredReference
 from .budget import Budget
-from .connections import KEPT_SECONDS, Connections, in_time
+from .connections import KEPT_SECONDS, Connections, in_time, is_address, reaching
 from .events import Event, EventReader, problem_of
 from .identity import MAX_AGENT, WireRef, checked_ref
 from .marker import take_markers
 from .memory import Memory
 from .messages import as_openai
 from .patience import Patience
-from .serving import is_loopback
+from .serving import Token, is_loopback
 from .transfer import read_kv
 from .wire import (
     CLIENT_HEADER,
@@ -94,9 +94,9 @@ class HTTPSettings(BaseSettings):
         ca: PEM file of the authority behind the server's certificate; None takes certifi's.
     """
 
-    model_config = SettingsConfigDict(env_prefix="LATENTMAS_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="LATENTMAS_", extra="ignore", hide_input_in_errors=True)  # a token
 
-    token: SecretStr | None = None
+    token: Token | None = None
     deadline: float | None = Field(None, gt=0)
     patience: float = Field(120, ge=0)
     connect_timeout: float = Field(5, gt=0)
@@ -124,21 +124,21 @@ class HTTPService(LatentService):
             settings: Token, timeouts, patience.
 
         Raises:
-            InvalidRequest: If the address is none.
+            InvalidRequest: If the address is none, or `ca` holds no certificate.
             AccessDenied: If the server wants another token.
             ServiceUnreachable: If nobody answers there.
         """
-        if not _is_address(url):
+        if not is_address(url):
             raise InvalidRequest(f"{url!r} is no address of a server: give http://host:port, and a token as token=...")
         self.url, self.settings = url.rstrip("/"), settings
-        if settings.token and url.startswith("http://") and not is_loopback(urlsplit(url).hostname or ""):
+        address = httpx.URL(self.url)
+        if settings.token and address.scheme == "http" and not is_loopback(address.host):
             logger.warning("the token for %s travels unencrypted; use https://", self.url)
         headers = {CLIENT_HEADER: secrets.token_hex(8)}
         if settings.token is not None:
             headers["Authorization"] = f"Bearer {settings.token.get_secret_value()}"
         timeout = httpx.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=settings.patience or None)
-        own = None if settings.ca is None else ssl.create_default_context(cafile=str(settings.ca))
-        self._verify = own or httpx.create_ssl_context(trust_env=False)
+        self._verify = httpx.create_ssl_context(trust_env=False) if settings.ca is None else _trusting(settings.ca)
         limits = httpx.Limits(max_connections=settings.max_connections, keepalive_expiry=KEPT_SECONDS)
         self._client = httpx.Client(
             base_url=self.url,
@@ -161,7 +161,7 @@ class HTTPService(LatentService):
         try:
             info = self.info()
             self.name, self.chat_template = str(info["name"]), str(info["chat_template"])
-            self.max_positions = info.get("max_positions")
+            self.max_positions, self._fingerprint = info.get("max_positions"), info.get("fingerprint")
             silent = max(settings.read_timeout, min(info["limits"]["deadline"], MOST_SILENT) + SLACK)
             self._turn_timeout = httpx.Timeout(silent, connect=timeout.connect, pool=timeout.pool)
             self._silent = (
@@ -389,6 +389,17 @@ class HTTPService(LatentService):
                 raise ServiceUnreachable(f"What answers at {self.url} is no latentmas serve.") from None
 
         return self._retried(ask)
+
+    @property
+    def address(self) -> str:
+        """See `LatentService.address`."""
+        return self.url
+
+    @property
+    def identity(self) -> str:
+        """See `LatentService.identity`; clients of one server with one token read each other's memories."""
+        token = self.settings.token
+        return sha256(repr((self.url, self._fingerprint, token and token.get_secret_value())).encode()).hexdigest()
 
     @property
     def closed(self) -> bool:
@@ -758,26 +769,20 @@ class _Opened:
         self.events.close()
 
 
-def _is_address(url: str) -> bool:
+def _trusting(ca: Path) -> ssl.SSLContext:
     try:
-        parts = urlsplit(url)
-        _ = parts.port  # checks it
-    except ValueError:
-        return False
-    return bool(parts.hostname) and not (parts.username or parts.query or parts.fragment)
+        return ssl.create_default_context(cafile=str(ca))
+    except OSError as error:  # an `ssl.SSLError` is one
+        raise InvalidRequest(
+            f"ca: {ca} cannot be read as certificates ({error}); give the PEM file of the server's authority."
+        ) from error
 
 
 @contextmanager
 def _unreachable(url: str) -> Iterator[None]:
     try:
-        yield
-    except httpx.TransportError as error:
-        raise ServiceUnreachable(
-            f"{url} cannot be reached, or the connection broke ({type(error).__name__}: {error}). Is latentmas serve "
-            "running there?"
-        ) from error
-    except httpx.InvalidURL as error:
-        raise InvalidRequest(f"{url!r} is no address of a server: {error}") from error
+        with reaching(url, "latentmas serve"):
+            yield
     except RuntimeError as error:
         if "closed" not in str(error):
             raise

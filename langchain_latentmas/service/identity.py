@@ -189,7 +189,7 @@ def key_file(path: Path) -> bytes:
     """Reads a signing key, or makes one that only this user can read (mode 600).
 
     Raises:
-        InvalidRequest: If the file holds something else, or others can read it.
+        InvalidRequest: If the file holds something else, or others can read it, or this user cannot.
     """
     if not path.exists():
         path.parent.mkdir(FOLDER, parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ def key_ring(path: Path) -> Signer:
     """The signer of a key file, which is made if it is not there; see `key_file` and `rotate_key`.
 
     Raises:
-        InvalidRequest: If the file holds something else, or others can read it.
+        InvalidRequest: If the file holds something else, or others can read it, or this user cannot.
     """
     return Signer(key_file(path), path=path)
 
@@ -223,17 +223,22 @@ def rotate_key(path: Path, keep: float) -> None:
         keep: Seconds for which references and markers signed with the present key are still accepted.
 
     Raises:
-        InvalidRequest: If there is no key file, it holds something else, or others can read it.
+        InvalidRequest: If there is no key file, it holds something else, or others can read it, or this user cannot.
     """
-    if not path.exists():
-        raise InvalidRequest(f"There is no signing key at {path}; name the folder that the service has as its store.")
     if not keep >= 0:
         raise InvalidRequest(f"References cannot be kept readable for {keep} seconds; give 0 or more.")
-    current, *retired = _keys(path)
+    try:
+        current, *retired = _keys(path)
+    except FileNotFoundError:
+        raise InvalidRequest(
+            f"There is no signing key at {path}; name the folder that the service has as its store."
+        ) from None
     until = time.time() + keep if keep else 0.0  # at once, also where a clock is behind
     keys = [RetiredKey(current.key, until), *retired]
     lines = [secrets.token_hex(KEY_BYTES), *(f"{old.key.hex()} {old.until // 1:.0f}" for old in keys)]
     fresh = _written(path, "\n".join(lines))
+    owner = path.stat()
+    os.chown(fresh, owner.st_uid, owner.st_gid)  # root may rotate what a service has to read
     fresh.replace(path)
     flush(path.parent)
 
@@ -249,11 +254,15 @@ def _version(path: Path | None) -> tuple[int, int] | None:
 
 def _keys(path: Path) -> list[RetiredKey]:
     """The keys of a file: the current one, then those before it, each with the time up to which it counts."""
-    if path.stat().st_mode & 0o077:
+    try:
+        others, lines = path.stat().st_mode & 0o077, path.read_text(errors="replace").splitlines()
+    except PermissionError as error:
+        raise InvalidRequest(f"This user cannot read the signing key {path}; ask as its owner, or chown it.") from error
+    if others:
         raise InvalidRequest(f"Others can read the signing key {path}; run: chmod 600 {path}")
     keys = []
     try:
-        for line in path.read_text().splitlines():
+        for line in lines:
             key, _, until = line.partition(" ")
             keys.append(RetiredKey(bytes.fromhex(key), float(until or "inf")))
     except ValueError:

@@ -4,7 +4,7 @@ import time
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from langchain_core.stores import InMemoryStore
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .envelope import OVERHEAD
 from .identity import Signer
-from .memory import Recipe, Segment
+from .memory import Alignment, Recipe, Segment
 from .store import DROPPED, RECIPE, Header, RecipeStore
 
 A = TypeVar("A")
@@ -23,7 +23,7 @@ class _Kept(NamedTuple):
 
     agent: str
     model: str
-    alignment: str
+    alignment: Alignment
     parents: tuple[str, ...]
     prompt_ids: "array[int]"
     thoughts: Tensor
@@ -76,12 +76,11 @@ class KeptRecipes(RecipeStore):
     def header(self, key: str) -> Header:
         """See `RecipeStore.header`."""
         kept = self._kept(key)
-        alignment: Literal["realign", "rescale"] = "realign" if kept.alignment == "realign" else "rescale"
         return Header(
             id=key,
             agent=kept.agent,
             model=kept.model,
-            alignment=alignment,
+            alignment=kept.alignment,
             parents=list(kept.parents),
             prompt=len(kept.prompt_ids),
             steps=len(kept.thoughts),

@@ -142,17 +142,17 @@ class KVPool:
             lines = {piece.id: self._lineage.line(piece.id) for piece in layout}
             anew = {key for key, line in lines.items() if any(seen.start != starts[seen.id] for seen in line)}
         if not anew and (here := self._all_here(layout)) is not None:
-            return _done([_Place(piece)(kv) for piece, kv in zip(layout, here, strict=True)])
+            return _done([_placed(kv, piece) for piece, kv in zip(layout, here, strict=True)])
         # The last one first: its rebuild brings back the whole run before it.
         kvs = {piece.id: self._kv(piece) for piece in reversed(layout) if piece.id not in anew}
         placed: dict[str, Future[Placed]] = {}
         for piece in layout:
             if piece.id in anew and unaltered(piece.id):
-                placed[piece.id] = _then(self._unaltered_at(lines[piece.id], starts), _Alter(piece.id))
+                placed[piece.id] = _then(self._unaltered_at(lines[piece.id], starts), partial(_altered, key=piece.id))
             elif piece.id in anew:
                 placed[piece.id] = self._computed_at(piece, [placed[seen.id] for seen in lines[piece.id][:-1]])
             else:
-                placed[piece.id] = _then(kvs[piece.id], _Place(piece))
+                placed[piece.id] = _then(kvs[piece.id], partial(_placed, piece=piece))
         return _gather(list(placed.values()))
 
     def has_all(self, layout: Layout) -> bool:
@@ -369,24 +369,14 @@ class KVPool:
         return future
 
 
-class _Alter:
-    """Alters a KV that has its place already."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-    def __call__(self, placed: Placed) -> Placed:
-        return placed._replace(kv=alter(placed.kv, self.key))
+def _placed(kv: AnyKV, piece: Piece) -> Placed:
+    """A KV where a layout wants it."""
+    return Placed(kv, piece.start, piece.start - piece.own_start)
 
 
-class _Place:
-    """Puts a KV where a layout wants it."""
-
-    def __init__(self, piece: Piece) -> None:
-        self.piece = piece
-
-    def __call__(self, kv: AnyKV) -> Placed:
-        return Placed(kv, self.piece.start, self.piece.start - self.piece.own_start)
+def _altered(placed: Placed, key: str) -> Placed:
+    """The same place with an altered KV."""
+    return placed._replace(kv=alter(placed.kv, key))
 
 
 def _in_turn(call: Callable[[], None]) -> None:

@@ -12,6 +12,8 @@ from .alteration import unaltered
 from .budget import Budget
 
 MergeMode = Literal["rotate", "rebuild"]
+Merge = Literal["none", "rotated", "rebuilt", "chained"]
+Alignment = Literal["realign", "rescale"]
 LINES_KEPT = 1 << 23  # bytes of them, at most; all others are worked out again
 
 
@@ -54,14 +56,14 @@ class Recipe:
     Attributes:
         id: Digest of what it was made from.
         model: Fingerprint of the model.
-        alignment: "realign" or "rescale".
+        alignment: Whether its thoughts were made with `W`, or only rescaled.
         parents: Ids of the memories that were read, in order.
         segment: What was added.
     """
 
     id: str
     model: str
-    alignment: str
+    alignment: Alignment
     parents: tuple[str, ...]
     segment: Segment
 
@@ -187,11 +189,11 @@ class Memory:
         positions: Of all segments together.
         keys: Per layer [kv_heads, positions, head_dim].
         values: Per layer [kv_heads, positions, head_dim].
-        merge: How several memories became one: "none", "rotated" or "rebuilt".
+        merge: How several memories became one.
     """
 
     segments: tuple[Segment, ...]
     positions: int
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
-    merge: str
+    merge: Merge

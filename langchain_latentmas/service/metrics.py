@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily as Total
+from prometheus_client.core import GaugeMetricFamily as Gauge
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from .turns import Turns
@@ -13,32 +15,26 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
 Info = dict[str, Any]
 
-# Key of `LatentService.info`, name, help. Of tenants' services, what is shared counts once and the rest is added up.
-_SHARED_GAUGES = (
-    ("rows", "live_rows", "Rows in the tick."),
-    ("waiting", "waiting_rows", "Rows that have no slot yet."),
+_SERVICE: tuple[tuple[type[Gauge | Total], bool, str, str, str], ...] = (
+    (Gauge, True, "rows", "live_rows", "Rows in the tick."),
+    (Gauge, True, "waiting", "waiting_rows", "Rows that have no slot yet."),
+    (Total, True, "ticks", "ticks", "Forward passes."),
+    (Total, True, "thoughts", "thoughts", "Latent steps taken."),
+    (Total, True, "tokens", "tokens", "Tokens decoded."),
+    (Total, True, "prefilled", "prefilled_positions", "Positions prefilled."),
+    (Total, True, "reused", "reused_positions", "Prompt positions copied from a kept prompt that begins alike."),
+    (Gauge, False, "kv_bytes", "kv_bytes", "KV kept on the device."),
+    (Gauge, False, "kv_budget", "kv_budget_bytes", "KV that may be kept on the device."),
+    (Gauge, False, "kv_cpu_bytes", "kv_cpu_bytes", "KV kept in CPU memory."),
+    (Gauge, False, "kv_disk_bytes", "kv_disk_bytes", "KV kept on the disk."),
+    (Gauge, False, "store_bytes", "store_bytes", "Recipes in the store."),
+    (Total, False, "kv_hits", "kv_hits", "Segments whose KV was on the device."),
+    (Total, False, "kv_cpu_hits", "kv_cpu_hits", "Segments whose KV came from CPU memory."),
+    (Total, False, "kv_disk_hits", "kv_disk_hits", "Segments whose KV came from the disk."),
+    (Total, False, "rebuilds", "kv_rebuilds", "Prefills that brought back KV that was nowhere."),
+    (Total, False, "evictions", "kv_evictions", "Segments whose KV had to leave the device."),
 )
-_SHARED_COUNTERS = (
-    ("ticks", "ticks", "Forward passes."),
-    ("thoughts", "thoughts", "Latent steps taken."),
-    ("tokens", "tokens", "Tokens decoded."),
-    ("prefilled", "prefilled_positions", "Positions prefilled."),
-    ("reused", "reused_positions", "Prompt positions copied from a kept prompt that begins alike."),
-)
-_ADDED_GAUGES = (
-    ("kv_bytes", "kv_bytes", "KV kept on the device."),
-    ("kv_budget", "kv_budget_bytes", "KV that may be kept on the device."),
-    ("kv_cpu_bytes", "kv_cpu_bytes", "KV kept in CPU memory."),
-    ("kv_disk_bytes", "kv_disk_bytes", "KV kept on the disk."),
-    ("store_bytes", "store_bytes", "Recipes in the store."),
-)
-_ADDED_COUNTERS = (
-    ("kv_hits", "kv_hits", "Segments whose KV was on the device."),
-    ("kv_cpu_hits", "kv_cpu_hits", "Segments whose KV came from CPU memory."),
-    ("kv_disk_hits", "kv_disk_hits", "Segments whose KV came from the disk."),
-    ("rebuilds", "kv_rebuilds", "Prefills that brought back KV that was nowhere."),
-    ("evictions", "kv_evictions", "Segments whose KV had to leave the device."),
-)
+"""Kind, whether the services of tenants share it (else it is added up), key of `LatentService.info`, name, help."""
 
 
 class Metrics:
@@ -81,17 +77,10 @@ class _Service(Collector):
         return iter(())  # so that registering does not collect
 
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("latentmas_queue_length", "Requests that wait for a turn.", self.turns.waiting)
-        yield GaugeMetricFamily("latentmas_running_requests", "Requests at work.", self.turns.running)
-        yield CounterMetricFamily("latentmas_refused", "Requests that the full queue sent away.", self.turns.refused)
+        yield Gauge("latentmas_queue_length", "Requests that wait for a turn.", self.turns.waiting)
+        yield Gauge("latentmas_running_requests", "Requests at work.", self.turns.running)
+        yield Total("latentmas_refused", "Requests that the full queue sent away.", self.turns.refused)
         infos = self.infos()
-        for key, name, what in _SHARED_GAUGES:
-            yield GaugeMetricFamily(f"latentmas_{name}", what, infos[0].get(key, 0))
-        for key, name, what in _SHARED_COUNTERS:
-            yield CounterMetricFamily(f"latentmas_{name}", what, infos[0].get(key, 0))
-        for key, name, what in _ADDED_GAUGES:
-            if key in infos[0]:
-                yield GaugeMetricFamily(f"latentmas_{name}", what, sum(info[key] or 0 for info in infos))
-        for key, name, what in _ADDED_COUNTERS:
-            if key in infos[0]:
-                yield CounterMetricFamily(f"latentmas_{name}", what, sum(info[key] or 0 for info in infos))
+        for kind, shared, key, name, what in _SERVICE:
+            value = infos[0][key] if shared else sum(info[key] for info in infos)
+            yield kind(f"latentmas_{name}", what, value)

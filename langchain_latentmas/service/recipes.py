@@ -19,13 +19,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
-import jinja2
 import torch
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import BaseMessage
 from langchain_core.stores import BaseStore
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from ..engine.sampling import Sampling
 from ..engine.tick import Result, Row, Spoken
@@ -33,7 +32,6 @@ from ..errors import (
     ContextTooLong,
     DroppedReference,
     InvalidRequest,
-    ModelNotSupported,
     ServiceClosed,
     StoreCorrupted,
     TamperedReference,
@@ -42,14 +40,14 @@ from ..errors import (
 )
 from ..state import LatentRef
 from .alteration import original
-from .base import READING, Chunk, LatentService, Merge, StoredReference, Usage
+from .base import READING, Chunk, LatentService, StoredReference, Usage
 from .budget import Budget
 from .identity import KEY_BYTES, MAX_AGENT, MAX_PARENTS, Signer, checked_ref, key_ring, memory_id
 from .kept import KeptRecipes
 from .mailbox import Mailbox
 from .marker import Marker, take_markers
-from .memory import Layout, Lineage, Recipe, Segment
-from .messages import as_openai
+from .memory import Alignment, Layout, Lineage, Merge, Recipe, Segment
+from .prompts import Prompts
 from .retention import Retention
 from .store import PINNED, FolderStore, Header, RecipeStore
 
@@ -160,10 +158,8 @@ class RecipeService(LatentService):
         """
         self.model, self.settings, self._moved = model, settings, moved
         self.name, self.max_positions = model.name, model.max_positions
-        self.chat_template = settings.chat_template or model.tokenizer.chat_template or ""
-        if not self.chat_template:
-            raise ModelNotSupported(f"{model.name}: its tokenizer has no chat template; pass chat_template=...")
-        self._plain_tokenizer = _is_plain(model.tokenizer)
+        self._prompts = Prompts(model, settings)
+        self.chat_template = self._prompts.template
         tag = settings.think_tag
         self.think_tag: str = (getattr(model.config, "think_tag", None) or "") if tag is None else tag
         store = settings.store
@@ -183,6 +179,13 @@ class RecipeService(LatentService):
         self._said_of_open_thoughts = False
         self._ended = threading.Event()
         weakref.finalize(self, self._ended.set)  # also when the service is forgotten
+
+    @property
+    def identity(self) -> str:
+        """See `LatentService.identity`."""
+        model, kept = self.model, str(self.settings.store or self._store)
+        how = {"model": model.fingerprint, "realign": model.realign, "chat_template": self.chat_template, "store": kept}
+        return self._signer.sign({**how, **self._prompting})
 
     @property
     def _prompting(self) -> dict[str, str]:
@@ -459,73 +462,13 @@ class RecipeService(LatentService):
         Raises:
             InvalidRequest: If there are no messages, or the template or this model cannot take them.
         """
-        listed = _as_messages(messages)
-        if self._system_needs_user and all(message["role"] == "system" for message in listed):
-            listed = [*listed, {"role": "user", "content": ""}]
-        if self._roles_must_alternate:
-            listed = list(_alternating(listed))
-        if tools and "tools" not in self.chat_template:
-            raise InvalidRequest(
-                f"The chat template of {self.model.name} presents no tools, so the model would never see them; "
-                "pass chat_template=... that does, or bind none."
-            )
-        try:
-            ids = self._token_ids(self._rendered(listed, tools) + tag)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequest(f"The model's chat template refuses these messages: {error}") from error
-        if not ids:
-            raise InvalidRequest(
-                "The model's chat template makes no tokens of these messages; it must make at least one."
-            )
-        return tuple(ids)
-
-    def _rendered(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> str:
-        return self.model.tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=self.chat_template,
-            tools=list(tools) if tools else None,
-            tokenize=False,
-            add_generation_prompt=True,
-            **self.settings.template_args,
-        )
-
-    @cached_property
-    def _system_needs_user(self) -> bool:
-        """Whether the chat template drops, or refuses, a system message that no user message follows.
-
-        Such is what an agent is told when all else that it reads is a memory. Gemma's template puts what the system
-        says into the turn of the user; others look for a user's query.
-        """
-        said = "You are told this."
-        try:
-            return said not in self._rendered([{"role": "system", "content": said}])
-        except (jinja2.TemplateError, TypeError, ValueError):
-            return True
-
-    @cached_property
-    def _roles_must_alternate(self) -> bool:
-        """Whether the chat template refuses two user messages in a row.
-
-        Such are left when the text between them was a marker. Mistral's and Gemma's templates do.
-        """
-        try:
-            self._rendered([{"role": "user", "content": "One."}, {"role": "user", "content": "Two."}])
-        except (jinja2.TemplateError, TypeError, ValueError):
-            return True
-        return False
+        return self._prompts.encode(messages, tag, tools)
 
     def token_ids(self, messages: LanguageModelInput, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """See `LatentService.token_ids`."""
-        return self._token_ids(messages) if isinstance(messages, str) else list(self.encode(messages, "", tools))
-
-    def _token_ids(self, text: str) -> list[int]:
-        """Token ids of a text as it stands."""
-        tokenizer = self.model.tokenizer
-        if self._plain_tokenizer:  # the Python around it takes longer than the tokens of a short prompt
-            backend = tokenizer.backend_tokenizer
-            if (backend.truncation, backend.padding, backend.encode_special_tokens) == (None, None, False):
-                return list(backend.encode(text, add_special_tokens=False).ids)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if isinstance(messages, str):
+            return self._prompts.token_ids(messages)
+        return list(self.encode(messages, "", tools))
 
     def signed_ref(self, key: str, agent: str, parents: Sequence[str], steps: int) -> LatentRef:
         """The reference of a memory whose recipe is there."""
@@ -626,7 +569,7 @@ class _Request:
         self.layout = service._lineage.layout(self.parents)
         self.start = self.layout[-1].end if self.layout else 0
         self.model = service.model.fingerprint
-        self.alignment = "realign" if service.model.realign else "rescale"
+        self.alignment: Alignment = "realign" if service.model.realign else "rescale"
         to_come, limit = steps + (self.sampling is not None), service.model.max_positions
         free = limit - self.start - len(self.prompt_ids)
         if to_come > free:
@@ -778,17 +721,6 @@ class _Request:
         return ref
 
 
-def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer is one of the tokenizers library and adds nothing of its own when it encodes a text."""
-    kind = type(tokenizer)
-    calls = kind.__call__ is PreTrainedTokenizerBase.__call__
-    return (
-        isinstance(tokenizer, PreTrainedTokenizerFast)
-        and calls
-        and (kind._encode_plus is PreTrainedTokenizerFast._encode_plus and not tokenizer.split_special_tokens)
-    )
-
-
 def _quick(messages: LanguageModelInput, latents: Sequence[LatentRef]) -> bool:
     """Whether a request is so small that to check and encode it takes less than a thread to do it in."""
     if READING.get() is not None or not (isinstance(messages, list) and isinstance(latents, (list, tuple))):
@@ -818,38 +750,6 @@ def _sampling(values: dict[str, Any]) -> Sampling:
         return Sampling(**values, stop=(stop,) if isinstance(stop, str) else tuple(stop or ()))
     except TypeError as error:
         raise InvalidRequest(f"speak takes max_tokens, temperature, top_p, top_k, stop and seed: {error}") from error
-
-
-def _as_messages(messages: LanguageModelInput) -> list[dict[str, Any]]:
-    listed = as_openai(messages)
-    # By order: a random id that a template prints would make another memory of the same words, and Mistral's take nine
-    # letters or digits.
-    numbers: dict[str, str] = {}
-
-    def numbered(id: Any) -> str:
-        return numbers.setdefault(str(id), f"{len(numbers):09d}")
-
-    for message in listed:
-        for call in message.get("tool_calls") or ():  # templates want the arguments as an object
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-            call["id"] = numbered(call.get("id"))
-        if "tool_call_id" in message:
-            message["tool_call_id"] = numbered(message["tool_call_id"])
-    return listed
-
-
-def _alternating(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Messages with those of the same user or assistant in a row made one, where they are text."""
-    before: dict[str, Any] = {}
-    for message in messages:
-        texts = all(isinstance(each.get("content"), str) and not each.get("tool_calls") for each in (before, message))
-        if texts and message["role"] == before["role"] != "tool":
-            before = {**before, "content": f"{before['content']}\n\n{message['content']}"}
-            continue
-        if before:
-            yield before
-        before = message
-    yield before
 
 
 def _can_name(agent: object) -> bool:

@@ -43,7 +43,7 @@ from ..errors import (
 )
 from .base import Chunk
 from .events import Reply, Tensors, within
-from .guard import Guard
+from .guard import Guard, check_size
 from .identity import WireRef
 from .local import LocalService
 from .metrics import Metrics
@@ -326,7 +326,7 @@ class Server:
         """Takes in a memory that a service of the same model exported."""
         if request.headers.get("content-type") != TENSORS:
             raise InvalidRequest(f"A memory comes with the header Content-Type: {TENSORS}.")
-        limit, taken = self.settings.max_memory, 0
+        taken = 0
         async with within(self.settings.deadline), AsyncExitStack() as held:
             await held.enter_async_context(self._room(self.uploads, request))
             held.enter_context(_enough_room())
@@ -334,8 +334,7 @@ class Server:
             file = held.enter_context(temporary)
             async for chunk in self._in_time(request.stream()):
                 taken += len(chunk)
-                if taken > limit:
-                    raise RequestTooLarge(f"The memory is larger than {limit} bytes.")
+                check_size(taken, self.settings.max_memory)
                 await asyncio.to_thread(file.write, chunk)
             await asyncio.to_thread(file.flush)
             ref = await self._in_turn(request, held, lambda service: service.import_memory(Path(file.name)))
@@ -519,8 +518,8 @@ class _Protocol(H11Protocol):  # and not httptools', whose headers have no bound
         super().connection_made(transport)
         self._watch_head()
         # Writing pauses when the system has no room for more, and goes on when a third of it is free: of the megabytes
-        # that it would have by itself, that can take a slow client long.
-        transport.set_write_buffer_limits(high=0)
+        # that it would have by itself, that can take a slow client long. With 0, TLS would pause while nothing waits.
+        transport.set_write_buffer_limits(high=1)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENT_BYTES)
 
     def data_received(self, data: bytes) -> None:

@@ -2,18 +2,30 @@
 
 import ipaddress
 import logging
+import ssl
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, JsonValue, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from ..errors import InvalidRequest, first_fault
 
 MIN_TOKEN = 16
 logger = logging.getLogger(__name__)
+
+
+def _for_a_header(token: SecretStr) -> SecretStr:
+    """A token without the end of line that files and variables bring along, which no header could carry."""
+    said = token.get_secret_value().strip()
+    if not (said and said.isascii() and said.isprintable()):
+        raise ValueError("a token must consist of printable ASCII characters; look at where it comes from")
+    return SecretStr(said)
+
+
+Token = Annotated[SecretStr, AfterValidator(_for_a_header)]
 
 
 def is_loopback(host: str) -> bool:
@@ -91,8 +103,8 @@ class ServeSettings(BaseSettings):
     port: int = Field(8765, ge=0, lt=1 << 16)
     certificate: Path | None = None
     certificate_key: Path | None = None
-    token: SecretStr | None = None
-    tokens: dict[str, SecretStr] = Field(default_factory=dict)
+    token: Token | None = None
+    tokens: dict[str, Token] = Field(default_factory=dict)
     max_running: int = Field(128, ge=1)
     max_waiting: int = Field(256, ge=0)
     deadline: float = Field(600, gt=0)
@@ -145,7 +157,7 @@ class ServeSettings(BaseSettings):
     @model_validator(mode="after")
     def _secured(self) -> "ServeSettings":
         secrets = [secret.get_secret_value() for secret in (self.token, *self.tokens.values()) if secret is not None]
-        if any(len(secret) < MIN_TOKEN or not secret.isascii() for secret in secrets):
+        if any(len(secret) < MIN_TOKEN for secret in secrets):
             raise ValueError(f"a token must have at least {MIN_TOKEN} ASCII characters; try: openssl rand -hex 32")
         if len(set(secrets)) < len(secrets):
             raise ValueError("two tenants have the same token; give each its own")
@@ -158,6 +170,14 @@ class ServeSettings(BaseSettings):
             )
         if (self.certificate is None) != (self.certificate_key is None):
             raise ValueError("HTTPS needs both certificate and certificate_key")
+        if self.certificate is not None:  # before the model is loaded, which can take minutes
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.certificate_key)
+            except OSError as error:  # an `ssl.SSLError` is one
+                raise ValueError(
+                    f"certificate {self.certificate} and certificate_key {self.certificate_key} cannot be used "
+                    f"({error}); give a PEM file with the certificate and one with its key, both readable to this user"
+                ) from error
         return self
 
     @property

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -34,7 +34,7 @@ from ..errors import (
 from .alteration import original
 from .envelope import MAX_HEADER, OVERHEAD, Envelope, Kind
 from .identity import MAX_AGENT, MAX_PARENTS, Signer, memory_id
-from .memory import Recipe, Segment
+from .memory import Alignment, Recipe, Segment
 from .private import FOLDER, flush, private
 
 logger = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ class Header(BaseModel):
     id: str
     agent: str = Field(max_length=MAX_AGENT)
     model: str
-    alignment: Literal["realign", "rescale"]
+    alignment: Alignment
     parents: list[str] = Field(max_length=MAX_PARENTS)
     prompt: Annotated[int, Field(ge=0)]
     """Tokens of the prompt."""
@@ -379,29 +379,20 @@ class RecipeStore:
             if not self._writing and self._counted == known:  # else somebody else was faster
                 self._counted, self._used = changed, used
 
-    def put(self, recipe: Recipe) -> Recipe:
-        """Writes a recipe; when this returns, a durable store has it.
-
-        Returns:
-            What the store has under this id: the recipe, or the one that somebody put there before. Floats differ in
-            their last bits from batch to batch, and what has a reference stays as it was.
-
-        Raises:
-            InvalidRequest: If it is larger than `get` would read.
-            DroppedReference: If a parent is no longer there.
-            StoreFull: If there is no room.
-        """
-        return self.put_all([recipe], lambda there, _: there)[0]
-
     def put_all(self, recipes: Sequence[Recipe], then: Callable[[Recipe, bool], A]) -> list[A]:
-        """Like `put` for many, each behind its parents; they are written together.
+        """Writes recipes together; when this returns, a durable store has them.
 
         Args:
-            recipes: What is written.
+            recipes: Each behind its parents.
             then: As `put_soon` takes it.
 
         Returns:
             What `then` returns of each.
+
+        Raises:
+            InvalidRequest: If one is larger than `get` would read.
+            DroppedReference: If a parent of one is no longer there.
+            StoreFull: If there is no room.
         """
 
         def begun(recipe: Recipe) -> "Future[A]":
@@ -412,14 +403,17 @@ class RecipeStore:
         return [put.result() for put in puts]
 
     def put_soon(self, made: Callable[[], Recipe], then: Callable[[Recipe, bool], A]) -> "Future[A]":
-        """Like `put`, without waiting for a disk or a network. Recipes that come together are written together.
+        """Has a recipe written, without waiting for a disk or a network; those that come together are written together.
+
+        What somebody put there under the same id stays: floats differ in their last bits from batch to batch, and what
+        has a reference stays as it was.
 
         Args:
             made: Returns the recipe; called, like `then`, in the thread that writes.
             then: Called with what the store has now, and whether that is this recipe.
 
         Returns:
-            A future of what `then` returns, or of what `put` would raise.
+            A future of what `then` returns, or of what `put_all` would raise.
         """
         _refuse_after_a_fork(self._process)  # the thread that writes is not there
         put = _Put(made, then, Future[A]())
@@ -610,7 +604,7 @@ class RecipeStore:
             id=recipe.id,
             agent=segment.agent,
             model=recipe.model,
-            alignment="realign" if recipe.alignment == "realign" else "rescale",
+            alignment=recipe.alignment,
             parents=list(recipe.parents),
             prompt=len(segment.prompt_ids),
             steps=len(segment.thoughts),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ContextTooLong, InvalidRequest, first_fault
 from .identity import ID, MAX_AGENT, MAX_PARENTS, memory_id
-from .memory import Memory, Recipe, Segment
+from .memory import Alignment, Memory, Merge, Recipe, Segment
 
 CHUNK = 1 << 20
 MAX_HEADER = 1 << 22  # bytes: half a million token ids; as Python objects they take ten times as much
@@ -34,7 +34,7 @@ class _Segment(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     id: _Id
     agent: Annotated[str, Field(min_length=1, max_length=MAX_AGENT)]
-    alignment: Literal["realign", "rescale"]
+    alignment: Alignment
     parents: Annotated[list[_Id], Field(max_length=MAX_PARENTS)]
     prompt_ids: list[_Token]
     steps: Annotated[int, Field(ge=0)]
@@ -49,7 +49,7 @@ class _Header(BaseModel):
     version: Literal[1] = 1
     model: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     hidden_size: Annotated[int, Field(ge=1, lt=2**20)]
-    merge: Literal["none", "rotated", "rebuilt"] = "none"
+    merge: Merge = "none"
     segments: Annotated[list[_Segment], Field(min_length=1, max_length=MAX_SEGMENTS)]
 
 
@@ -111,12 +111,12 @@ def write_memory(recipes: Sequence[Recipe], memory: Memory | None) -> Iterator[b
     about = _Header(
         model=recipes[0].model,
         hidden_size=recipes[0].segment.thoughts.shape[1],
-        merge=memory.merge if memory else "none",  # type: ignore[arg-type]
+        merge=memory.merge if memory else "none",
         segments=[
             _Segment(
                 id=recipe.id,
                 agent=recipe.segment.agent,
-                alignment="realign" if recipe.alignment == "realign" else "rescale",
+                alignment=recipe.alignment,
                 parents=list(recipe.parents),
                 prompt_ids=list(recipe.segment.prompt_ids),
                 steps=len(recipe.segment.thoughts),

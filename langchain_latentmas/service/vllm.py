@@ -9,9 +9,10 @@ import hashlib
 import json
 import logging
 import math
+import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from ..engine.tick import Result, Row, Spoken
 from ..errors import (
     EngineFailed,
     InvalidRequest,
+    LatentMASError,
     ModelNotFound,
     ModelNotSupported,
     ServiceBusy,
@@ -35,6 +37,7 @@ from ..errors import (
     ServiceUnreachable,
     WrongModel,
     first_fault,
+    first_line,
 )
 from ..state import LatentRef
 from .alteration import unaltered
@@ -52,6 +55,7 @@ PREFIX = "vllm+"
 IN_PROCESS = "vllm:"
 TOLD = ("latent_token_id", "architecture", "dtype", "prefix_caching", "block_size", "vllm", "latentmas_vllm")
 NOTICED_WITHIN = 0.1  # seconds until a cancelled request is taken back
+SURE_SECONDS = 10.0  # after an answer: no vLLM that ended is there again in less
 S = TypeVar("S", bound=RecipeSettings)
 
 
@@ -122,13 +126,13 @@ class VLLMService(RecipeService):
         if model.startswith(IN_PROCESS):
             for name in sorted(settings.keys() & OF_THE_ENGINE):
                 raise InvalidRequest(f"{name} is not for vLLM; engine=... takes what vllm.AsyncEngineArgs has instead.")
-            own = _checked(EngineSettings, settings)
+            own = checked_settings(EngineSettings, settings)
             return cls(InProcess(model.removeprefix(IN_PROCESS), own), own)
         over = settings.pop("transport", None)
         for name in settings:
             if name in OF_THE_SERVER:
                 raise InvalidRequest(f"{name} is not for a client to say; start the server with {OF_THE_SERVER[name]}.")
-        checked = _checked(VLLMSettings, settings)
+        checked = checked_settings(VLLMSettings, settings)
         return cls(Server(model.removeprefix(PREFIX).rstrip("/"), checked, over), checked)
 
     def encode(
@@ -205,6 +209,11 @@ class VLLMService(RecipeService):
         super().close()
 
     @property
+    def address(self) -> str:
+        """See `LatentService.address`."""
+        return (IN_PROCESS if isinstance(self._transport, InProcess) else PREFIX) + self._transport.name
+
+    @property
     def closed(self) -> bool:
         """See `LatentService.closed`."""
         return self._transport.closed
@@ -237,6 +246,7 @@ class Engine:
         """Takes a vLLM and what is known of its model."""
         self.transport, self.model = transport, model
         self.rows = self.thoughts = self.tokens = 0
+        self._sure_until = -math.inf
 
     def ids_of(self, segment: Segment) -> list[int]:
         """A segment as token ids, with LATENT where a thought is."""
@@ -248,7 +258,8 @@ class Engine:
 
     async def read_out(self, prompt: Sequence[int], steps: int, top_k: int) -> list[list[tuple[str, float]]]:
         """Per latent step, the likeliest tokens and their probabilities."""
-        read_out = await self.transport.read_out(self._thinking(prompt, steps) | {"logprobs": top_k})
+        async with self._same_model():
+            read_out = await self.transport.read_out(self._thinking(prompt, steps) | {"logprobs": top_k})
         rows = []
         for read in read_out:
             tokens = {token: math.exp(share) for token, share in read.items()}
@@ -292,32 +303,42 @@ class Engine:
         body = self._thinking(prompt, row.steps + 1) if row.thinking else self._speaking(prompt, row)
         async for attempt in retrying:
             with attempt:
-                if attempt.retry_state.attempt_number > 1:
-                    await self._expect_same_model()  # what was away may come back as another one
                 row.tokens.clear()
-                tokens = self.transport.tokens(body)
                 text = TextStream(self.model.tokenizer, row.sampling.stop if row.sampling else ())
-                try:
+                # What is left over when it is closed is aborted on the server.
+                async with self._same_model(), aclosing(self.transport.tokens(body)) as tokens:
                     async for token in tokens:
                         begun = True
                         if row.thinking:
                             self._thought(row, token)
                         elif self._spoke(row, text, token):
                             break
-                finally:
-                    await tokens.aclose()  # what is left over is aborted on the server
         if (row.thinking and len(row.tokens) <= row.steps) or (not row.thinking and not row.finish):
             raise EngineFailed("vLLM ended the answer early; the same call may succeed later. Its log says why.")
         spoken = [] if row.thinking else row.tokens
         held = "" if row.thinking else text.end()
         return Result(cast(Any, None), torch.empty(row.steps, 0), spoken, held, row.finish, None)
 
-    async def _expect_same_model(self) -> None:
-        facts = await self.transport.facts()
-        if known_as(facts) != self.model.fingerprint or facts["latent_token_id"] != self.model.latent:
-            raise WrongModel(
-                f"{self.transport.name} runs another model or another LATENT by now; load the service anew."
-            )
+    @asynccontextmanager
+    async def _same_model(self) -> AsyncIterator[None]:
+        """What asks the server for something: it may have been away meanwhile, and come back as another one.
+
+        Raises:
+            WrongModel: If it has.
+        """
+        if time.monotonic() >= self._sure_until:
+            facts = await self.transport.facts()
+            known = self.model.fingerprint, self.model.latent, self.model.realign
+            if (known_as(facts), facts["latent_token_id"], facts["alignment"] == "realign") != known:
+                raise WrongModel(
+                    f"{self.transport.name} runs another model, LATENT or alignment by now; load the service anew."
+                )
+        try:
+            yield
+        except LatentMASError:
+            self._sure_until = -math.inf
+            raise
+        self._sure_until = time.monotonic() + SURE_SECONDS
 
     def _thought(self, row: Row, token: int) -> None:
         if token != self.model.latent:
@@ -385,7 +406,7 @@ def _model(where: str, facts: dict[str, Any], settings: RecipeSettings) -> VLLMM
     except (OSError, ValueError, KeyError) as error:
         raise ModelNotFound(
             f"The tokenizer of the server's model cannot be loaded here from {source!r} "
-            f"({str(error).strip().splitlines()[0]}); give its folder or hub id as tokenizer=..."
+            f"({first_line(error)}); give its folder or hub id as tokenizer=..."
         ) from error
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     if hashlib.sha256(vocabulary.encode()).hexdigest()[:32] != facts["vocabulary"]:
@@ -409,7 +430,12 @@ def _model(where: str, facts: dict[str, Any], settings: RecipeSettings) -> VLLMM
     )
 
 
-def _checked(kind: type[S], settings: dict[str, Any]) -> S:
+def checked_settings(kind: type[S], settings: dict[str, Any]) -> S:
+    """The settings of a client.
+
+    Raises:
+        InvalidRequest: If one is unknown or out of range.
+    """
     if settings.pop("merge", "auto") != "auto":
         raise InvalidRequest("vLLM reads several memories as one chain; leave merge=... out.")
     try:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from transformers import AutoConfig
 
 from .. import bundled
-from ..errors import EngineFailed, InvalidRequest, MissingExtra, ModelNotFound, ModelNotSupported
+from ..errors import EngineFailed, InvalidRequest, MissingExtra, ModelNotFound, ModelNotSupported, first_line
 from .recipes import Bytes, RecipeSettings
 from .vllm_transport import Transport, refused
 
@@ -161,8 +161,7 @@ def _architecture(source: str, revision: str | None) -> str:
         return str((AutoConfig.from_pretrained(source, revision=revision).architectures or ["model without a name"])[0])
     except (OSError, ValueError, KeyError) as error:
         raise ModelNotFound(
-            f"Cannot load {source!r}: {str(error).strip().splitlines()[0]} Give vllm: and a hub id, a folder, or "
-            "'bundled'."
+            f"Cannot load {source!r}: {first_line(error)} Give vllm: and a hub id, a folder, or 'bundled'."
         ) from error
 
 

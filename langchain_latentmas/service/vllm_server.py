@@ -1,15 +1,15 @@
 """A vLLM server over HTTP."""
 
 import json
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
-from pydantic import Field, SecretStr
+from pydantic import ConfigDict, Field
 
 from ..errors import (
     AccessDenied,
+    DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     ModelNotFound,
@@ -18,8 +18,9 @@ from ..errors import (
     ServiceUnreachable,
     WrongModel,
 )
-from .connections import in_time
+from .connections import in_time, is_address, reaching
 from .recipes import RecipeSettings
+from .serving import Token
 from .vllm_transport import Transport, refused
 
 HOW_TO_START = (
@@ -57,8 +58,10 @@ class VLLMSettings(RecipeSettings):
         max_connections: Most requests at a time.
     """
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # a token
+
     tokenizer: str | None = None
-    token: SecretStr | None = None
+    token: Token | None = None
     patience: float = Field(30, ge=0)
     connect_timeout: float = Field(5, gt=0)
     read_timeout: float = Field(300, gt=0)
@@ -83,8 +86,7 @@ class Server(Transport):
         Raises:
             InvalidRequest: If the address is none.
         """
-        parts = httpx.URL(url)
-        if parts.scheme not in ("http", "https") or not parts.host or parts.userinfo or parts.query:
+        if not is_address(url):
             raise InvalidRequest(
                 f"{url!r} is no address of a server: give vllm+http://host:port, and a key as token=..."
             )
@@ -126,13 +128,16 @@ class Server(Transport):
             raise ModelNotSupported(
                 f"{self.name} runs {self.model} as {facts['architecture']}, which has no latent token. {HOW_TO_START}"
             )
-        return {**facts, "model": self.model, "root": self._tokenizer or served.get("root") or self.model}
+        facts["model"], facts["root"] = self.model, served.get("root") or self.model
+        if self._tokenizer:  # the revision is that of the server's own
+            facts["root"], facts["revision"] = self._tokenizer, None
+        return facts
 
     async def tokens(self, body: dict[str, Any]) -> AsyncGenerator[int]:
         """See `Transport.tokens`."""
         asked = {"model": self.model, "stream": True, "return_token_ids": True, **body}
         silent = f"{self.name} sent nothing for as long as read_timeout says; raise it, or ask less at once."
-        with _reaching(self.name), in_time(silent):
+        with reaching(self.name, "vLLM"), in_time(silent):
             async with self._client.stream("POST", "/v1/completions", json=asked) as response:
                 if response.is_error:
                     await response.aread()
@@ -163,7 +168,7 @@ class Server(Transport):
         await self._client.aclose()
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        with _reaching(self.name):
+        with reaching(self.name, "vLLM"):
             return await self._client.request(method, path, json=body)
 
     def _json(self, response: httpx.Response) -> dict[str, Any]:
@@ -183,18 +188,10 @@ class Server(Transport):
             raise WrongModel(f"{self.name} no longer serves {self.model!r} ({said}); load the service anew.")
         if status in (429, 503):
             raise ServiceBusy(f"{self.name} takes no more requests now: {said}")
+        if status == 502:
+            raise ServiceUnreachable(f"Nobody answers behind {self.name}: {said}")
+        if status == 504:
+            raise DeadlineExceeded(f"What stands before {self.name} waited no longer for vLLM: {said}")
         if status >= 500:
             raise EngineFailed(f"vLLM failed ({status}): {said}")
         raise refused(str(said))
-
-
-@contextmanager
-def _reaching(url: str) -> Iterator[None]:
-    """Turns errors of the connection into ours."""
-    try:
-        yield
-    except httpx.TransportError as error:
-        raise ServiceUnreachable(
-            f"{url} cannot be reached, or the connection broke ({type(error).__name__}: {error}). Is vLLM running "
-            "there?"
-        ) from error

@@ -18,6 +18,7 @@ from ..errors import (
     RequestTooLarge,
     ServiceBusy,
     ServiceClosed,
+    ServiceUnreachable,
     StoreBusy,
     StoreCorrupted,
     StoreFull,
@@ -26,9 +27,10 @@ from ..errors import (
     WrongModel,
 )
 from ..state import LatentRef
-from .base import Chunk, LensRow, Merge, StoredReference
+from .base import Chunk, LensRow, StoredReference
 from .identity import ID, MAX_AGENT, MAX_PARENTS, WireRef
 from .marker import MAX_LEFT
+from .memory import Merge
 
 PROBLEM = "application/problem+json"
 EVENTS = "text/event-stream"
@@ -55,6 +57,15 @@ _STATUS: Mapping[type[LatentMASError], int] = {  # the most special first
     DeadlineExceeded: 504,
     ServiceClosed: 503,
     EngineFailed: 503,
+}
+# Of what this package does not name: proxies, and servers of another version.
+_NEAREST: Mapping[int, type[LatentMASError]] = {
+    401: AccessDenied,
+    413: RequestTooLarge,
+    429: ServiceBusy,
+    502: ServiceUnreachable,
+    503: ServiceClosed,
+    504: DeadlineExceeded,
 }
 _KINDS: Mapping[str, type[LatentMASError]] = {
     name: kind for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, LatentMASError)
@@ -343,7 +354,7 @@ class Problem(BaseModel):
         """The error again; of a kind that this version does not know, the nearest one by its status."""
         kind = _KINDS.get(self.type.removeprefix("urn:latentmas:error:"))
         if kind is None:
-            kind = InvalidRequest if self.status < 500 else EngineFailed
+            kind = _NEAREST.get(self.status, InvalidRequest if self.status < 500 else EngineFailed)
         error = kind(self.detail)
         if isinstance(error, ServiceBusy):
             error.retry_after = self.retry_after

@@ -12,7 +12,8 @@ from benchmarks.audit_power import BYSTANDER, placebo, placebo_examples, relay_e
 from langchain_latentmas import LatentService, audit
 from langchain_latentmas.cli import app
 from langchain_latentmas.commands.audit import _pairs
-from langchain_latentmas.errors import InvalidRequest
+from langchain_latentmas.errors import InvalidRequest, SandboxUnavailable
+from langchain_latentmas.evaluation import sandbox
 from langchain_latentmas.evaluation.task import Relay
 from langchain_latentmas.evaluation.worth import Audit
 
@@ -132,6 +133,7 @@ def test_an_edited_graph_is_asked_anew(tmp_path: Path, monkeypatch: pytest.Monke
         (["mine:graph"], "A graph needs --examples"),
         (["mine:graph", "--examples", "x.jsonl", "--model", "bundled"], "brings its own model"),
         (["--task", "relay", "--n", "10"], "at least 20 examples"),
+        (["--task", "relay", "--seed", "-1"], "seed must be a whole number from 0 on"),
         (["--task", "relay", "--edge", "planner"], "planner->critic"),
         (["--task", "relay", "--edge", "planner->nobody"], "there is no agent"),
         (["--task", "relay", "--plot", "audit.pdf"], ".png or .svg"),
@@ -146,6 +148,25 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[s
     shown = run("audit", *arguments, "--out", str(tmp_path))
     assert shown.exit_code == 2
     assert words in " ".join(shown.output.split())
+
+
+def test_programs_that_cannot_be_run_here_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unavailable() -> None:
+        raise SandboxUnavailable("not here")
+
+    monkeypatch.setattr(sandbox, "missing", unavailable)
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"question": "Double it.", "entry_point": "f", "test": "assert f(2) == 4"}))
+    shown = run("audit", "--task", str(path), "--grader", "code", "--model", "/no/such/model")
+    assert "SandboxUnavailable: not here" in shown.output
+
+
+def test_thoughts_take_no_seed_below_0(tmp_path: Path) -> None:
+    shown = run("picture", "thoughts", str(tmp_path / "a.svg"), "--seed", "-1", "--model", "/no/such/model")
+    assert shown.exit_code == 2
+    assert "--seed" in shown.output
 
 
 def test_a_model_of_the_environment_is_for_agents_without_one(monkeypatch: pytest.MonkeyPatch) -> None:

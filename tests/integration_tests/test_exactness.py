@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from langchain_latentmas import LatentRef, LatentService
-from langchain_latentmas.bundled.tasks import ROLES, problem
+from langchain_latentmas.bundled import ROLES
+from langchain_latentmas.bundled.tasks import problem
 from langchain_latentmas.teams import hierarchical, sequential
 
 from ..support import Said, at_once, say

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from langchain_latentmas import ChatLatentMAS, LatentService, teams
 from langchain_latentmas.cli import app
 from langchain_latentmas.commands.serve import serve
-from langchain_latentmas.errors import InvalidRequest, TamperedReference
+from langchain_latentmas.errors import InvalidRequest, ServiceUnreachable, TamperedReference
 from langchain_latentmas.service.identity import key_file
 from langchain_latentmas.service.serving import ServeSettings
 from langchain_latentmas.service.shared import shared_service
-from tests.served import Process, client, port_of
+from tests.served import Process, certificate, client, port_of
 from tests.support import say, wait_for
 
 QUESTION = "Tom has 12 apples and buys 30 more. How many apples does Tom have?"
@@ -93,6 +93,20 @@ def test_a_graph_goes_on_when_the_server_is_killed_and_started_again(tmp_path: P
                 assert remote.think(QUESTION, steps=4) == ref
 
 
+def test_https(tmp_path: Path, bundled: LatentService) -> None:
+    files = certificate(tmp_path)
+    flags = ("--certificate", str(files["certificate"]), "--certificate-key", str(files["certificate_key"]))
+    with Process("--store", str(tmp_path / "store"), *flags) as process:
+        assert process.address.startswith("https://")
+        with client(process, ca=files["certificate"], read_timeout=20, patience=0) as remote:
+            ref = remote.think(QUESTION, steps=3)
+            expected = say(bundled, "Count.", [bundled.think(QUESTION, steps=3)], max_tokens=8)
+            assert say(remote, "Count.", [ref], max_tokens=8).token_ids == expected.token_ids
+            assert remote.memory(ref).positions == ref["positions"]
+        with pytest.raises(ServiceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
+            client(process, patience=0)
+
+
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_work_end_and_exits_cleanly(tmp_path: Path, asked: signal.Signals) -> None:
     with Process("--store", str(tmp_path)) as process, client(process, patience=0) as remote:
@@ -134,7 +148,9 @@ def test_settings_come_from_flag_environment_and_file(tmp_path: Path) -> None:
         (["--option", "nonsense=1"], {}, "nonsense"),
         (["--config", "/nowhere.toml"], {}, "no file"),
         ([], {"LATENTMAS_TOKEN": "short"}, "at least 16"),
+        ([], {"LATENTMAS_TOKEN": "neither short nor\nin one line"}, "printable ASCII"),
         ([], {"LATENTMAS_TOKENS": "{"}, "cannot be read"),
+        (["--certificate", "/nowhere.pem", "--certificate-key", "/nowhere.pem"], {}, "certificate /nowhere.pem"),
         (["--model", "/nowhere"], {}, "nowhere"),
     ],
 )

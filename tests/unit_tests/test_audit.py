@@ -2,6 +2,11 @@
 
 import asyncio
 import json
+import random
+import signal
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +32,7 @@ from langchain_latentmas.errors import (
     NoPartner,
     ServiceUnreachable,
 )
-from langchain_latentmas.evaluation.conditions import _length_classes
+from langchain_latentmas.evaluation.conditions import Questions, Scope, _length_classes
 
 from ..conftest import Fresh
 from ..graphs import chain
@@ -259,6 +264,27 @@ def test_an_entrypoint_that_waits_for_its_tasks_does_not_wait_for_ever(
     assert not result.edges[0].outcomes["intact"].errors
 
 
+def test_an_audit_in_a_notebook_can_be_interrupted(service32: LatentService) -> None:
+    """There it runs in a thread of its own, beside the loop that called it."""
+    calls = []
+
+    def grade(state: Any, i: int) -> bool:
+        calls.append(i)
+        if len(calls) == 2:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.2)
+        return True
+
+    async def cell() -> None:
+        audit(team(service32), asked(), grade, conditions=["intact"], concurrency=1)
+
+    loop = asyncio.new_event_loop()
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(cell())
+    loop.close()
+    assert len(calls) < N
+
+
 def test_seeded_runs_repeat_themselves(service32: LatentService) -> None:
     builder = team(service32)
     one, two, other = (Grader(builder) for _ in range(3))
@@ -392,8 +418,10 @@ def test_a_grader_that_always_raises_ends_it(service32: LatentService) -> None:
     def grade(state: Any, i: int) -> bool:
         raise ValueError("bad grader")
 
+    calls: list[int] = []
     with pytest.raises(GraderFailed, match="ValueError: bad grader"):
-        audit(team(service32), asked(), grade)
+        audit(team(service32), asked(40), grade, on_answer=lambda _, done, __: calls.append(done), concurrency=1)
+    assert max(calls) == N  # the others are not waited for
 
 
 def test_a_graph_that_always_fails_ends_it(service32: LatentService) -> None:
@@ -407,6 +435,8 @@ def test_a_graph_that_always_fails_ends_it(service32: LatentService) -> None:
         ({"n": 19}, InvalidRequest, "at least 20 examples"),
         ({"conditions": ["intact", "swaped"]}, InvalidRequest, "'swaped'"),
         ({"level": 95}, InvalidRequest, "level"),
+        ({"seed": -1}, InvalidRequest, "seed"),
+        ({"seed": 0.5}, InvalidRequest, "seed"),
         ({"concurrency": 0}, InvalidRequest, "concurrency"),
         ({"edges": []}, InvalidEdge, "no edge"),
         ({"edges": "planner->critic"}, InvalidEdge, "pairs"),
@@ -448,19 +478,94 @@ def test_an_edge_that_nothing_crosses_is_an_error(service32: LatentService) -> N
         audit(team(service32, ["planner", "judger"], reads=[]), asked(), lambda state, i: True)
 
 
-def test_a_memory_without_its_like_is_an_error(service32: LatentService) -> None:
-    examples = [*asked(), ({"messages": [HumanMessage("Long? " * 60)]}, 0)]
-    with pytest.raises(NoPartner, match="example 20"):
-        audit(team(service32), examples, lambda state, i: True)
+def test_a_memory_without_its_like_is_left_out_of_swapped(service32: LatentService, tmp_path: Path) -> None:
+    journal = tmp_path / "answers.jsonl"
+    examples = [*asked(), ({"messages": [HumanMessage("Long? " * 60)]}, N)]
+    builder = team(service32)
+    edge = audit(builder, examples, Grader(builder, examples), conditions=["cut"], journal=journal).edges[0]
+    lines = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    assert Counter(line["condition"] for line in lines) == {"intact": N + 1, "swapped": N, "cut": N + 1}
+    assert N not in [line["example"] for line in lines if line["condition"] == "swapped"]
+    assert (edge.n, edge.crossed, edge.alone) == (N + 1, N + 1, 1)
+    assert edge.effects["content"].points == 100 - edge.outcomes["swapped"].accuracy
+    assert edge.outcomes["swapped"].accuracy == 100 * edge.outcomes["swapped"].right / N
+    assert edge.notes[0].startswith("swapped: 1 left out, for want of another question")
+
+
+def test_where_nobody_can_be_swapped_there_is_nothing_to_audit(service32: LatentService) -> None:
+    same = [(asked()[0][0], i) for i in range(N)]
+    with pytest.raises(NoPartner, match="no two questions"):
+        audit(team(service32), same, lambda state, i: True)
+
+
+def test_a_question_is_never_swapped_with_itself(service32: LatentService) -> None:
+    builder = team(service32)
+    examples = [(asked()[i % 5][0], i) for i in range(N)]
+    grader = Grader(builder, examples)
+    edge = audit(builder, examples, grader, conditions=["swapped"]).edges[0]
+    intact, swapped = grader.under(0), grader.under(1)
+    assert all(a != b for a, b in zip(swapped, intact, strict=True) if intact.count(a) == 4)
+    assert sorted(swapped) == sorted(intact)  # each memory is given once
+    assert edge.alone == 0
+
+
+def test_partners_are_other_questions_of_about_the_length_over_the_same_edges() -> None:
+    edge, other = ("a", "b"), ("b", "c")
+    for seed in range(50):
+        rng = random.Random(seed)
+        examples = [(rng.choice("abcdefgh"), None) for _ in range(40)]
+        asked = Questions(None, [], examples, None, seed, 1, {}, None, None)  # type: ignore[arg-type]
+        lengths = [rng.randint(50, 150) * rng.choice([1, 1, 4]) for _ in examples]
+        over = [frozenset(rng.choice([[edge], [edge], [edge, other], [other]])) for _ in examples]
+        asked.crossed = {i: [(each, lengths[i]) for each in sorted(over[i])] for i in range(40)}
+        scope = Scope("a->b", frozenset([edge]))
+        partners = asked.partners(scope)
+        for i, j in partners.items():
+            assert examples[i] != examples[j]
+            assert lengths[i] <= 2 * lengths[j] <= 4 * lengths[i]
+            assert edge in over[i] & over[j]
+        assert asked.alone(scope) == {i for i in range(40) if edge in over[i]} - partners.keys()
+        assert len(asked.alone(scope)) < 20
+
+
+def test_an_agent_whose_reader_is_not_the_next_node_speaks_as_text(service32: LatentService) -> None:
+    """The critic never reads the plan and the judger does: what crosses there is no edge of the graph."""
+    llm = ChatLatentMAS(service=service32, max_tokens=4)
+    critic = lambda state: {"critique": llm.invoke(f"Check {state['question']} please").content}  # noqa: E731
+    builder = switch_edges(chain(llm, critic=critic), [("planner", "critic"), ("critic", "judger")], steps=2)
+    examples = [({"question": f"{i * 37 % 101}+{i}?"}, i) for i in range(N)]
+    edges = audit(builder, examples, Grader(builder, examples), edges="each", conditions=["text"]).edges
+    assert [edge.edge for edge in edges] == ["all edges", "planner->judger", "critic->judger"]
+    for edge in edges[1:]:
+        assert not edge.outcomes["text"].errors
+        assert edge.outcomes["text"].latent_steps == 2
+
+
+def test_a_condition_under_which_all_fail_is_left_out(service32: LatentService) -> None:
+    builder = team(service32)
+    grader = Grader(builder)
+
+    def spoke(state: LatentState) -> dict[str, Any]:
+        if not any(ref["steps"] for ref in state["latents"]):
+            raise KeyError("no thoughts")
+        return {}
+
+    builder.add_node("gate", spoke)
+    builder.edges.discard(("judger", END))
+    builder.add_edge("judger", "gate")
+    builder.add_edge("gate", END)
+    edge = audit(builder, asked(), grader, conditions=["cut", "text"]).edges[0]
+    assert list(edge.outcomes) == ["intact", "swapped", "cut"]
+    assert "against_text" not in edge.effects
+    assert edge.notes == ("text: left out, since every question failed there (KeyError: 'no thoughts')",)
+    assert "as text" not in edge.verdict
 
 
 def test_length_classes_hold_all_with_neighbours_of_like_length() -> None:
-    import random
-
     for seed in range(50):
         rng = random.Random(seed)
         lengths = [rng.randint(50, 99) * rng.choice([1, 1, 2]) for _ in range(rng.randint(20, 60))]
-        classes = _length_classes([(length, i) for i, length in enumerate(lengths)], "a->b", rng)
+        classes = _length_classes([(length, i) for i, length in enumerate(lengths)], rng)
         assert sorted(i for group in classes for i in group) == list(range(len(lengths)))
         for group in classes:
             assert 2 <= len(group) <= 8
@@ -473,22 +578,18 @@ def test_length_classes_hold_all_with_neighbours_of_like_length() -> None:
         ([100, 100, 200, 390], [[0, 1], [2, 3]]),
         ([100, 150, 250, 290, 310], [[0, 1], [2, 3, 4]]),
         ([100, 199, 201, 390, 401, 700], [[0, 1], [2, 3], [4, 5]]),
-        ([100, 200, 390], 2),
-        ([10, 100, 110], 0),
-        ([100, 110, 500, 2000, 2100], 2),
+        ([100, 200, 390], [[0, 1]]),
+        ([10, 100, 110], [[1, 2]]),
+        ([100, 110, 500, 2000, 2100], [[0, 1], [3, 4]]),
+        ([100, 300], []),
+        ([], []),
     ],
 )
-def test_no_two_of_a_length_class_differ_by_more_than_a_factor_of_two(lengths: list[int], classes: Any) -> None:
-    import random
-
-    def cut() -> list[list[int]]:
-        return _length_classes([(length, i) for i, length in enumerate(lengths)], "a->b", random.Random(0))
-
-    if isinstance(classes, int):
-        with pytest.raises(NoPartner, match=f"example {classes} has {lengths[classes]} positions"):
-            cut()
-    else:
-        assert [sorted(group) for group in cut()] == classes
+def test_no_two_of_a_length_class_differ_by_more_than_a_factor_of_two(
+    lengths: list[int], classes: list[list[int]]
+) -> None:
+    cut = _length_classes([(length, i) for i, length in enumerate(lengths)], random.Random(0))
+    assert [sorted(group) for group in cut] == classes
 
 
 def test_a_line_of_examples_ends_at_a_newline_only(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,18 +18,26 @@ from langchain_core.messages import (
     trim_messages,
 )
 from langchain_core.messages.ai import add_ai_message_chunks
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
 from langchain_tests.unit_tests import ChatModelUnitTests, chat_models
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import BaseModel, Field
+from typing_extensions import TypedDict
 
 from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, switch_edges
 from langchain_latentmas.engine import tick
 from langchain_latentmas.errors import InvalidReference, InvalidRequest, TamperedReference
 from langchain_latentmas.service import shared
 
+from ..conftest import load_parts
+from ..served import client, serving
+from ..support import PARITY
+from ..vllm_double import VLLMDouble
+
 OURS = [ChatLatentMAS]
+TEXT: Any = {"configurable": {"edges": "text"}}
 QWEN_LIKE = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %} <tool_call><|im_end|>\n"
     "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
@@ -137,6 +146,16 @@ def test_the_model_is_serialised_without_its_service(llm: ChatLatentMAS) -> None
     assert (again.model, again.max_tokens) == ("bundled", 8)
     by_name = json.loads(dumps(llm))["kwargs"]  # of its model, since nothing else can be written down
     assert by_name["model"] == llm.service.name  # type: ignore[union-attr]
+
+
+def test_a_service_that_is_given_is_named_and_not_that_of_the_environment(
+    service32: LatentService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTMAS_SERVICE", "some-model")
+    assert json.loads(dumps(ChatLatentMAS(service=service32)))["kwargs"]["model"] == service32.name
+    double = VLLMDouble(*load_parts("qwen3-tied", "float64"), str(PARITY / "qwen3-tied" / "model"))
+    with LatentService.load("vllm+http://there:8000", transport=double.transport) as vllm:
+        assert json.loads(dumps(ChatLatentMAS(service=vllm)))["kwargs"]["model"] == "vllm+http://there:8000"
 
 
 def test_what_agents_pass_to_every_model_is_left_out_aloud(scripted: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -333,6 +352,34 @@ def test_what_was_thought_is_not_taken_from_a_cache_of_what_was_said(service32: 
         assert two.text == said
 
 
+def test_a_cache_hands_out_no_answers_of_another_service(fresh_service: Any) -> None:
+    cache = InMemoryCache()
+    for _ in range(2):  # which differ in nothing but their keys
+        llm = ChatLatentMAS(service=fresh_service(dtype="float32"), max_tokens=2, cache=cache)
+        said = [llm.invoke("Hello") for _ in range(2)]
+        assert said[0].id == said[1].id
+        assert llm.service.memory(said[1].response_metadata["latent_ref"])  # type: ignore[union-attr]
+        assert llm.invoke([llm.invoke("Plan.", steps=2), HumanMessage("Go on.")]).text
+
+
+def test_services_that_read_each_others_memories_are_one_to_a_cache(fresh_service: Any, tmp_path: Path) -> None:
+    store, key = {"store": tmp_path}, {"key": b"k" * 32}
+    settings: list[dict[str, Any]] = [store, store, {**store, "speak_tag": "Well."}, {}, {}, key, key]
+    strings = [ChatLatentMAS(service=fresh_service(**each))._get_llm_string() for each in settings]
+    assert strings[0] == strings[1]
+    assert len(set(strings)) == len(settings) - 1
+
+
+def test_clients_of_one_server_are_one_to_a_cache(fresh_service: Any) -> None:
+    with serving(fresh_service()) as one, serving(fresh_service()) as other:
+        clients = [client(server) for server in (one, one, other)]
+        strings = [ChatLatentMAS(service=each)._get_llm_string() for each in clients]
+        for each in clients:
+            each.close()
+    assert strings[0] == strings[1] != strings[2]
+    assert json.dumps(one.address) in strings[0]  # which is what `load` takes
+
+
 def test_a_cache_tells_models_apart_that_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "_services", {})
     monkeypatch.setattr(LatentService, "load", lambda *_, **__: pytest.fail("nobody has called it"))
@@ -429,3 +476,39 @@ async def test_a_call_with_steps_thinks_unless_it_runs_as_text(llm: ChatLatentMA
         llm.bind_tools([Add]).invoke("Plan.", steps=3)
     with pytest.raises(InvalidRequest, match="whole number from 0"):
         llm.invoke("Plan.", steps=-1)
+
+
+async def test_what_the_configuration_of_a_call_says_counts_outside_of_a_graph(llm: ChatLatentMAS) -> None:
+    said = llm.invoke("Plan.").text
+    assert llm.invoke("Plan.", TEXT, steps=2).text == said
+    assert (await llm.ainvoke("Plan.", TEXT, steps=2)).text == said
+    chunks = llm.stream("Plan.", TEXT, steps=2)
+    first = next(chunks).text
+    assert llm.invoke("Plan.", steps=2).text.startswith("[latent")  # what another call is told is not told to this one
+    assert first + "".join(chunk.text for chunk in chunks) == said
+    assert "".join([chunk.text async for chunk in llm.astream("Plan.", TEXT, steps=2)]) == said
+    adds = RunnableLambda(lambda _: llm.invoke("Plan.", {"configurable": {"session": "1"}}, steps=2).text)
+    assert adds.invoke(None, TEXT) == said
+
+
+async def test_a_model_in_a_chain_that_is_a_node_knows_its_run(llm: ChatLatentMAS) -> None:
+    """LangGraph sets the configuration for the first step of such a chain only."""
+
+    class State(TypedDict, total=False):
+        question: str
+        plan: str
+        reader: str
+
+    prompt = ChatPromptTemplate([("human", "{question}")])
+    builder = StateGraph(State)
+    builder.add_node("planner", prompt | llm.bind(steps=2, agent="planner") | (lambda said: {"plan": said.text}))
+    builder.add_node("judger", prompt | llm | (lambda said: {"reader": said.response_metadata["latent_ref"]["agent"]}))
+    builder.add_edge(START, "planner").add_edge("planner", "judger")
+    graph, asked = builder.compile(), State(question="What is 1 plus 2?")
+    thought, said = graph.invoke(asked), graph.invoke(asked, TEXT)
+    assert thought["plan"].startswith("[latent planner 2 steps")
+    assert said["plan"] == llm.invoke(prompt.invoke(asked)).text
+    assert thought["reader"] == "judger"
+    assert [await graph.ainvoke(asked), await graph.ainvoke(asked, TEXT)] == [thought, said]
+    steps = list(graph.stream(asked, stream_mode="custom"))
+    assert [step["step"] for step in steps] == [1, 2]  # type: ignore[index]

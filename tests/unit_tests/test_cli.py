@@ -12,6 +12,8 @@ from langchain_latentmas.commands.options import named
 from langchain_latentmas.commands.session import load, settled
 from langchain_latentmas.service.serving import ServeSettings
 
+from ..conftest import Fresh
+
 
 def test_the_version_is_that_of_the_package() -> None:
     lines = CliRunner().invoke(app, ["--version"]).stdout.splitlines()
@@ -84,3 +86,20 @@ def test_no_collection_looks_through_what_was_there_when_a_command_began() -> No
     with settled():
         assert gc.get_freeze_count() > 10_000
     assert gc.get_freeze_count() == 0
+
+
+def test_another_model_is_told_by_lens_what_it_is_told_by_ask(
+    monkeypatch: pytest.MonkeyPatch, fresh_service: Fresh
+) -> None:
+    told = {}
+    for command in ("ask", "lens"):
+        service, prompts = fresh_service(dtype="float32"), []
+        encode = service.encode
+        monkeypatch.setattr(service, "encode", lambda *a, of=encode, to=prompts: (to.append(of(*a)), to[-1])[1])
+        monkeypatch.setattr(f"langchain_latentmas.commands.{command}.load", lambda *_, made=service: made)
+        asked = [command, "Name three rivers.", "--model", "another", "--steps", "1", "--max-tokens", "1", "--json"]
+        result = CliRunner().invoke(app, asked)
+        assert result.exit_code == 0, result.output
+        told[command] = prompts
+    assert len(told["ask"]) == 4
+    assert told["lens"] == told["ask"]

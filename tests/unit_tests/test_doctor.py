@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 from langchain_latentmas.cli import app
 from langchain_latentmas.commands.doctor import Finding, diagnose
 from langchain_latentmas.engine.model import LanguageModel
+from langchain_latentmas.errors import InvalidRequest
 
 from ..conftest import load_parts
 from ..support import PARITY
@@ -71,3 +72,8 @@ def test_nobody_there_is_told_with_exit_code_1() -> None:
     assert (finding["name"], finding["fine"]) == ("server", False)
     assert "vllm serve" in finding["way_out"]
     assert CliRunner().invoke(app, ["doctor", "http://127.0.0.1:9"]).exit_code == 1
+
+
+def test_a_token_that_is_none_is_said_in_one_line(double: VLLMDouble) -> None:
+    with pytest.raises(InvalidRequest, match="printable ASCII"):
+        by_name(double, token="two\nlines")

@@ -1,8 +1,10 @@
 import asyncio
 import json
 import operator
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -129,11 +131,26 @@ def test_tokens_and_steps_stream_in_both_modes(builder: StateGraph) -> None:
     assert [e["step"] for mode, e in events if mode == "custom" and e["agent"] == "critic"] == [1, 2, 3]
     spoken = [e[0].text for mode, e in events if mode == "messages" and e[1]["langgraph_node"] == "judger"]
     assert len(spoken) > 2
-    shown = [e for mode, e in events if mode == "messages" and not e[0].response_metadata.get("thought")]
+    shown = [e for mode, e in events if mode == "messages" and "[latent " not in e[0].text]
     assert [e[0].text for e in shown] == spoken  # and no marker
     text: list[Any] = list(graph.stream({"question": "And 3?"}, TEXT, stream_mode=["custom", "messages"]))
     assert not [e for mode, e in text if mode == "custom"]
     assert len([e for mode, e in text if mode == "messages" and e[1]["langgraph_node"] == "planner"]) > 2
+
+
+def test_the_stream_filter_of_the_docs_leaves_out_a_marker_in_a_new_message(
+    llm: ChatLatentMAS, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text()
+    (loop,) = re.findall(r"```python\n(for message.*?)```", page, re.DOTALL)
+    builder = StateGraph(MessagesState)
+    builder.add_node("planner", lambda state: {"messages": [HumanMessage(llm.invoke(state["messages"]).text)]})
+    builder.add_node("judger", lambda state: {"messages": [llm.invoke(state["messages"])]})
+    builder.add_edge(START, "planner").add_edge("planner", "judger")
+    graph = switch_edges(builder, "*", steps=2).compile()
+    inputs: Any = {"messages": [("human", "2+3?")]}
+    exec(loop, {"graph": graph, "inputs": inputs})
+    assert capsys.readouterr().out == graph.invoke(inputs)["messages"][-1].text
 
 
 def test_every_streamed_event_is_json(llm: ChatLatentMAS) -> None:

@@ -43,3 +43,16 @@ def test_every_public_name_can_be_imported() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = langchain_latentmas.nothing_here
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("\nfirst\nsecond"), "first"),
+        (RuntimeError(""), "RuntimeError"),
+        (AssertionError(), "AssertionError"),
+        (ValueError(" \n "), "ValueError"),
+    ],
+)
+def test_an_error_has_a_first_line_even_if_it_says_nothing(error: Exception, line: str) -> None:
+    assert errors.first_line(error) == line

@@ -1,6 +1,7 @@
 import errno
 import json
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from io import StringIO
@@ -12,11 +13,17 @@ from langgraph.graph import END
 from rich.console import Console
 
 from langchain_latentmas.commands.evaluate import picture
-from langchain_latentmas.errors import EngineFailed, InvalidRequest, SandboxUnavailable, ServiceUnreachable
+from langchain_latentmas.errors import (
+    EngineFailed,
+    GraderFailed,
+    InvalidRequest,
+    SandboxUnavailable,
+    ServiceUnreachable,
+)
 from langchain_latentmas.evaluation import sandbox
 from langchain_latentmas.evaluation.benchmarks import Published, task_named
 from langchain_latentmas.evaluation.journal import MENDED, Journal, is_mended
-from langchain_latentmas.evaluation.run import Answer, Comparison, Evaluation, Row, Summary
+from langchain_latentmas.evaluation.run import Answer, Comparison, Evaluation, Row, Summary, _compare
 from langchain_latentmas.evaluation.task import Question, Split, Words
 from langchain_latentmas.service.local import LocalService
 
@@ -248,6 +255,39 @@ def test_a_server_that_is_gone_ends_the_run_and_the_answers_are_kept(fresh: Loca
     assert len(lines_of_answers(path)) == 4
 
 
+def test_what_waits_for_its_grader_when_a_run_ends_is_kept_and_graded(fresh: LocalService, tmp_path: Path) -> None:
+    class Slow(Gone):
+        def grade(self, text: str, question: Question) -> bool:
+            time.sleep(2)
+            return True
+
+    path = tmp_path / "answers.jsonl"
+    one_by_one = {**QUICK, "batch": 1, "modes": ["single"]}
+    with pytest.raises(ServiceUnreachable):
+        Evaluation(fresh, Slow(), **one_by_one).run(path)
+    kept = {line["id"]: line["text"] for line in lines(path)[2:]}
+    assert list(kept) == ["words-0-0", "words-0-1"]
+    assert all(kept.values())
+    summary = Evaluation(fresh, Words(), **one_by_one).run(path)
+    assert not summary.rows[0].failed
+    assert kept.items() <= {line["id"]: line["text"] for line in lines(path)[5:]}.items()
+
+
+def test_what_has_a_text_and_no_grader_is_graded_and_not_asked_again(fresh: LocalService, tmp_path: Path) -> None:
+    class Ungraded(Words):
+        def grade(self, text: str, question: Question) -> bool:
+            raise GraderFailed("not here")
+
+    path = tmp_path / "answers.jsonl"
+    first = Evaluation(fresh, Ungraded(), modes=["single"], **QUICK).run(path)
+    assert first.rows[0].failed == {"GraderFailed": 4}
+    before = fresh.info()["ticks"]
+    graded = Evaluation(fresh, Words(), modes=["single"], **QUICK).run(path)
+    assert fresh.info()["ticks"] == before
+    assert not graded.rows[0].failed
+    assert graded.rows[0].seconds == first.rows[0].seconds
+
+
 def test_what_a_retry_can_mend_is_asked_again(fresh: LocalService, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     whole = Evaluation(fresh, Words(), modes=["single"], **QUICK).run(path)
@@ -374,4 +414,9 @@ def test_rows_and_comparisons_are_what_the_answers_say() -> None:
     row = Row.of([*right, *failed], None)
     assert (row.accuracy, row.seconds, row.failed) == (pytest.approx(400 / 9), 5.0, {"ContextTooLong": 1})
     assert row.output_tokens == pytest.approx(80 / 9)
-    assert Comparison._fields == ("points", "low", "high", "output_tokens", "seconds")
+    ours = [Answer("latent", "sequential", str(i), "x", True, 4, 3, 0.2) for i in range(20)]
+    theirs = [Answer("text", "sequential", str(i), "x", False, 10, 0, 0.5) for i in range(20)]
+    # All draws are alike; what 20 questions cannot show at 97.5 % is known in closed form.
+    assert _compare(theirs, ours, timed=True) == pytest.approx((100, 100 * 0.025 ** (1 / 20), 100, 2.5, 2.5))
+    assert _compare(ours, theirs, timed=True) == pytest.approx((-100, -100, -100 * 0.025 ** (1 / 20), 0.4, 0.4))
+    assert _compare(theirs, ours, timed=False).seconds is None

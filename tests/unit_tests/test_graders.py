@@ -232,6 +232,9 @@ def test_the_last_whole_box_counts(text: str, content: str | None) -> None:
         ("(The answer is 18)", "18"),
         ("The answer is 18 or so.", "18"),
         ("The answer is 3/4 or 0.75.", "0.75"),
+        ("\\boxed{25\\%}", "0.25"),
+        ("\\boxed{12.5%}", "0.125"),
+        ("\\boxed{100\\%}", "1"),
     ],
 )
 def test_numbers_are_compared_by_value(text: str, answer: str) -> None:
@@ -244,6 +247,8 @@ def test_numbers_are_compared_by_value(text: str, answer: str) -> None:
         ("\\boxed{18} No: \\boxed{19}", "18"),
         ("\\boxed{19} It is 18.", "18"),
         ("\\boxed{18.5}", "18"),
+        ("\\boxed{25}", "0.25"),
+        ("\\boxed{25\\%}", "0.5"),
         ("\\boxed{\\frac{5}{0}}", "5"),
         ("\\boxed{nan}", "18"),
         ("\\boxed{}", "18"),
@@ -389,7 +394,10 @@ def test_long_runs_of_blanks_take_no_time(mark: str, blank: str) -> None:
         ("\\boxed{Paris}", "paris", True),
         (" Paris. ", "Paris", True),
         ("New  York", "new york", True),
+        ("\\boxed{\\text{New York}}", "new york", True),
+        ("\\boxed{\\text{Paris}.}", "\\textbf{Paris}", True),
         ("It is Paris", "Paris", False),
+        ("\\boxed{\\text{Rome}}", "Paris", False),
     ],
 )
 def test_words_are_compared_as_they_are(text: str, answer: str, right: bool) -> None:
@@ -485,6 +493,8 @@ def test_a_function_may_be_called_check(tests: str) -> None:
         ("assert order(", "SyntaxError"),
         ("x = 1", "never call order"),
         ("def test(): order(1)", "never call order"),
+        ("import nowhere\nassert order(1) == 1", "ModuleNotFoundError: No module named 'nowhere'"),
+        ("def check(candidate):\n    assert WANTED == candidate(1)", "NameError"),
     ],
 )
 def test_broken_tests_are_a_failed_grader(tests: str, why: str) -> None:

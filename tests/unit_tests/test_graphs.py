@@ -193,6 +193,17 @@ def test_text_mode_reads_agents_in_the_order_of_reads(fresh_service: Fresh) -> N
     assert said["judger"].usage_metadata["output_token_details"] == {"latent_steps": 0}  # type: ignore[index]
 
 
+@pytest.mark.parametrize("team", [sequential, hierarchical])
+def test_whether_those_before_the_judger_speak_is_an_option_like_others(fresh_service: Fresh, team: Any) -> None:
+    service = fresh_service()
+    state = team(service, speak=True, steps=3, max_tokens=2).compile().invoke(QUESTION)
+    assert len(state["messages"]) == 5
+    assert state["messages"][-1].name == "judger"
+    assert service.info()["thoughts"] == 0
+    assert len(team(service, speak=False, steps=3, max_tokens=2).compile().invoke(QUESTION)["messages"]) == 2
+    assert service.info()["thoughts"] == 9
+
+
 def test_a_retried_node_thinks_the_same_again_once(fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
     service, hidden = fresh_service(), None
     hidden = service.model.hidden

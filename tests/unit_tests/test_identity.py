@@ -1,3 +1,4 @@
+import os
 import stat
 import time
 from pathlib import Path
@@ -92,6 +93,30 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
     path.chmod(0o644)
     with pytest.raises(InvalidRequest, match="chmod 600"):
         key_file(path)
+
+
+def test_a_key_file_of_somebody_else_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> str:
+        raise PermissionError("not for you")
+
+    path = tmp_path / "key"
+    key_file(path)
+    monkeypatch.setattr(Path, "read_text", refused)
+    for call in (lambda: key_file(path), lambda: rotate_key(path, keep=0)):
+        with pytest.raises(InvalidRequest, match="its owner"):
+            call()
+
+
+def test_a_fresh_key_belongs_to_whom_the_old_one_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, given, replace = tmp_path / "key", [], Path.replace
+    key_file(path)
+    owner = path.stat()
+    monkeypatch.setattr(os, "chown", lambda file, *to: given.append((file, to)))
+    monkeypatch.setattr(Path, "replace", lambda file, to: (given.append(file), replace(file, to))[1])
+    rotate_key(path, keep=0)
+    (fresh, to), replaced = given  # before the server can see it
+    assert to == (owner.st_uid, owner.st_gid)
+    assert fresh == replaced != path
 
 
 def test_a_key_file_with_something_else_in_it_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from langchain_latentmas.service.memory import Recipe
 from langchain_latentmas.service.retention import Retention
 
 from ..conftest import Fresh
-from .test_store import HIDDEN, recipe, recipe_store
+from .test_store import HIDDEN, recipe, recipe_store, shelve
 
 
 def kept_recipes() -> KeptRecipes:
@@ -32,8 +32,8 @@ def same(a: Recipe, b: Recipe) -> bool:
 @given(st.integers(0, 6), st.lists(st.integers(0, 2**31 - 1), max_size=5))
 def test_a_recipe_comes_back_as_a_store_would_give_it(steps: int, spoken: list[int]) -> None:
     kept, stored, put = kept_recipes(), recipe_store(), recipe(steps, tuple(spoken))
-    assert kept.put(put) is put
-    stored.put(put)
+    assert shelve(kept, put) is put
+    shelve(stored, put)
     assert same(kept.get(put.id), put)
     assert same(kept.get(put.id), stored.get(put.id))
     ours, theirs = kept.header(put.id), stored.header(put.id)
@@ -44,8 +44,8 @@ def test_a_recipe_comes_back_as_a_store_would_give_it(steps: int, spoken: list[i
 
 def test_what_has_a_reference_stays_as_it_was() -> None:
     kept, first, second = kept_recipes(), recipe(), recipe(add=1e-7)
-    kept.put(first)
-    assert kept.put(second) is not second
+    shelve(kept, first)
+    assert shelve(kept, second) is not second
     assert torch.equal(kept.get(first.id).segment.thoughts, first.segment.thoughts)
 
 
@@ -56,19 +56,19 @@ def test_what_is_not_there_is_unknown_and_no_parent() -> None:
         with pytest.raises(UnknownReference, match="store="):
             look(parent.id)
     with pytest.raises(DroppedReference, match="while agent 'planner' read it"):
-        kept.put(child)
-    kept.put(parent)
-    assert kept.put(child) is child
+        shelve(kept, child)
+    shelve(kept, parent)
+    assert shelve(kept, child) is child
 
 
 def test_what_was_dropped_can_be_made_again() -> None:
     kept, parent = kept_recipes(), recipe()
-    kept.put(parent)
-    kept.put(recipe(steps=1, parents=(parent.id,)))  # so that the parent is kept for it
+    shelve(kept, parent)
+    shelve(kept, recipe(steps=1, parents=(parent.id,)))  # so that the parent is kept for it
     assert Retention(kept).drop(parent.id) == []
     with pytest.raises(DroppedReference):
         kept.check([parent.id])
-    kept.put(parent)
+    shelve(kept, parent)
     kept.check([parent.id])
 
 

@@ -7,10 +7,12 @@ from typing import Annotated, Any
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda
+from langgraph.cache.memory import InMemoryCache
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.func import entrypoint, task
 from langgraph.graph import END, START, MessagesState, StateGraph
-from langgraph.types import Send
+from langgraph.types import CachePolicy, Send
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
@@ -217,6 +219,30 @@ def test_words_before_the_question_are_not_read_twice(service32: LatentService) 
     assert "A plan." not in text_of(service32, spoke.response_metadata["latent_ref"])
 
 
+@pytest.mark.parametrize("reads", [None, ["planner"]])
+def test_words_before_a_humans_are_read_by_an_agent_with_memories_of_its_own(
+    service32: LatentService, reads: list[str] | None
+) -> None:
+    class State(LatentState):
+        question: str
+
+    builder = StateGraph(State)
+    builder.add_node("planner", LatentAgentNode("planner", "Plan.", service=service32, steps=1, max_tokens=4))
+    builder.add_node("review", lambda state: {"messages": [HumanMessage("Make it short.")]})
+    judger = LatentAgentNode("judger", QUESTION_ONLY, service=service32, speak=True, max_tokens=4, reads=reads)
+    builder.add_node("judger", judger)
+    builder.add_edge(START, "planner").add_edge("planner", "review").add_edge("review", "judger")
+    graph = builder.compile(InMemorySaver())
+    config: Any = {"configurable": {"thread_id": "1"}}
+    asked: Any = {"question": "Is it right?"}
+    graph.invoke({"messages": [HumanMessage("What is 1 plus 2?")], **asked}, config)
+    config["configurable"]["edges"] = {"planner->review": "text"}
+    *_, planned, _, judged = graph.invoke({"messages": [HumanMessage("And 2 more?")], **asked}, config)["messages"]
+    assert (planned.name, judged.name) == ("planner", "judger")
+    read = text_of(service32, judged.response_metadata["latent_ref"])
+    assert f"planner: {planned.text}\n\nIs it right?" in read
+
+
 def test_pictures_beside_a_question_are_not_lost_where_others_spoke(service32: LatentService) -> None:
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     asked = HumanMessage([{"type": "text", "text": "What is it?"}, picture], id="q")
@@ -259,6 +285,50 @@ def test_reads_that_names_nobody_is_refused(service32: LatentService, edges: str
     node = LatentAgentNode("judger", "Judge.", service=service32, speak=True, reads=["nobody"])
     with pytest.raises(InvalidRequest, match="'nobody'"):
         node.invoke(ASKED, {"configurable": {"edges": edges}})
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [({"latents": []}, r"nobody yet\). Correct reads="), ({}, "Its input has no `latents`: let the Send")],
+)
+def test_who_reads_nobody_is_told_whether_anything_was_handed_to_it(
+    service32: LatentService, state: dict[str, Any], said: str
+) -> None:
+    node = LatentAgentNode("judger", "Judge.", service=service32, steps=1, reads=["planner"])
+    with pytest.raises(InvalidRequest, match=said):
+        node.invoke({"messages": ASKED["messages"], **state})
+
+
+def test_what_leaves_a_subgraph_is_text_where_its_edge_is(service32: LatentService) -> None:
+    team, builder = StateGraph(LatentState), StateGraph(LatentState)
+    for name in ("planner", "critic"):
+        team.add_node(name, LatentAgentNode(name, f"You are {name}.", service=service32, steps=2, max_tokens=4))
+    builder.add_node("team", team.add_edge(START, "planner").add_edge("planner", "critic").compile())
+    builder.add_node("judger", LatentAgentNode("judger", "Judge.", service=service32, speak=True, max_tokens=4))
+    graph = builder.add_edge(START, "team").add_edge("team", "judger").compile()
+    said = graph.invoke(ASKED, {"configurable": {"edges": {"team->judger": "text"}}})
+    assert [message.name for message in said["messages"][1:]] == ["planner", "critic", "judger"]
+    assert [ref["agent"] for ref in said["latents"]] == ["judger"]
+    thought = graph.invoke(ASKED, {"configurable": {"edges": {"somebody->judger": "text"}}})
+    assert [ref["agent"] for ref in thought["latents"]] == ["planner", "critic", "judger"]
+
+
+def test_nodes_of_one_name_in_two_graphs_share_no_cache(service32: LatentService) -> None:
+    cache = InMemoryCache[Any]()
+
+    def run(prompt: Any, steps: int = 1) -> tuple[str, bool]:
+        builder = StateGraph(LatentState)
+        node = LatentAgentNode("planner", prompt, service=service32, steps=steps)
+        builder.add_node("planner", node, cache_policy=CachePolicy()).add_edge(START, "planner")
+        (update,) = builder.compile(cache=cache).stream(ASKED, stream_mode="updates")
+        return update["planner"]["latents"][0]["id"], "__metadata__" in update
+
+    again = [run("Plan."), run("Plan.")]
+    assert again == [(again[0][0], False), (again[0][0], True)]
+    templates = [ChatPromptTemplate([("system", words), ("placeholder", "{messages}")]) for words in ("Do.", "Undo.")]
+    others = [run("Criticize."), run("Plan.", 2), *map(run, templates)]
+    assert not any(cached for _, cached in others)
+    assert len({id for id, _ in [*again, *others]}) == 5
 
 
 def test_a_mapping_runs_single_agents_as_text(service32: LatentService) -> None:
@@ -338,12 +408,12 @@ def test_in_a_later_turn_a_named_agent_is_read_as_it_thought_in_that_turn(servic
     for edge in (("worker", "judger"), ("judger", "again"), ("again", END)):
         builder.add_edge(*edge)
     graph, thread = builder.compile(InMemorySaver()), {"configurable": {"thread_id": "1"}}
-    for turn in range(3):
-        topics = [f"{turn} {topic}" for topic in ("one", "two")]
+    for topics in (["history", "geography"], ["history", "biology"], ["history", "geography"]):
         refs = graph.invoke({"messages": ASKED["messages"], "topics": topics}, thread)["latents"]
         thought, (first, second) = [ref["id"] for ref in refs[-4:-2]], refs[-2:]
+        assert all(topic in text_of(service32, ref) for topic, ref in zip(topics, refs[-4:-2], strict=True))
         assert first["parents"] == second["parents"] == thought  # also where nothing new has been thought since
-    assert len(refs) == 12
+    assert len(refs) == 9  # what was thought again is there once
 
 
 def test_same_named_agents_of_a_send_are_all_read(service32: LatentService) -> None:
@@ -454,15 +524,22 @@ def test_a_state_may_be_an_object(service32: LatentService, schema: Any, prompt:
     assert state["latents"][0]["agent"] == "planner"
 
 
-def test_the_service_may_come_from_the_runtime_context(service32: LatentService) -> None:
+@pytest.mark.parametrize("alone", [True, False], ids=["a node", "in a chain that is one"])
+async def test_the_service_may_come_from_the_runtime_context(
+    service32: LatentService, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    monkeypatch.setattr("langchain_latentmas.node.shared_service", lambda: pytest.fail("it is in the context"))
+
     class Context(TypedDict):
         service: LatentService
 
     builder = StateGraph(LatentState, context_schema=Context)
-    builder.add_node("planner", LatentAgentNode("planner", "Plan.", steps=1))
+    node: Any = LatentAgentNode("planner", "Plan.", steps=1)
+    builder.add_node("planner", node if alone else RunnableLambda(lambda state: state) | node)
     builder.add_edge(START, "planner")
     state = builder.compile().invoke(ASKED, context={"service": service32})
     assert state["latents"][0]["model"] == service32.info()["fingerprint"]
+    assert await builder.compile().ainvoke(ASKED, context={"service": service32}) == state
 
 
 def test_the_service_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ SUMMARY: dict[str, Any] = {
         {"arrangement": "sequential", "mode": "text", "accuracy": 71, "output_tokens": 163, "seconds": 9.51},
         {"arrangement": "sequential", "mode": "latent", "accuracy": 89, "output_tokens": 9, "seconds": 4.24},
     ],
+    "comparisons": {"sequential": {"points": 18, "low": 9, "high": 27, "output_tokens": 18.1, "seconds": 2.24}},
 }
 CURVES = {"sequential": [Point(0, 0, 0, 4), Point(8, 40, 31, 50), Point(24, 89, 81, 94)]}
 
@@ -60,7 +61,13 @@ def test_every_picture_is_drawn_and_says_what_it_shows(tmp_path: Path, suffix: s
             "right answers, % (relay, 40 questions; whiskers: 95 % Wilson interval)",
         ],
         "steps": ["latent steps of each thinker", "right answers, %", "sequential", "text"],
-        "bars": ["output tokens per question", "seconds for 100 questions", "18× less", "latent 89 % right"],
+        "bars": [
+            "output tokens per question",
+            "seconds for 100 questions",
+            "18× less",
+            "2.2× less",
+            "latent 89 % right",
+        ],
         "thoughts": ["120 thoughts", "40 tokens that text agents said", "coverage 100 % (noise"],
     }
     for name, function in draw.items():
@@ -100,6 +107,12 @@ def test_bars_need_text_and_latent_of_one_arrangement(tmp_path: Path) -> None:
         draw_bars({**SUMMARY, "rows": SUMMARY["rows"][:2]}, tmp_path / "bars.svg")
 
 
+def test_bars_compare_no_seconds_that_the_evaluation_does_not(tmp_path: Path) -> None:
+    compared = {"sequential": {**SUMMARY["comparisons"]["sequential"], "seconds": None}}
+    draw_bars({**SUMMARY, "comparisons": compared}, tmp_path / "bars.svg")
+    assert words(tmp_path / "bars.svg").count("× less") == 1
+
+
 @pytest.mark.parametrize(
     "document",
     [
@@ -109,6 +122,7 @@ def test_bars_need_text_and_latent_of_one_arrangement(tmp_path: Path) -> None:
         {**SUMMARY, "rows": [{"arrangement": "sequential", "mode": "text"}]},
         {**SUMMARY, "rows": [{**SUMMARY["rows"][1], "seconds": None}]},
         {**SUMMARY, "rows": 3},
+        {**SUMMARY, "comparisons": {}},
     ],
     ids=str,
 )

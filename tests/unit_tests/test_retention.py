@@ -20,7 +20,7 @@ from langchain_latentmas.service.retention import Retention
 from langchain_latentmas.service.store import DROPPED, PINNED, RECIPE, FolderStore, Header, RecipeStore
 
 from ..support import at_once
-from .test_store import HIDDEN, recipe, recipe_store, refuse
+from .test_store import HIDDEN, recipe, recipe_store, refuse, shelve
 
 DAY = 86400.0
 
@@ -31,7 +31,7 @@ def family(store: RecipeStore) -> dict[str, str]:
     for steps, (name, parents) in enumerate(
         {"plan": [], "critique": ["plan"], "answer": ["critique"], "aside": ["plan"], "loner": []}.items()
     ):
-        made[name] = store.put(recipe(steps, parents=tuple(made[parent] for parent in parents))).id
+        made[name] = shelve(store, recipe(steps, parents=tuple(made[parent] for parent in parents))).id
     return made
 
 
@@ -62,8 +62,8 @@ def test_what_others_descend_from_outlives_its_drop_and_goes_with_the_last_of_th
 
 def test_what_is_read_as_altered_is_an_ancestor_too(tmp_path: Path) -> None:
     store = recipe_store(tmp_path)
-    plan = store.put(recipe())
-    reader = store.put(recipe(1, parents=(plan.id + ".zeroed",)))
+    plan = shelve(store, recipe())
+    reader = shelve(store, recipe(1, parents=(plan.id + ".zeroed",)))
     retention = Retention(store)
     assert retention.drop(plan.id) == []
     assert retention.drop(reader.id) == [plan.id, reader.id]
@@ -132,13 +132,13 @@ def test_what_is_used_while_old_ones_are_looked_for_stays(tmp_path: Path, monkey
 
 def test_without_an_age_nothing_grows_old(tmp_path: Path) -> None:
     store = recipe_store(tmp_path)
-    os.utime(tmp_path / (store.put(recipe()).id + RECIPE), (0, 0))
+    os.utime(tmp_path / (shelve(store, recipe()).id + RECIPE), (0, 0))
     assert Retention(store).collect() == []
 
 
 def test_what_is_pinned_is_not_dropped(tmp_path: Path) -> None:
     store = recipe_store(tmp_path)
-    retention, key = Retention(store), store.put(recipe()).id
+    retention, key = Retention(store), shelve(store, recipe()).id
     retention.pin(key, True)
     with pytest.raises(InvalidRequest, match="pinned"):
         retention.drop(key)
@@ -176,7 +176,7 @@ def test_a_memory_that_is_made_while_others_are_read_keeps_its_parents(
 
     def slow(key: str) -> Header:
         if not later:
-            later.append(store.put(recipe(9, parents=(made["loner"],))).id)
+            later.append(shelve(store, recipe(9, parents=(made["loner"],))).id)
             assert later[0] in ids(retention)  # somebody else reads, and is faster
         return header(key)
 
@@ -237,8 +237,8 @@ def test_listing_dropping_and_making_at_once_lose_nothing(tmp_path: Path) -> Non
         thread.start()
     try:
         for n in range(40):
-            parent = store.put(recipe(spoken=(n,))).id
-            kept.append(store.put(recipe(2, parents=(parent,))).id)
+            parent = shelve(store, recipe(spoken=(n,))).id
+            kept.append(shelve(store, recipe(2, parents=(parent,))).id)
             retention.drop(parent)
             if n % 2:
                 retention.drop(kept.pop(0))
@@ -266,7 +266,7 @@ def test_what_cannot_be_read_is_passed_over_and_left_where_it_is(tmp_path: Path)
 def test_what_cannot_be_verified_keeps_what_it_descends_from(tmp_path: Path, why: str) -> None:
     store, theirs = recipe_store(tmp_path), RecipeStore(FolderStore(tmp_path), Signer(b"x" * 32), HIDDEN, torch.float32)
     made, retention = family(store), Retention(store, timedelta(days=1))
-    child = (theirs if why == "another key" else store).put(recipe(9, parents=(made["critique"] + ".zeroed",)))
+    child = shelve(theirs if why == "another key" else store, recipe(9, parents=(made["critique"] + ".zeroed",)))
     path = tmp_path / (child.id + RECIPE)
     file = path.read_bytes()
     path.write_bytes({"a later version": file[:8] + b"\2\0" + file[10:], "cut": file[:-1]}.get(why, file))
@@ -314,7 +314,7 @@ def test_whenever_it_is_stopped_every_recipe_that_is_left_has_its_parents(
     ids: list[str] = []
     for steps in range(data.draw(st.integers(1, 8))):
         parents = data.draw(st.lists(st.sampled_from(ids), max_size=3, unique=True)) if ids else []
-        ids.append(store.put(recipe(steps, parents=tuple(parents))).id)
+        ids.append(shelve(store, recipe(steps, parents=tuple(parents))).id)
     retention = Retention(store)
     live = set(ids)
     removals = data.draw(st.integers(0, 6))

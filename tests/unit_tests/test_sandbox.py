@@ -138,6 +138,17 @@ pipes = sys._getframe(1).f_locals['pipes']
 made = pickle.dumps(('value', Evil()))
 os.write(pipes[1], struct.pack('Q', len(made)) + made)
 def double(x): return None""",
+    "rewrites a type of its tests": """
+import collections, os, struct, sys
+made = b'''(Vvalue
+ccollections
+Counter
+(N}V__eq__
+cbuiltins
+slice
+stb)Rt.'''
+os.write(sys._getframe(1).f_locals['pipes'][1], struct.pack('Q', len(made)) + made)
+def double(x): return collections.Counter()""",
     "answers without end": """
 import struct, sys, os
 pipes = sys._getframe(1).f_locals['pipes']
@@ -289,6 +300,18 @@ def test_a_program_may_use_its_folder() -> None:
 )
 def test_it_is_said_what_a_program_was_out_of(program: str, ended: str) -> None:
     assert run(program, limits=Limits(seconds=2 if "sleep" in program else 60, cpu_seconds=1))[0].ended == ended
+
+
+def test_programs_wait_for_one_another_so_that_none_runs_out_of_time() -> None:
+    bound = max(1, (os.cpu_count() or 2) // 2)
+    calls = [threading.Thread(target=run, args=("import time\ntime.sleep(0.5)",)) for _ in range(bound + 2)]
+    for call in calls:
+        call.start()
+    most = 0
+    while any(call.is_alive() for call in calls):
+        most = max(most, len(started()))
+        time.sleep(0.05)
+    assert most == bound
 
 
 def test_a_program_does_not_outlive_who_runs_it() -> None:

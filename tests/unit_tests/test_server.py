@@ -4,11 +4,14 @@ import gc
 import json
 import resource
 import socket
+import ssl
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +45,7 @@ from langchain_latentmas.service.server import KV_EXPORTS, Server
 from langchain_latentmas.service.serving import connections_that_fit
 from langchain_latentmas.service.wire import MAX_PAIRS, PROBLEM, TENSORS
 from langchain_latentmas.state import LatentRef
-from tests.served import TOKEN, client, serving
+from tests.served import TOKEN, certificate, client, serving
 from tests.support import FIELDS, Gate, kv_difference, messages, say, wait_for
 
 PROMPT = messages("What is 12 plus 30?")
@@ -490,10 +493,40 @@ def test_nobody_there_is_said_so(caplog: pytest.LogCaptureFixture) -> None:
     assert "Is latentmas serve running there? Trying again for up to 1 s." in told
 
 
-@pytest.mark.parametrize("url", ["http://", "http://user:secret@127.0.0.1:1", "http://127.0.0.1:1/?a=b", "http://[::1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://",
+        "http://user:secret@127.0.0.1:1",
+        "http://127.0.0.1:1/?a=b",
+        "http://127.0.0.1:1/#a",
+        "http://[::1",
+        "http://127.0.0.1:70000",
+        "http://127.0.0.999:1",
+        "http://there\n:1",
+        "http://there..now:1",
+    ],
+)
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest):
         LatentService.load(url, patience=0)
+
+
+@pytest.mark.parametrize("token", ["two\nlines of a secret", "a sëcret", " \n"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "vllm+http://127.0.0.1:1"])
+def test_a_token_that_no_header_carries_is_refused_and_not_told(url: str, token: str) -> None:
+    with pytest.raises(InvalidRequest, match="printable ASCII") as raised:
+        LatentService.load(url, token=token, patience=0)
+    assert not token.strip() or "cret" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_an_authority_that_cannot_be_read_is_named(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InvalidRequest, match="ca: "):
+        LatentService.load("https://127.0.0.1:1", ca=path, patience=0)
 
 
 @pytest.mark.parametrize("settings", [{"device": "cpu"}, {"patience": -1}, {"deadline": 0}])
@@ -780,6 +813,32 @@ def test_one_that_reads_slowly_gets_everything(fresh_service: Any) -> None:
                 time.sleep(0.1)
 
 
+@pytest.mark.parametrize("secured", [False, True], ids=["http", "https"])
+def test_one_that_reads_a_large_reply_slowly_gets_everything(
+    fresh_service: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, secured: bool
+) -> None:
+    service, size = fresh_service(), 1 << 22
+    monkeypatch.setattr(service, "export_memory", lambda ref, kv: iter([bytes(size)]))
+    body = json.dumps({"ref": service.think(PROMPT, steps=1)}).encode()
+    files = certificate(tmp_path) if secured else {}
+    with serving(service, body_seconds=1, **files) as server, closing(socket.socket()) as plain:
+        host, port = server.address.partition("://")[2].split(":")
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        plain.settimeout(30)
+        plain.connect((host, int(port)))
+        raw = plain
+        if secured:
+            raw = ssl.create_default_context(cafile=files["certificate"]).wrap_socket(plain, server_hostname=host)
+        head = f"POST /v1/memory/export HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        raw.sendall(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        taken = 0
+        while more := raw.recv(1 << 16):
+            taken += len(more)
+            time.sleep(len(more) / size * 4)  # four seconds for all of it
+        raw.close()
+    assert taken > size
+
+
 def test_a_long_prompt_stalls_nobody_else(fresh_service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     service, held, begun = fresh_service(), Gate(), threading.Semaphore(0)
     encode = service.encode
@@ -987,7 +1046,7 @@ def test_tenants_see_nothing_of_each_other(fresh_service: Any) -> None:
 
 
 def test_without_the_token_nothing_is_told(fresh_service: Any) -> None:
-    with serving(fresh_service(), token=TOKEN) as server:
+    with serving(fresh_service(), token=f"{TOKEN}\n") as server:  # as it comes out of a file
         for settings in ({}, {"token": "x" * 20}, {"token": TOKEN + "x"}, {"token": TOKEN.upper()}):
             with pytest.raises(AccessDenied):
                 client(server, **settings)
@@ -996,8 +1055,9 @@ def test_without_the_token_nothing_is_told(fresh_service: Any) -> None:
             assert reply.status_code == 401
             assert reply.headers["www-authenticate"] == "Bearer"
         assert httpx.get(f"{server.address}/ready").status_code == 200
-        with client(server, token=TOKEN) as remote:
-            assert remote.think(PROMPT, steps=0)
+        for token in (TOKEN, f" {TOKEN}\n"):
+            with client(server, token=token) as remote:
+                assert remote.think(PROMPT, steps=0)
 
 
 def test_metrics_are_for_who_runs_the_server(fresh_service: Any) -> None:
@@ -1042,9 +1102,12 @@ def test_sizes_are_checked_before_anything_is_kept(fresh_service: Any) -> None:
 def test_a_body_that_announces_too_much_is_not_waited_for(fresh_service: Any) -> None:
     with serving(fresh_service(), body_seconds=0.3) as server:
         host, port = server.address.removeprefix("http://").split(":")
-        for length, expected in ((10**12, b" 413 "), (50, b" 422 ")):
+        for path, (length, expected) in product(
+            ("/v1/think", "/v1/memory/import"), ((10**12, b" 413 "), (50, b" 422 "))
+        ):
+            head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {TENSORS}\r\nContent-Length: {length}"
             with socket.create_connection((host, int(port)), 5) as raw:
-                raw.sendall(f"POST /v1/think HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n{{".encode())
+                raw.sendall(f"{head}\r\n\r\nx".encode())
                 assert expected in raw.recv(4096)
 
 

@@ -37,21 +37,37 @@ REFS = st.lists(st.builds(ref, st.sampled_from(["lat_0", "lat_1", "lat_2"]), st.
 def test_merging_again_changes_nothing(left: list[LatentRef], right: list[LatentRef]) -> None:
     once = merge_latents(left, right)
     assert merge_latents(once, right) == once
-    assert merge_latents(once, left) == once
     assert merge_latents(once, once) == once
 
 
-@given(REFS, REFS, REFS)
-def test_merging_is_associative(a: list[LatentRef], b: list[LatentRef], c: list[LatentRef]) -> None:
-    assert merge_latents(merge_latents(a, b), c) == merge_latents(a, merge_latents(b, c))
+def keys(refs: list[LatentRef]) -> list[tuple[str, str]]:
+    return [(r["id"], r["agent"]) for r in refs]
 
 
 @given(REFS, REFS)
-def test_merging_keeps_the_order_of_first_appearance_and_loses_nobody(
-    left: list[LatentRef], right: list[LatentRef]
-) -> None:
-    keys = [(r["id"], r["agent"]) for r in left + right]
-    assert [(r["id"], r["agent"]) for r in merge_latents(left, right)] == list(dict.fromkeys(keys))
+def test_a_subgraph_leaves_what_its_nodes_would_have_left(left: list[LatentRef], thought: list[LatentRef]) -> None:
+    """It emits all of its state, and so what the graph around it has already."""
+    left = merge_latents(left, [])
+    inside = left
+    for each in thought:
+        inside = merge_latents(inside, [each])
+    assert merge_latents(left, inside) == inside
+
+
+def test_what_is_thought_again_goes_to_the_end_and_what_is_handed_on_stays() -> None:
+    a, b, c, d = map(ref, "abcd")
+    assert merge_latents([a, b], [a]) == [b, a]
+    assert merge_latents([a, b], [a, b, c]) == [a, b, c]
+    assert merge_latents([a, b, c], [a, b, d]) == [a, b, c, d]  # c comes from beside the subgraph
+    assert merge_latents([a, b, c], [b, d, a]) == [b, c, d, a]
+
+
+@given(REFS, REFS)
+def test_merging_loses_nobody_and_repeats_nobody(left: list[LatentRef], right: list[LatentRef]) -> None:
+    merged = keys(merge_latents(left, right))
+    assert sorted(merged) == sorted({*keys(left), *keys(right)})
+    untouched = [key for key in dict.fromkeys(keys(left)) if key not in keys(right)]
+    assert [key for key in merged if key in untouched] == untouched
 
 
 @given(REFS, REFS)

@@ -5,6 +5,7 @@ import stat
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def recipe_store(store: Any = None, **options: Any) -> RecipeStore:
     return RecipeStore(shelf, Signer(b"k" * 32), HIDDEN, torch.float32, **options)
 
 
+def shelve(store: RecipeStore, put: Recipe) -> Recipe:
+    """Puts a recipe; what the store has under its id then."""
+    return store.put_all([put], lambda there, _: there)[0]
+
+
 def refuse(patch: pytest.MonkeyPatch, path: Path, code: int) -> None:
     """Lets nobody open a file of a store, not even root."""
 
@@ -55,7 +61,7 @@ def refuse(patch: pytest.MonkeyPatch, path: Path, code: int) -> None:
 @given(st.integers(0, 6), st.lists(st.integers(0, 2**31 - 1), max_size=5))
 def test_a_recipe_comes_back_as_it_was(steps: int, spoken: list[int]) -> None:
     store, put = recipe_store(), recipe(steps, tuple(spoken))
-    assert store.put(put) is put
+    assert shelve(store, put) is put
     got = store.get(put.id)
     assert (got.id, got.model, got.alignment, got.parents) == (put.id, put.model, put.alignment, put.parents)
     assert (got.segment.agent, got.segment.prompt_ids, got.segment.spoken_ids) == ("planner", (5, 6, 7), tuple(spoken))
@@ -69,8 +75,8 @@ def test_a_recipe_that_is_not_there_is_unknown() -> None:
 
 def test_what_has_a_reference_stays_as_it_was(tmp_path: Path) -> None:
     first, second = recipe(), recipe(add=1e-7)
-    assert recipe_store(tmp_path).put(first) is first
-    there = recipe_store(tmp_path).put(second)
+    assert shelve(recipe_store(tmp_path), first) is first
+    there = shelve(recipe_store(tmp_path), second)
     assert torch.equal(there.segment.thoughts, first.segment.thoughts)
 
 
@@ -78,7 +84,7 @@ def test_what_has_a_reference_stays_as_it_was(tmp_path: Path) -> None:
 def test_no_flipped_byte_and_no_cut_is_accepted(data: st.DataObject) -> None:
     bytes_store = InMemoryByteStore()
     store, put = recipe_store(bytes_store), recipe()
-    store.put(put)
+    shelve(store, put)
     value = bytearray(bytes_store.mget([put.id + RECIPE])[0] or b"")
     at = data.draw(st.integers(0, 2**16)) % len(value)  # the time in it makes it longer or shorter
     if data.draw(st.booleans()):
@@ -90,16 +96,21 @@ def test_no_flipped_byte_and_no_cut_is_accepted(data: st.DataObject) -> None:
         store.get(put.id)
 
 
+def test_a_recipe_is_not_stored_as_one_of_another_alignment() -> None:
+    with pytest.raises(ValueError, match="alignment"):
+        shelve(recipe_store(), replace(recipe(), alignment="rotated"))  # type: ignore[arg-type]
+
+
 def test_a_recipe_that_another_key_signed_is_refused(tmp_path: Path) -> None:
     put = recipe()
-    RecipeStore(FolderStore(tmp_path), Signer(b"x" * 32), HIDDEN, torch.float32).put(put)
+    shelve(RecipeStore(FolderStore(tmp_path), Signer(b"x" * 32), HIDDEN, torch.float32), put)
     with pytest.raises(StoreCorrupted, match="another key"):
         recipe_store(tmp_path).get(put.id)
 
 
 def test_a_recipe_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
     store, one, other = recipe_store(tmp_path), recipe(), recipe(steps=2)
-    store.put(one)
+    shelve(store, one)
     (tmp_path / (one.id + RECIPE)).rename(tmp_path / (other.id + RECIPE))
     with pytest.raises(StoreCorrupted, match="that of"):
         store.get(other.id)
@@ -109,8 +120,8 @@ def test_what_cannot_be_read_is_set_aside_and_the_rest_is_read(tmp_path: Path) -
     store, good, bad = recipe_store(tmp_path / "recipes"), recipe(), recipe(steps=2)
     path = tmp_path / "recipes" / (bad.id + RECIPE)
     for n in range(3):
-        store.put(good)
-        store.put(bad)
+        shelve(store, good)
+        shelve(store, bad)
         path.write_bytes(path.read_bytes()[: 40 + n])
         with pytest.raises(StoreCorrupted, match="moved to"):
             store.get(bad.id)
@@ -126,18 +137,18 @@ def test_what_cannot_be_opened_is_set_aside_and_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     store, put = recipe_store(tmp_path / "recipes"), recipe()
-    store.put(put)
+    shelve(store, put)
     with monkeypatch.context() as closed:
         refuse(closed, tmp_path / "recipes" / (put.id + RECIPE), code)
         with pytest.raises(StoreCorrupted, match=r"cannot be opened.*moved to"):
             store.get(put.id)
-    assert store.put(put) is put
+    assert shelve(store, put) is put
     assert store.get(put.id).id == put.id
 
 
 def test_who_can_open_no_more_files_sets_none_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, put = recipe_store(tmp_path / "recipes"), recipe()
-    store.put(put)
+    shelve(store, put)
     with monkeypatch.context() as full:
         refuse(full, tmp_path / "recipes" / (put.id + RECIPE), errno.EMFILE)
         with pytest.raises(OSError, match="Too many open files"):
@@ -192,7 +203,7 @@ def test_a_key_never_leaves_the_folder(tmp_path: Path, key: str) -> None:
 
 def test_a_disk_that_is_full_loses_nothing_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, old = recipe_store(tmp_path), recipe()
-    store.put(old)
+    shelve(store, old)
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -200,7 +211,7 @@ def test_a_disk_that_is_full_loses_nothing_old(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(StoreFull, match="full"):
-            store.put(recipe(steps=2))
+            shelve(store, recipe(steps=2))
     assert sorted(store.store.yield_keys()) == [old.id + RECIPE]
     assert store.get(old.id).id == old.id
     assert not list(tmp_path.glob("*.part"))
@@ -225,12 +236,12 @@ def test_no_recipe_is_larger_than_the_room_held_for_it(agent: str, parents: int,
     store = recipe_store()
     for name in names:
         store.store.mset([(name.partition(".")[0] + RECIPE, b"")])
-    store.put(made)
+    shelve(store, made)
     assert store.size_of(made.id) <= store.most_bytes(agent, names, 3, steps, spoken)
 
 
 def test_a_budget_counts_what_is_there_and_what_is_being_made(tmp_path: Path) -> None:
-    recipe_store(tmp_path).put(recipe())
+    shelve(recipe_store(tmp_path), recipe())
     store = recipe_store(tmp_path, budget=5000)
     there = store.nbytes
     assert there == (tmp_path / (recipe().id + RECIPE)).stat().st_size
@@ -246,7 +257,7 @@ def test_a_budget_counts_what_is_there_and_what_is_being_made(tmp_path: Path) ->
 def test_the_budget_sees_what_others_put_into_the_folder_and_take_out(tmp_path: Path) -> None:
     ours, theirs = recipe_store(tmp_path, budget=3000), recipe_store(tmp_path)
     assert ours.nbytes == 0
-    theirs.put(recipe())
+    shelve(theirs, recipe())
     assert ours.nbytes == theirs.nbytes == theirs.size_of(recipe().id)
     theirs.store.mdelete([recipe().id + RECIPE])
     assert ours.nbytes == 0
@@ -261,19 +272,19 @@ def test_a_child_of_what_was_removed_meanwhile_is_not_stored(tmp_path: Path) -> 
     store, parent = recipe_store(tmp_path), recipe()
     child = recipe(parents=(parent.id,))
     with pytest.raises(DroppedReference, match="while agent"):
-        store.put(child)
-    store.put(parent)
-    assert store.put(child) is child
+        shelve(store, child)
+    shelve(store, parent)
+    assert shelve(store, child) is child
 
 
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_dropped_recipe_is_refused_until_it_is_made_again(tmp_path: Path, folder: bool) -> None:
     store, put = recipe_store(tmp_path if folder else None), recipe()
-    store.put(put)
+    shelve(store, put)
     store.store.mset([(put.id + DROPPED, b"")])
     with pytest.raises(DroppedReference):
         store.check([put.id])
-    store.put(recipe())
+    shelve(store, recipe())
     store.check([put.id])
 
 
@@ -281,7 +292,7 @@ def _put_many(folder: Path, seed: int, together: Any) -> None:
     store = recipe_store(folder)
     together.wait()
     for i in range(30):
-        store.put(recipe(steps=i % 10, add=seed))
+        shelve(store, recipe(steps=i % 10, add=seed))
 
 
 def test_processes_that_share_a_folder_agree_on_every_recipe(tmp_path: Path) -> None:
@@ -302,7 +313,7 @@ def test_processes_that_share_a_folder_agree_on_every_recipe(tmp_path: Path) -> 
 
 def test_threads_that_put_the_same_recipe_get_the_same_one(tmp_path: Path) -> None:
     store = recipe_store(tmp_path)
-    got = at_once([lambda i=i: store.put(recipe(add=i)) for i in range(8)])
+    got = at_once([lambda i=i: shelve(store, recipe(add=i)) for i in range(8)])
     assert all(torch.equal(each.segment.thoughts, got[0].segment.thoughts) for each in got)
 
 
@@ -356,7 +367,7 @@ def test_what_one_puts_oneself_is_counted_on_and_not_anew(tmp_path: Path, monkey
         patched.setattr(FolderStore, "nbytes", property(lambda _: pytest.fail("counted anew")))
         for steps in range(5):
             with store.room(2000):
-                store.put(recipe(steps))
+                shelve(store, recipe(steps))
     assert store.nbytes == sum(store.size_of(recipe(steps).id) for steps in range(5)) == store.store.nbytes  # type: ignore[attr-defined]
 
 
@@ -368,7 +379,7 @@ def test_room_is_asked_for_while_a_disk_is_slow(tmp_path: Path, monkeypatch: pyt
         assert opened.wait(60)
 
     monkeypatch.setattr(os, "fsync", slow)
-    writer = threading.Thread(target=store.put, args=(recipe(),))
+    writer = threading.Thread(target=shelve, args=(store, recipe()))
     writer.start()
     assert entered.wait(60)
     with store.room(1000):  # an event loop asks like this
@@ -385,7 +396,7 @@ def test_what_one_writes_is_not_counted_by_those_who_ask_for_room_meanwhile(
     disk = _SlowDisk(monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(FolderStore, "nbytes", property(lambda _: pytest.fail("counted anew")))
-        writer = threading.Thread(target=store.put, args=(recipe(),))
+        writer = threading.Thread(target=shelve, args=(store, recipe()))
         writer.start()
         assert disk.asked.wait(60)
         with store.room(1000):
@@ -398,19 +409,19 @@ def test_what_one_writes_is_not_counted_by_those_who_ask_for_room_meanwhile(
 
 def test_after_a_write_that_failed_all_is_counted_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = recipe_store(tmp_path, budget=10**6)
-    store.put(recipe())
+    shelve(store, recipe())
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            store.put(recipe(1))
-    store.put(recipe(2))
+            shelve(store, recipe(1))
+    shelve(store, recipe(2))
     assert store.nbytes == FolderStore(tmp_path).nbytes
 
 
 def test_room_is_given_back_while_files_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, gate, held = recipe_store(tmp_path, budget=10**6), Gate(), ExitStack()
     held.enter_context(store.room(1000))
-    recipe_store(tmp_path).put(recipe())
+    shelve(recipe_store(tmp_path), recipe())
 
     def slow(_: FolderStore) -> int:
         gate.wait()
@@ -463,7 +474,7 @@ def test_recipes_that_come_while_the_disk_is_busy_are_written_together(
     assert not any(each.done() for each in waiting)  # no reference before the disk has the recipe
     disk.go_on.set()
     assert [each.result(60) for each in waiting] == [*((each, True) for each in made), (made[1], False)]
-    store.put(made[0])  # after all that was asked for before
+    shelve(store, made[0])  # after all that was asked for before
     assert len(locked) == 3
     assert disk.flushed.count("folder") == 2
     assert disk.flushed.count("file") == len(made)
@@ -523,7 +534,7 @@ def test_a_store_that_threads_can_no_longer_be_begun_for_still_writes(
     monkeypatch.setattr(store._writer, "submit", refuse)
     monkeypatch.setattr(store.folder._flushers, "submit", refuse)
     store.folder.mset([(f"key{i}", b"value") for i in range(9)])
-    made = store.put(recipe())
+    made = shelve(store, recipe())
     assert recipe_store(tmp_path).get(made.id).id == made.id
 
 
@@ -531,7 +542,7 @@ def test_a_store_refuses_to_write_after_a_fork(tmp_path: Path, monkeypatch: pyte
     store = recipe_store(tmp_path)
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(StoreBusy, match="before the process was forked"):
-        store.put(recipe())
+        shelve(store, recipe())
 
 
 def test_a_folder_is_not_locked_after_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,6 +563,6 @@ def test_those_who_wait_are_told_when_the_writing_thread_is_interrupted(monkeypa
     waiting = module._Put(lambda: recipe(steps=1), lambda there, _: there, module.Future())
     store._waiting.append(waiting)
     with pytest.raises(KeyboardInterrupt):
-        store.put(recipe())
+        shelve(store, recipe())
     assert len(others) == 2
     assert isinstance(waiting.done.exception(1), KeyboardInterrupt)

@@ -19,7 +19,7 @@ from langchain_core.messages import (
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
 
-from langchain_latentmas import LatentAgentNode, LatentService, LatentState
+from langchain_latentmas import LatentAgentNode, LatentService, LatentState, unread
 from langchain_latentmas.unread import held, key_of, mark
 
 
@@ -92,6 +92,36 @@ def test_what_calls_tools_stays_beside_answers_that_nobody_has_read() -> None:
     assert held([*asked, call, answer], {"call"}) == set()
     done = said("It is 5.", "done", [*asked, call, answer])
     assert held([*asked, call, answer, done], {"call", "done"}) == {"call", "t", "done"}
+
+
+def test_what_is_said_later_in_the_same_words_is_not_held() -> None:
+    asked = HumanMessage("Write.", id="q")
+    fails = [AIMessage("Tests failed, try again.", id=f"f{i}") for i in (1, 2, 3)]
+    messages: list[BaseMessage] = [asked]
+    for i, fail in enumerate(fails, 1):
+        messages += [said(f"Draft {i}.", f"w{i}", messages), fail]
+    assert held(messages[:5], {"w1", "w2"}) == {"w1", "f1", "w2"}
+    assert held(messages, {"w1", "w2", "w3"}) == {"w1", "f1", "w2", "f2", "w3"}
+    beside = [asked, AIMessage("An aside.", id="x"), *messages[1:]]
+    assert held(beside, {"w1", "w2", "w3"}) == {"w1", "f1", "w2", "f2", "w3"}
+    assert held(beside, {"w3"}) == {"w1", "f1", "w2", "f2", "w3"}
+
+
+def test_what_it_takes_to_see_what_is_held_grows_as_the_conversation_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+    dumps = json.dumps
+    monkeypatch.setattr(
+        unread.json, "dumps", lambda value, **how: hashed.append(len(text := dumps(value, **how))) or text
+    )
+
+    def work(turns: int) -> int:
+        names = [f"{turn:03d}" for turn in range(turns)]
+        cut = conversation(*names)[1:]  # so that no answer tells what was before it
+        hashed.clear()
+        assert held(cut, set(names)) == set(names)
+        return sum(hashed)
+
+    assert work(80) < 5 * work(20)
 
 
 @given(st.lists(st.sampled_from("abcde"), unique=True), st.sets(st.sampled_from("abcde")), st.booleans())

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
@@ -280,7 +281,8 @@ def test_a_context_that_is_too_long_is_known_here(vllm: VLLMService, double: VLL
         (problem(404, "The model `served` does not exist"), WrongModel, "served"),
         (problem(401, "Unauthorized"), AccessDenied, "token="),
         (problem(500, "out of memory"), EngineFailed, "out of memory"),
-        (httpx.Response(502, text="bad gateway"), EngineFailed, "bad gateway"),
+        (httpx.Response(502, text="bad gateway"), ServiceUnreachable, "bad gateway"),
+        (httpx.Response(504, text="gateway timeout"), DeadlineExceeded, "gateway timeout"),
         (problem(503, "overloaded"), ServiceBusy, "overloaded"),
         (events({"error": {"message": "engine died"}}), EngineFailed, "engine died"),
         (events({"choices": [{"token_ids": [0]}]}), ServiceUnreachable, "ended"),
@@ -311,6 +313,14 @@ def test_a_thought_whose_connection_breaks_is_thought_again(vllm: VLLMService, d
     assert len(double.requests) == 2
 
 
+def test_a_thought_behind_a_balancer_that_lost_its_server_is_thought_again(
+    vllm: VLLMService, double: VLLMDouble
+) -> None:
+    double.answers.append(httpx.Response(502, text="bad gateway"))
+    assert vllm.think(QUESTION, steps=3)["steps"] == 3
+    assert len(double.requests) == 2
+
+
 def test_a_server_that_takes_its_time_is_none_that_is_gone(vllm: VLLMService, double: VLLMDouble) -> None:
     double.answers.append(httpx.ReadTimeout("nothing came"))
     with pytest.raises(DeadlineExceeded, match="read_timeout"):
@@ -330,6 +340,44 @@ def test_a_server_that_comes_back_with_another_model(vllm: VLLMService, double: 
     double.facts["fingerprint"] = "cd" * 16
     with pytest.raises(WrongModel, match="load the service anew"):
         vllm.think(QUESTION, steps=2)
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "cd" * 16}, {"latent_token_id": 5}, {"alignment": "rescale"}])
+def test_one_that_failed_is_asked_who_it_is_before_it_is_asked_more(
+    change: dict[str, Any], vllm: VLLMService, double: VLLMDouble
+) -> None:
+    assert double.facts
+    ref = vllm.think(QUESTION, steps=2)
+    double.answers.append(problem(500, "out of memory"))
+    with pytest.raises(EngineFailed):
+        vllm.think(QUESTION, [ref])
+    double.facts |= change
+    for call in (lambda: vllm.think(QUESTION, [ref]), lambda: say(vllm, QUESTION, [ref]), lambda: vllm.lens(ref)):
+        with pytest.raises(WrongModel, match="load the service anew"):
+            call()
+    assert len(double.requests) == 2
+
+
+def test_one_that_was_not_heard_of_for_a_while_is_asked_too(
+    vllm: VLLMService, double: VLLMDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert double.facts
+    ref = vllm.think(QUESTION, steps=2)
+    asked, double.facts = double.facts, None
+    assert vllm.think(QUESTION, [ref], steps=1)  # it has just answered, so nobody asks for its facts
+    double.facts = asked
+    monkeypatch.setattr("langchain_latentmas.service.vllm.SURE_SECONDS", 0, raising=False)
+    assert say(vllm, QUESTION, [ref]).token_ids
+    asked["fingerprint"] = "cd" * 16
+    with pytest.raises(WrongModel, match="load the service anew"):
+        say(vllm, QUESTION, [ref])
+
+
+def test_what_http_says_of_a_request_is_not_told(vllm: VLLMService, double: VLLMDouble) -> None:
+    double.answers.append(httpx.LocalProtocolError("Illegal header value b'Bearer secret'"))
+    with pytest.raises(InvalidRequest) as raised:
+        vllm.think(QUESTION, steps=2)
+    assert "secret" not in "".join(traceback.format_exception(raised.value))
 
 
 def test_a_server_without_the_plugin(connect: Connect, double: VLLMDouble) -> None:
@@ -352,11 +400,19 @@ def test_another_tokenizer(connect: Connect, double: VLLMDouble, tmp_path: Path)
         connect(tokenizer=str(tmp_path))
 
 
+def test_a_tokenizer_of_its_own_has_no_revision_of_the_server_s(connect: Connect, double: VLLMDouble) -> None:
+    assert double.facts
+    double.facts["revision"] = "abcdef"
+    assert connect().facts["revision"] == "abcdef"
+    assert connect(tokenizer=FOLDER).facts["revision"] is None
+
+
 def test_a_key(connect: Connect, double: VLLMDouble) -> None:
     double.key = "secret"
     with pytest.raises(AccessDenied, match="token="):
         connect()
-    assert say(connect(token="secret"), QUESTION, max_tokens=1).token_ids
+    for token in ("secret", "secret\n"):
+        assert say(connect(token=token), QUESTION, max_tokens=1).token_ids
 
 
 def test_nobody_there() -> None:
@@ -385,7 +441,18 @@ def test_what_vllm_in_this_process_decides_is_no_setting_either(setting: dict[st
         LatentService.load("vllm:bundled", **setting)
 
 
-@pytest.mark.parametrize("url", ["vllm+http://", "vllm+http://user:password@there:8000", "vllm+http://there?x=1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "vllm+http://",
+        "vllm+http://user:password@there:8000",
+        "vllm+http://there?x=1",
+        "vllm+http://[::1",
+        "vllm+http://there:70000",
+        "vllm+http://127.0.0.999:8000",
+        "vllm+http://there..now:8000",
+    ],
+)
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(InvalidRequest, match="vllm\\+http://host:port"):
         LatentService.load(url)

@@ -133,8 +133,8 @@ texts = st.lists(
 
 @given(texts.map("".join))
 def test_a_text_has_the_tokens_that_the_tokenizer_gives_it(service: LocalService, text: str) -> None:
-    assert service._plain_tokenizer
-    assert service._token_ids(text) == service.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert service._prompts.plain
+    assert service.token_ids(text) == service.model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_a_tokenizer_that_was_told_to_cut_cuts_no_prompt(fresh_service: Fresh) -> None:

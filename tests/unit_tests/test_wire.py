@@ -3,6 +3,7 @@ import inspect
 import json
 import tracemalloc
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -279,6 +280,14 @@ def test_who_is_to_come_again_is_told_when() -> None:
         (503, b"Service Unavailable", errors.ServiceClosed),
         (504, b"", errors.DeadlineExceeded),
         (429, b"slow down", errors.ServiceBusy),
+        (429, b'{"detail": "slow down"}', errors.ServiceBusy),
+        (401, b'{"detail": "who are you"}', errors.AccessDenied),
+        (413, b"<html>Too Large</html>", errors.RequestTooLarge),
+        (502, b'{"detail": "nobody there"}', errors.ServiceUnreachable),
+        (503, b'{"error": "starting"}', errors.ServiceClosed),
+        (504, b'{"detail": "too late"}', errors.DeadlineExceeded),
+        (500, b'{"error": {}}', errors.EngineFailed),
+        (401, b'{"type": "urn:latentmas:error:FromTheFuture", "title": "", "detail": "why"}', errors.AccessDenied),
     ],
 )
 def test_other_replies_become_the_nearest_error(status: int, body: bytes, kind: type[Exception]) -> None:
@@ -288,6 +297,8 @@ def test_other_replies_become_the_nearest_error(status: int, body: bytes, kind: 
     error = problem_of(status, content_type, body, "3" if status == 429 else None)
     assert type(error) is kind
     assert getattr(error, "retry_after", 3) == 3
+    with suppress(ValueError, KeyError, TypeError):
+        assert str(error) == json.loads(body)["detail"]
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,30 @@ def test_answers_that_say_nothing_are_to_be_asked_again() -> None:
     assert worth.verdict.endswith("; 3 answers failed for want of a device or a server: run it again")
 
 
+def test_who_has_nobody_to_swap_with_is_in_no_effect_of_swapping() -> None:
+    swapped = [*answers(0)[:-8], *[None] * 8]
+    given = {"intact": answers(N), "swapped": swapped, "cut": [*answers(0)[:-8], *answers(8)[:8]]}
+    worth = EdgeWorth.of("a->b", given, crossed=N)
+    assert worth.alone == worth.to_json()["alone"] == 8
+    assert {name: effect.points for name, effect in worth.effects.items()} == {
+        "content": 100,
+        "presence": 0,
+        "worth": 80,
+    }
+    few = EdgeWorth.of("a->b", {"intact": answers(N), "swapped": [*answers(5)[:5], *[None] * 35]}, crossed=N)
+    assert "the edge had a memory to swap on 5 of 40 questions, too few to show any: ask more" in few.verdict
+
+
+def test_a_condition_that_always_failed_is_left_out_unless_it_may_not_again() -> None:
+    given = {"intact": answers(30), "swapped": answers(2), "cut": answers(0, error="InvalidRequest: no")}
+    worth = EdgeWorth.of("a->b", given, crossed=N, notes=["first"])
+    assert list(worth.outcomes) == ["intact", "swapped"]
+    assert list(worth.effects) == ["content"]
+    assert worth.notes == ("first", "cut: left out, since every question failed there (InvalidRequest: no)")
+    worth = EdgeWorth.of("a->b", given | {"cut": answers(0, error="EngineFailed: memory")}, crossed=N)
+    assert "40 answers failed for want of a device" in worth.verdict
+
+
 def test_content_can_do_harm() -> None:
     assert edge(intact=5, swapped=30).verdict.startswith("this edge's content does harm")
 

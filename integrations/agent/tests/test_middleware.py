@@ -6,12 +6,14 @@ import pytest
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ToolStrategy
 from langchain_core.language_models import FakeListChatModel
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, RemoveMessage
 from langchain_core.tools import tool
 from langchain_latentmas_agent import LatentMiddleware
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph, add_messages
+from langgraph.graph.message import REMOVE_ALL_MESSAGES
 from langgraph.graph.state import CompiledStateGraph
+from langgraph.types import Overwrite
 from pydantic import BaseModel
 
 from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, LatentState
@@ -228,6 +230,26 @@ def test_an_agent_goes_on_from_its_own_memory(llm: ChatLatentMAS) -> None:
     refs = out["latents"]
     assert [ref["parents"] for ref in refs] == [[], *([ref["id"]] for ref in refs[:-1])]
     assert len({m.usage_metadata["input_tokens"] for m in out["messages"] if isinstance(m, AIMessage)}) == 1
+
+
+def test_a_thread_begins_anew_without_its_markers_too(llm: ChatLatentMAS) -> None:
+    graph = team(llm)
+    first = graph.invoke(ASKED, thread("1"))
+    anew: Any = {"messages": [RemoveMessage(id=REMOVE_ALL_MESSAGES), *ASKED["messages"]], "latents": Overwrite([])}
+    again = graph.invoke(anew, thread("1"))
+    assert again["latents"] == first["latents"]
+    assert [steps_read(m) for m in again["messages"][1:]] == [steps_read(m) for m in first["messages"][1:]]
+
+
+def test_an_agent_in_a_subgraph_speaks_where_the_edge_of_that_is_text(llm: ChatLatentMAS) -> None:
+    inner, builder = StateGraph(LatentState), StateGraph(LatentState)
+    inner.add_node("planner", create_agent(llm, middleware=[LatentMiddleware("planner", steps=2)]))
+    builder.add_node("team", inner.add_edge(START, "planner").compile())
+    builder.add_node("judger", create_agent(llm, middleware=[LatentMiddleware("judger")]))
+    graph = builder.add_edge(START, "team").add_edge("team", "judger").compile()
+    out = graph.invoke(ASKED, {"configurable": {"edges": {"team->judger": "text"}}})
+    assert [ref["agent"] for ref in out["latents"]] == ["judger"]
+    assert not out["messages"][1].text.startswith("[latent")
 
 
 def test_an_agent_that_thinks_can_have_no_tools(llm: ChatLatentMAS) -> None:

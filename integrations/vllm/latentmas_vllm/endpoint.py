@@ -24,5 +24,8 @@ class Endpoint:
             return dict(await asyncio.shield(request.app.state.latentmas))
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Collects the facts, once; hashing the weights takes seconds per gigabyte and does not hold up the start."""
+        """Collects the facts, once: weights stay as they are (`LatentToken.load_weights`).
+
+        Hashing them takes seconds per gigabyte and does not hold up the start.
+        """
         state.latentmas = asyncio.create_task(asyncio.to_thread(facts, engine_client.vllm_config))

@@ -99,8 +99,13 @@ class LatentToken(Base):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Loads weights; new ones have another alignment."""
-        self._alignment = None
+        """Loads weights, until the first forward pass.
+
+        Raises:
+            ValueError: After it.
+        """
+        if self._alignment is not None:  # clients and CUDA graphs keep to the fingerprint and the matrix of the first
+            raise ValueError("A model with a latent token keeps its weights; for others, start the server anew.")
         return super().load_weights(weights)
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ if find_spec("vllm.config") is None:  # a folder of that name, this one say, is 
 os.environ |= {"VLLM_PLUGINS": "latentmas", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
+from latentmas_vllm.model import LatentToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
@@ -290,3 +292,8 @@ def test_other_families_think_as_transformers_does(family: str, tmp_path: Path) 
 def test_a_server_that_could_not_think_does_not_start(settings: dict[str, Any], named: str, qwen: Start) -> None:
     with pytest.raises(ValueError, match=named):
         qwen(**settings)
+
+
+def test_other_weights_are_refused_once_thoughts_were_aligned() -> None:
+    with pytest.raises(ValueError, match="start the server anew"):
+        LatentToken.load_weights(SimpleNamespace(_alignment=object()), [])  # type: ignore[arg-type]

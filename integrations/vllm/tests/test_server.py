@@ -21,11 +21,11 @@ if find_spec("vllm.config") is None:  # a folder of that name, this one say, is 
     pytest.skip("vLLM is not installed; see `make test-vllm`", allow_module_level=True)
 
 from langchain_latentmas import LatentService
-from langchain_latentmas.bundled import MODEL, STEPS
+from langchain_latentmas.bundled import EXPERTS, MODEL, ROLES, STEPS
 from langchain_latentmas.commands.doctor import diagnose
 from langchain_latentmas.demo import held_out, run
 from langchain_latentmas.evaluation.task import BUNDLED_TASKS
-from langchain_latentmas.teams import HIERARCHICAL, hierarchical, sequential
+from langchain_latentmas.teams import hierarchical, sequential
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -129,7 +129,7 @@ def expected(local: LatentService, inputs: list[dict[str, Any]]) -> dict[str, li
     Parallel experts are one chain on vLLM, as if each had seen the earlier ones; tips are read by agent name unless
     `reads` says otherwise.
     """
-    chain = {name: HIERARCHICAL[name] for name in sorted(HIERARCHICAL)}
+    chain = {name: ROLES[name] for name in sorted(EXPERTS)}
     chained = sequential(local, agents=chain, steps=STEPS, max_tokens=24).compile()
     return {"sequential": answers(team(local), inputs), "chained": answers(chained, inputs)}
 
