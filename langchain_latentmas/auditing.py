@@ -191,7 +191,7 @@ async def aaudit(
         intact = await asked.intact()
         scopes = asked.scopes(named)
         for scope in scopes:
-            asked.partners(scope)  # one that has none is to be known before the hours of work
+            asked.partners(scope)  # that nobody has one is to be known before the hours of work
         worths = []
         for scope in scopes:
             answers = {name: await asked.altered(scope, name) if name != "intact" else intact for name in wanted}

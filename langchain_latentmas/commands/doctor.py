@@ -76,7 +76,7 @@ def diagnose(
     from ..service.vllm import PREFIX, VLLMService, checked_settings
     from ..service.vllm_server import Server, VLLMSettings
 
-    checked = checked_settings(VLLMSettings, {**(settings or {})})
+    checked = checked_settings(VLLMSettings, dict(settings or {}))
     address = url.removeprefix(PREFIX).rstrip("/")
     server = Server(address, checked, transport)
     try:
