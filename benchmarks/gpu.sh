@@ -2,8 +2,9 @@
 # All figures of a GPU in one go, on a bare machine with PyTorch and transformers: sh benchmarks/gpu.sh [folder]
 #   PYTHON   the interpreter to use (python3)
 #   DEVICE   cuda, or cpu for a scaled-down try of the script itself
-# What else it needs it installs from PyPI; where that is out of reach, install the packages of constraints.txt before.
-# Writes the JSON of every part to the folder (bench-<device>), and after each shape prints the table of what is there.
+# What else it needs it installs from PyPI; where that is out of reach, install what pyproject.toml lists before, from
+# wheels that were carried there (pip install --no-index --no-deps), and leave PyTorch and transformers as they are.
+# Writes the JSON of every part to the folder (bench-<device>), and after each shape prints the tables of what is there.
 # Compiled ticks are left out for the time that compiling takes: latentmas bench --shape Qwen3-4B --compile
 set -eu
 cd "$(dirname "$0")/.."

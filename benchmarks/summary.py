@@ -1,4 +1,4 @@
-"""One table of what `benchmarks/gpu.sh` measured: `python -m benchmarks.summary FOLDER`."""
+"""All tables of what `benchmarks/gpu.sh` measured: `python -m benchmarks.summary FOLDER`."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from langchain_latentmas.benchmark.targets import Target
+from langchain_latentmas.commands.bench import picture
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="With the JSON of `latentmas bench` and of the overhead.")],
 ) -> None:
-    """Every target, what was reached, and on which machine."""
+    """What was measured of each model, then every target, what was reached, and on which machine."""
+    console = Console(highlight=False, width=None if Console().is_terminal else 120)
     table = Table(box=None, padding=(0, 2), header_style="dim")
     table.add_column("model")
     table.add_column("figure")
@@ -25,6 +27,7 @@ def main(
         document = json.loads(path.read_text())
         if "targets" not in document:
             continue
+        console.print(picture(document), "")
         machine, model = document["machine"], document["model"]
         packages = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers"))
         about = (
@@ -39,7 +42,6 @@ def main(
             ms = row["together_us"]["median"] / 1000
             met = "[green]met[/]" if ms < 1 else "[red]missed[/]"
             table.add_row("bundled", f"ms besides the model: {row['node']}", f"{ms:.2f}", "< 1", met)
-    console = Console(highlight=False, width=None if Console().is_terminal else 120)
     console.print(about)
     console.print(table)
 

@@ -11,21 +11,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from langchain_core.load import dumps
 from langchain_core.messages import SystemMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 
-from .edges import SWITCHED, _Graph, _inner, _look
-from .errors import InvalidEdge, InvalidRequest
-from .evaluation.conditions import LEAST, Grade, Progress, Questions
+from .calls import Calls
+from .edges import GraphEdges, unswitched
+from .errors import InvalidEdge, InvalidRequest, check_whole
+from .evaluation.conditions import LEAST, Grade, Progress, Questions, told
 from .evaluation.journal import Journal, digest, pinned
 from .evaluation.machine import version_of
 from .evaluation.worth import CONDITIONS, Audit, EdgeWorth
 from .modes import Edge
-from .node import LatentAgentNode, _field
+from .node import LatentAgentNode, field_of
 from .service import LatentService
 from .service.shared import shared_service
 
@@ -170,10 +170,8 @@ async def aaudit(
         raise InvalidRequest(f"There is no condition {min(unknown)!r}; take some of {', '.join(CONDITIONS)}.")
     if not 0 < level < 1:
         raise InvalidRequest(f"level must lie between 0 and 1, not at {level!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InvalidRequest(f"seed must be a whole number from 0 on, not {seed!r}.")
-    if concurrency < 1:
-        raise InvalidRequest(f"concurrency must be at least 1, not {concurrency!r}.")
+    check_whole("seed", seed)
+    check_whole("concurrency", concurrency, 1)
     if isinstance(edges, str) and edges not in ("all", "each"):
         raise InvalidEdge(f"edges must be 'all', 'each', or pairs of names, not {edges!r}.")
     named = edges if isinstance(edges, str) else [_edge(edge) for edge in edges]
@@ -218,9 +216,9 @@ def journal_head(
     """
     seen = _Survey(graph)
     compiled = graph.compile() if isinstance(graph, StateGraph) else graph
-    llms = _look(compiled).ours
+    llms = Calls.of(compiled).ours
     services = [llm._service for llm in llms]
-    services += [agent.service or _field(context, "service") or shared_service() for agent in seen.agents.values()]
+    services += [agent.service or field_of(context, "service") or shared_service() for agent in seen.agents.values()]
     models = {digest(pinned(one)) for one in services if isinstance(one, LatentService)}
     shape = [
         sorted(map(str, seen.edges)),
@@ -233,7 +231,7 @@ def journal_head(
         "version": version_of("langchain-latentmas"),
         "models": sorted(models),
         "graph": digest(shape),
-        "examples": hashlib.sha256("\n".join(map(dumps, examples)).encode()).hexdigest(),
+        "examples": hashlib.sha256("\n".join(map(told, examples)).encode()).hexdigest(),
         "seed": seed,
         "about": dict(about or {}),
         "config": digest((config or {}).get("configurable")),
@@ -295,13 +293,13 @@ class _Survey:
 
     def look(self, builder: StateGraph) -> None:
         """Adds a graph."""
-        graph = _Graph(builder)
+        graph = GraphEdges(builder)
         self.edges += graph.edges
-        self.latent |= getattr(builder, SWITCHED, {})
+        self.latent |= graph.switched
         for name, spec in builder.nodes.items():
             self.nodes.append(name)
-            if isinstance(node := _inner(spec.runnable), LatentAgentNode):
+            if isinstance(node := unswitched(spec.runnable), LatentAgentNode):
                 self.agents[str(node.name)] = node
-            for subgraph in graph.facts(name).subgraphs:
+            for subgraph in graph.calls(name).subgraphs:
                 if isinstance(subgraph, CompiledStateGraph):
                     self.look(subgraph.builder)

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar, cast
+from weakref import WeakSet
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
@@ -55,6 +56,7 @@ BELONGS = {
     "timeout": "to the service, LatentService.load('http://...', deadline=60)",
     "max_retries": "to the service, LatentService.load('http://...', patience=120)",
 }
+_unforced: WeakSet[LatentService] = WeakSet()  # of which the log has said that they cannot be made to call a tool
 
 
 class Thinker(NamedTuple):
@@ -97,11 +99,12 @@ THINKER: ContextVar[Thinker | None] = ContextVar("latentmas_thinker", default=No
 
 
 class ChatLatentMAS(BaseChatModel):
-    """A chat model that can read memories before it speaks.
+    r"""A chat model that can read memories before it speaks.
 
     Example:
         ```python
-        llm = ChatLatentMAS(model="Qwen/Qwen3-4B", device="cuda", max_tokens=256)  # or service=service
+        service = LatentService.load("Qwen/Qwen3-4B", device="cuda", speak_tag="<think>\n\n</think>\n\n")
+        llm = ChatLatentMAS(service=service, max_tokens=256)  # or model="bundled"
         llm.invoke("What is the answer?", latents=[ref])
         llm.invoke("Plan the answer.", agent="planner", steps=20)
         ```
@@ -163,7 +166,7 @@ class ChatLatentMAS(BaseChatModel):
         """
         known = {*type(self).model_fields, *(field.alias for field in type(self).model_fields.values())}
         if unknown := [name for name in given if name not in known]:
-            hints = "".join(f" {name} belongs {BELONGS[name]}." for name in unknown if name in BELONGS)
+            hints = "".join(f" {name} belongs {place}." for name in unknown if (place := _place(name)))
             raise InvalidRequest(
                 f"ChatLatentMAS takes no {', '.join(unknown)}; it takes service, model, device, dtype, "
                 f"{', '.join(SAMPLING)}, stop, marker_text, streaming and what every chat model of LangChain "
@@ -193,7 +196,8 @@ class ChatLatentMAS(BaseChatModel):
         Args:
             tools: Anything LangChain converts to an OpenAI function description.
             tool_choice: "any" (or True) or a tool's name begins the text with the call, where the template's format is
-                known (`<tool_call>`); None and "auto" leave the choice to the model; "none" presents no tools.
+                known (`<tool_call>`; with any other the choice is the model's, and the log says so, once per
+                service); None and "auto" leave the choice to the model; "none" presents no tools.
             **kwargs: Bound as well. `strict` and `parallel_tool_calls`, which some agents pass to every model, ask for
                 what a local model cannot promise; they are left out, and the log says so.
 
@@ -409,6 +413,13 @@ class _Call:
             raise type(error)(f"{self.agent!r} cannot read what it was handed. {error}") from error
         self.latents = [*latents, *marked]
         prefix = forcing_prefix(self.service.chat_template, choice, tools) if tools else ""
+        if tools and choice not in (None, "auto") and not prefix and self.service not in _unforced:
+            _unforced.add(self.service)
+            logger.warning(
+                "tool_choice=%r cannot be forced: the chat template of %s has no <tool_call>, so the model may answer "
+                "without a call; pass chat_template=... that teaches it, or check message.tool_calls",
+                *(choice, self.service.name),
+            )
         self.calls = ToolCallText(prefix) if tools else None
         own = {name: getattr(llm, name) for name in SAMPLING}
         self.sampling = {**own, **given, "stop": stop or llm.stop, "tools": tools, "prefix": prefix}
@@ -505,6 +516,15 @@ class _Call:
             "agent": self.named,
             "latent_ref": ref,
         }
+
+
+def _place(name: str) -> str:
+    """Where something belongs that was given to the model; "" if nowhere."""
+    from .service.local import LOADING, LocalSettings  # which imports transformers: seconds
+
+    own = {*LOADING, *LocalSettings.model_fields}
+    of_the_service = f"to the service, ChatLatentMAS(service=LatentService.load(..., {name}=...))"
+    return BELONGS.get(name) or (of_the_service if name in own else "")
 
 
 def _agent(named: str | None, config: RunnableConfig) -> str:

@@ -2,32 +2,24 @@
 
 import copy
 import dataclasses
-import dis
-import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
 from html import escape
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Literal, NamedTuple, overload
 
-from langchain_core.language_models import BaseChatModel
-from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
-from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableLambda, RunnableParallel
-from langgraph.func import _TaskFunction
+from langchain_core.runnables import Runnable, RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
-from langgraph.prebuilt import ToolNode
 from langgraph.pregel import Pregel
 from langgraph.types import CachePolicy
 from langgraph.utils.runnable import RunnableCallable  # type: ignore[attr-defined]
 
+from .calls import Calls
 from .chat_model import THINKER, ChatLatentMAS, Thinker
-from .errors import InvalidEdge, InvalidRequest
+from .errors import InvalidEdge, InvalidRequest, check_whole
 from .modes import Edge, Mode, edge_modes, namespace, node_path
 from .node import LatentAgentNode, told_by
 from .service.shared import SharedSettings
 
-LIBRARIES = {"langchain", "langchain_core", "langgraph", "langsmith"}  # their globals hold none of the user's models
 DEFAULT_ERROR_HANDLER = "__default_error_handler__"  # node that LangGraph's `compile` adds to a builder
 SWITCHED = "_latentmas_edges"  # attribute of a builder that holds the steps of its latent edges
 
@@ -144,9 +136,8 @@ def switch_edges(
         raise InvalidRequest(f"switch_edges takes a StateGraph, not a {type(builder).__name__}.")
     if to not in ("latent", "text"):
         raise InvalidRequest(f"to must be 'latent' or 'text', not {to!r}.")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise InvalidRequest(f"steps must be a whole number from 0 on, not {steps!r}.")
-    graph = _Graph(builder)
+    check_whole("steps", steps)
+    graph = GraphEdges(builder)
     wanted = list(graph.edges) if edges == "*" else _named(edges, graph)
     switched = dict(graph.switched)
     refused: dict[Edge, str] = {}
@@ -164,27 +155,15 @@ def switch_edges(
     return graph.with_edges(switched)
 
 
-class _Facts(NamedTuple):
-    """What can be seen of the models that some code calls."""
+class GraphEdges:
+    """A builder, seen as its edges.
 
-    models: list[BaseChatModel]
-    tools: bool
-    parsers: list[str]
-    subgraphs: list[Pregel]
-    tasks: list[str]
-
-    @property
-    def foreign(self) -> str | None:
-        """Name of a chat model that is none of ours."""
-        return next((type(model).__name__ for model in self.models if not isinstance(model, ChatLatentMAS)), None)
-
-    @property
-    def ours(self) -> list[ChatLatentMAS]:
-        return [model for model in self.models if isinstance(model, ChatLatentMAS)]
-
-
-class _Graph:
-    """A builder, seen as its edges."""
+    Attributes:
+        builder: The builder.
+        switched: Its latent edges, with their steps.
+        edges: All of them, in the order in which the nodes were added, and how each is made: "edge", "command",
+            "conditional" or "conditional, to anywhere".
+    """
 
     def __init__(self, builder: StateGraph) -> None:
         self.builder = builder
@@ -199,11 +178,11 @@ class _Graph:
             for target in spec.ends or ():
                 made.setdefault((source, target), "command")
         order = {name: at for at, name in enumerate((START, *builder.nodes, END))}
-        # How each edge is made, in the order in which the nodes were added.
         self.edges = {edge: made[edge] for edge in sorted(made, key=lambda edge: [order.get(name, 0) for name in edge])}
-        self._facts: dict[str, _Facts] = {}
+        self._calls: dict[str, Calls] = {}
 
     def leaving(self, source: str) -> list[Edge]:
+        """The edges of a node."""
         return [edge for edge in self.edges if edge[0] == source]
 
     def report(self, edge: Edge, switched: Mapping[Edge, int], why_text: str) -> EdgeReport:
@@ -255,10 +234,10 @@ class _Graph:
         if made != "edge" and router_reads_text:
             who = "the node that returns Command reads" if made == "command" else "its router reads"
             return f"{who} the text of {source!r}; pass router_reads_text=False if it does not."
-        sender, receiver = self.facts(source), self.facts(target)
+        sender, receiver = self.calls(source), self.calls(target)
         ends = self._ends(source)
         output = self._output(source, sender, ends)
-        if isinstance(_inner(self.builder.nodes[source].runnable), LatentAgentNode):
+        if isinstance(unswitched(self.builder.nodes[source].runnable), LatentAgentNode):
             return f"{source!r} is a LatentAgentNode, which hands over references in the state by itself."
         for name, facts in ((source, output), (target, receiver)):
             if facts.foreign and not (trusted and facts.ours):
@@ -284,23 +263,24 @@ class _Graph:
             return f"{source!r} is a subgraph whose last node cannot be told; switch the edges inside of it instead."
         return None
 
-    def facts(self, name: str) -> _Facts:
-        if name not in self._facts:
-            self._facts[name] = _look(_inner(self.builder.nodes[name].runnable))
-        return self._facts[name]
+    def calls(self, name: str) -> Calls:
+        """What can be seen of the calls of a node."""
+        if name not in self._calls:
+            self._calls[name] = Calls.of(unswitched(self.builder.nodes[name].runnable))
+        return self._calls[name]
 
     def _stranger_after(self, name: str, services: set[Hashable]) -> str | None:
         """A node further down that runs a model which cannot read the markers of these services."""
         for at in self._onward(name):
-            if self.facts(at).foreign or not services >= set(map(_service_of, self.facts(at).ours)):
+            if self.calls(at).foreign or not services >= set(map(_service_of, self.calls(at).ours)):
                 return at
         return None
 
     def _silent_after(self, edge: Edge) -> str | None:
         """A node further down that calls no model that can be seen."""
         for at in self._onward(edge[1]):
-            agent = isinstance(_inner(self.builder.nodes[at].runnable), LatentAgentNode)
-            if not (at == edge[0] or agent or self.facts(at).models):
+            agent = isinstance(unswitched(self.builder.nodes[at].runnable), LatentAgentNode)
+            if not (at == edge[0] or agent or self.calls(at).models):
                 return at
         return None
 
@@ -315,15 +295,15 @@ class _Graph:
         """The `_outputs` of each subgraph that a node calls, if something in it calls a model."""
         return [_outputs(subgraph) for subgraph in _direct(self.builder.nodes[name].runnable)]
 
-    def _output(self, name: str, facts: _Facts, ends: Sequence[Mapping[tuple[str, ...], Any]]) -> _Facts:
+    def _output(self, name: str, facts: Calls, ends: Sequence[Mapping[tuple[str, ...], Any]]) -> Calls:
         """What can be seen of the calls that give a node its output: its own, and in subgraphs those of last nodes."""
         if not ends or not all(ends):
             return facts
-        looked = [_look(_inner(self.builder.nodes[name].runnable), into_subgraphs=False)]
-        looked += [_look(last, into_subgraphs=False) for outputs in ends for last in outputs.values()]
+        looked = [Calls.of(unswitched(self.builder.nodes[name].runnable), into_subgraphs=False)]
+        looked += [Calls.of(last, into_subgraphs=False) for outputs in ends for last in outputs.values()]
         models = [model for each in looked for model in each.models]
         parsers = [parser for each in looked for parser in each.parsers]
-        return _Facts(models, any(each.tools for each in looked), parsers, [], [])
+        return Calls(models, any(each.tools for each in looked), parsers, [], [])
 
     def with_edges(self, switched: dict[Edge, int]) -> StateGraph:
         """A copy of the builder in which these edges are latent and all others are not."""
@@ -331,7 +311,7 @@ class _Graph:
         vars(new).update({name: copy.copy(value) for name, value in vars(new).items()})
         new.branches = type(new.branches)(dict, {k: dict(v) for k, v in new.branches.items()})
         new.compiled = False
-        inside = [_Graph(each.builder) for each in self._subgraphs() if isinstance(each, CompiledStateGraph)]
+        inside = [GraphEdges(each.builder) for each in self._subgraphs() if isinstance(each, CompiledStateGraph)]
         latent = {edge for graph in inside for edge in graph.switched} | switched.keys()
         known = frozenset(latent | {edge for graph in (self, *inside) for edge in graph._latent_by_themselves()})
         there = frozenset(edge for graph in (self, *inside) for edge in graph.edges)
@@ -341,11 +321,11 @@ class _Graph:
                 continue
             if spec.error_handler_node == DEFAULT_ERROR_HANDLER:
                 spec = dataclasses.replace(spec, error_handler_node=None)
-            runnable, cache = _inner(spec.runnable), _uncached(spec.cache_policy)
+            runnable, cache = unswitched(spec.runnable), _uncached(spec.cache_policy)
             edges = {edge: switched[edge] for edge in self.leaving(name) if edge in switched}
             if edges and len(edges) == len(self.leaving(name)):
                 paths = {path for outputs in self._ends(name) for path in outputs}
-                paths |= {(task,) for task in _look(runnable, into_subgraphs=False).tasks}
+                paths |= {(task,) for task in Calls.of(runnable, into_subgraphs=False).tasks}
                 seen = frozenset(node for subgraph in _direct(runnable) for node in subgraph.nodes)
                 runnable = _Switched(name, runnable, edges, frozenset({(), *paths}), seen, known, there)
                 cache = _cached(cache or self.builder._node_defaults.cache_policy, edges, runnable.inner)
@@ -356,7 +336,7 @@ class _Graph:
     def _latent_by_themselves(self) -> Iterator[Edge]:
         """Edges of nodes that hand over references without being switched, by node and by agent."""
         for source, target in self.edges:
-            agent = None if source == START else _inner(self.builder.nodes[source].runnable)
+            agent = None if source == START else unswitched(self.builder.nodes[source].runnable)
             if isinstance(agent, LatentAgentNode):
                 yield source, target
                 yield str(agent.name), target
@@ -364,7 +344,7 @@ class _Graph:
     def _subgraphs(self) -> Iterator[Pregel]:
         """All that can be seen, those inside of others included."""
         for name in self.builder.nodes:
-            yield from self.facts(name).subgraphs
+            yield from self.calls(name).subgraphs
 
 
 class _Switched(RunnableCallable):
@@ -409,7 +389,7 @@ class _Switched(RunnableCallable):
         self.inner = inner
 
 
-def _named(edges: Iterable[Edge], graph: _Graph) -> list[Edge]:
+def _named(edges: Iterable[Edge], graph: GraphEdges) -> list[Edge]:
     if isinstance(edges, str):
         raise InvalidEdge(f"edges must be pairs of node names, or '*', not {edges!r}.")
     named = []
@@ -431,7 +411,8 @@ def _named(edges: Iterable[Edge], graph: _Graph) -> list[Edge]:
     return named
 
 
-def _inner(runnable: Any) -> Any:
+def unswitched(runnable: Any) -> Any:
+    """What a node was before its edges were switched."""
     return runnable.inner if isinstance(runnable, _Switched) else runnable
 
 
@@ -472,110 +453,6 @@ def _service_of(model: ChatLatentMAS) -> Hashable:
     return SharedSettings().key(model.model, model.device, model.dtype)
 
 
-def _look(root: Any, into_subgraphs: bool = True) -> _Facts:
-    """Follows what some code holds on to (closures, globals it names, attributes, steps) to the models it calls."""
-    models: list[BaseChatModel] = []
-    parsers: list[str] = []
-    subgraphs: list[Pregel] = []
-    tasks: list[str] = []
-    tools = False
-    seen: dict[Hashable, Any] = {}  # holds on to what it has seen, so that no id comes twice
-    queue: list[Any] = [root]
-    while queue:
-        at = queue.pop()
-        key = (id(at.__func__), id(at.__self__)) if isinstance(at, MethodType) else id(at)  # made at every look
-        if key in seen:
-            continue
-        seen[key] = at
-        if isinstance(at, BaseChatModel):
-            models.append(at)
-        elif isinstance(at, ToolNode):
-            tools = True
-        elif isinstance(at, Pregel):
-            subgraphs.append(at)
-            queue += [at.nodes[name].bound for name in at.nodes] if into_subgraphs else []
-        elif isinstance(at, RunnableBinding):
-            tools = tools or bool(at.kwargs.get("tools"))
-            queue.append(at.bound)
-        elif isinstance(at, LatentAgentNode):
-            continue  # reads and writes references by itself, with a chat model that it makes when it first speaks
-        elif isinstance(at, BaseOutputParser):
-            parsers += [] if isinstance(at, StrOutputParser) else [type(at).__name__]
-        else:
-            tasks += [getattr(at, "__name__", "")] if isinstance(at, _TaskFunction) else []
-            queue += _held(at)
-    return _Facts(models, tools, parsers, subgraphs, tasks)
-
-
-def _held(at: Any) -> Iterator[Any]:
-    """What an object that is no model may call."""
-    if isinstance(at, Runnable) and isinstance(steps := getattr(at, "steps", None), list):  # a sequence
-        yield from steps
-    elif isinstance(at, RunnableParallel):
-        yield from at.steps__.values()
-    elif isinstance(at, (RunnableCallable, RunnableLambda)):
-        yield from (f for f in (getattr(at, "func", None), getattr(at, "afunc", None)) if f is not None)
-    elif isinstance(at, partial):
-        yield from (at.func, *at.args, *at.keywords.values())
-    elif isinstance(at, MethodType):
-        yield at.__func__
-        if isinstance(at.__func__, FunctionType):
-            yield from _asked_of(at.__self__, at.__func__.__code__)
-    elif isinstance(at, FunctionType):
-        yield from (cell.cell_contents for cell in at.__closure__ or () if cell != CellType())
-        yield from (*(at.__defaults__ or ()), *(at.__kwdefaults__ or {}).values())
-        if (at.__module__ or "").split(".")[0] not in LIBRARIES:
-            yield from (_named_by(chain, at.__globals__) for chain in _chains(at.__code__))
-    elif isinstance(at, (list, tuple)):
-        yield from at
-    elif isinstance(at, dict):
-        yield from at.values()
-    elif isinstance(at, Runnable):
-        yield from getattr(at, "__dict__", {}).values()
-    elif isinstance(called := inspect.getattr_static(type(at), "__call__", None), FunctionType):
-        yield MethodType(called, at)  # an object that is called like a node
-
-
-def _asked_of(owner: Any, code: CodeType) -> Iterator[Any]:
-    """The attributes of a method's object that the method names, and the other methods of it."""
-    for name in code.co_names:
-        found = inspect.getattr_static(owner, name, None)
-        if isinstance(found, (property, cached_property, staticmethod, classmethod)):
-            found = getattr(found, "fget", None) or getattr(found, "func", None) or getattr(found, "__func__", None)
-        elif inspect.ismemberdescriptor(found):
-            found = getattr(owner, name, None)
-        yield MethodType(found, owner) if isinstance(found, FunctionType) else found
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _asked_of(owner, constant)
-
-
-def _chains(code: CodeType) -> Iterator[list[str]]:
-    """The globals that a function names, and those defined inside of it, each with the attributes asked of it."""
-    chain: list[str] = []
-    for each in dis.get_instructions(code):
-        if each.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain:
-            chain.append(each.argval)
-            continue
-        if chain:
-            yield chain
-        chain = [each.argval] if each.opname in ("LOAD_GLOBAL", "LOAD_NAME") else []
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _chains(constant)
-
-
-def _named_by(chain: Sequence[str], names: Mapping[str, Any]) -> Any:
-    """What a chain of names leads to: through modules, as far as the first thing that is none."""
-    found: Any = None
-    for name in chain:
-        found = names.get(name)
-        if not isinstance(found, ModuleType):
-            return found
-        names = vars(found)
-    return None
-
-
 def _outputs(subgraph: Pregel, around: tuple[Pregel, ...] = ()) -> dict[tuple[str, ...], Any]:
     """The nodes in a compiled graph after which it ends, whatever happens.
 
@@ -588,13 +465,13 @@ def _outputs(subgraph: Pregel, around: tuple[Pregel, ...] = ()) -> dict[tuple[st
     """
     if not isinstance(subgraph, CompiledStateGraph) or any(subgraph is other for other in around):
         return {}
-    graph = _Graph(subgraph.builder)
+    graph = GraphEdges(subgraph.builder)
     silent = {name for name in graph.builder.nodes if not graph.leaving(name)}  # they end without an edge that says so
-    ending: set[str] = {name for name in silent if graph.facts(name).models}
+    ending: set[str] = {name for name in silent if graph.calls(name).models}
     after = [END, *silent - ending]  # nothing here calls a model
     for end in after:
         for source in {source for source, target in graph.edges if target == end} - {START, *after}:
-            (ending.add if graph.facts(source).models else after.append)(source)
+            (ending.add if graph.calls(source).models else after.append)(source)
     passed = list(ending)
     for source in passed:
         for _, target in graph.leaving(source):
@@ -605,7 +482,7 @@ def _outputs(subgraph: Pregel, around: tuple[Pregel, ...] = ()) -> dict[tuple[st
         return {}  # middleware that looks at what the agent said
     last: dict[tuple[str, ...], Any] = {}
     for name in ending:
-        last[(name,)] = runnable = _inner(graph.builder.nodes[name].runnable)
+        last[(name,)] = runnable = unswitched(graph.builder.nodes[name].runnable)
         for deeper in _direct(runnable):
             if not (inner := _outputs(deeper, (*around, subgraph))):
                 return {}
@@ -615,4 +492,4 @@ def _outputs(subgraph: Pregel, around: tuple[Pregel, ...] = ()) -> dict[tuple[st
 
 def _direct(runnable: Any) -> list[Pregel]:
     """The subgraphs that a node calls by itself, and not those inside of them; only such as call a model somewhere."""
-    return [each for each in _look(_inner(runnable), into_subgraphs=False).subgraphs if _look(each).models]
+    return [each for each in Calls.of(unswitched(runnable), into_subgraphs=False).subgraphs if Calls.of(each).models]

@@ -29,6 +29,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def check_whole(what: str, value: object, least: int = 0) -> None:
+    """Refuses what is no whole number from `least` on.
+
+    Raises:
+        InvalidRequest: Says `what` it is.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidRequest(f"{what} must be a whole number from {least} on, not {value!r}.")
+
+
 class LatentMASError(Exception):
     """Base of all errors of this package."""
 

@@ -20,7 +20,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langgraph.runtime import Runtime, get_runtime
 
 from .chat_model import ChatLatentMAS, may_hold_marker, without_markers
-from .errors import InvalidRequest
+from .errors import InvalidRequest, check_whole
 from .modes import inside, node_path, runs_as_text
 from .progress import reporter
 from .service import LatentService
@@ -119,9 +119,8 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         """
         if not (name and isinstance(name, str)):
             raise InvalidRequest(f"An agent needs a name, not {name!r}.")
-        for what, value, least in (("steps", steps, 0), ("max_tokens", max_tokens, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidRequest(f"Agent {name!r}: {what} must be a whole number from {least} on, not {value!r}.")
+        check_whole(f"Agent {name!r}: steps", steps)
+        check_whole(f"Agent {name!r}: max_tokens", max_tokens, 1)
         if not (isinstance(prompt, (str, SystemMessage, Runnable)) or callable(prompt)):
             raise InvalidRequest(
                 f"Agent {name!r}: prompt must be a string, a SystemMessage, a prompt template or a function of the "
@@ -207,7 +206,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 )
         if isinstance(self.prompt, (str, SystemMessage)):
             system = SystemMessage(self.prompt) if isinstance(self.prompt, str) else self.prompt
-            return [system, *(_field(state, "messages") or [])]
+            return [system, *(field_of(state, "messages") or [])]
         if isinstance(self.prompt, Runnable):
             return getattr(self.prompt, run)(_as_dict(state), config)
         return self.prompt(state)
@@ -217,11 +216,11 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         if not isinstance(service, LatentService):
             raise InvalidRequest(f"Agent {self.name!r}: service must be a LatentService, not {type(service).__name__}.")
         leaves_text = self._leaves_text(config)
-        handed = _field(state, "latents")
+        handed = field_of(state, "latents")
         known = [] if runs_as_text(config) else list(handed or [])
         # A prompt of words shows all that was said. What others show is their own choice.
         whole = isinstance(self.prompt, (str, SystemMessage))
-        conversation: Sequence[BaseMessage] = messages[1:] if whole else _field(state, "messages") or []
+        conversation: Sequence[BaseMessage] = messages[1:] if whole else field_of(state, "messages") or []
         try:
             latents, notes = self._read(known, conversation, messages, handed is None)
             read = ancestry(latents, known) if any(map(memory_of, messages)) else set()
@@ -342,7 +341,7 @@ def _service_of_the_run() -> Any:
         runtime: Runtime | None = get_runtime()
     except (RuntimeError, KeyError):  # called outside of a graph
         return None
-    return None if runtime is None else _field(runtime.context, "service")
+    return None if runtime is None else field_of(runtime.context, "service")
 
 
 def _loses(channel: str, state: Any, config: RunnableConfig) -> bool:
@@ -375,7 +374,7 @@ def _said(message: AIMessage, plan: _Plan) -> dict[str, Any]:
     return {"messages": [message], "latents": [message.response_metadata["latent_ref"]]}
 
 
-def _field(state: Any, name: str) -> Any:
+def field_of(state: Any, name: str) -> Any:
     """A field of a state, whether that is a mapping, a dataclass or a pydantic model."""
     return state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
 

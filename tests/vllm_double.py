@@ -137,9 +137,9 @@ def event(data: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(data)}\n\n".encode()
 
 
-def events(*data: dict[str, Any]) -> httpx.Response:
-    """A stream that ends without [DONE], as when the connection breaks."""
-    return httpx.Response(200, content=b"".join(map(event, data)))
+def events(*data: dict[str, Any], done: bool = False) -> httpx.Response:
+    """A stream of these events; without [DONE] it ends as when the connection breaks."""
+    return httpx.Response(200, content=b"".join([*map(event, data), b"data: [DONE]\n\n" * done]))
 
 
 def problem(status: int, message: str) -> httpx.Response:

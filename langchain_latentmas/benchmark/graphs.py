@@ -45,7 +45,7 @@ def text_against_latent(
         steps: Latent steps of a thinker.
         tokens: Tokens of every speaker.
         repeats: Turns.
-        done: Called after each turn.
+        done: Called after each turn, one before them included, which is not counted.
 
     Returns:
         Per arrangement plain JSON: seconds of both, how many times longer text takes, and the ticks of both, whose
@@ -55,7 +55,7 @@ def text_against_latent(
     with LocalService(model, _settings(3 * questions)) as service:
         asked = iter(range(1 << 30))
 
-        def turn(arrangement: Arrangement, text: bool, steps: int, tokens: int) -> tuple[float, int]:
+        def turn(arrangement: Arrangement, text: bool) -> tuple[float, int]:
             graph = team(service, arrangement, text, steps, tokens)
             inputs = [_question(next(asked)) for _ in range(questions)]  # never asked before, so nothing is known
             ticks, begun = service.info()["ticks"], time.perf_counter()
@@ -67,12 +67,11 @@ def text_against_latent(
             return seconds, service.info()["ticks"] - ticks
 
         for arrangement in TEAMS:
-            for text in (True, False):
-                turn(arrangement, text, min(steps, 2), min(tokens, 8))
             turns: dict[bool, list[tuple[float, int]]] = {False: [], True: []}
-            for _ in range(repeats):
+            for i in range(-1, repeats):  # the first turn grows slots, and records steps: it is not counted
                 for text in (True, False):
-                    turns[text].append(turn(arrangement, text, steps, tokens))
+                    took = turn(arrangement, text)
+                    turns[text] += [took] if i >= 0 else []
                     done()
             ratio = ratios(*([seconds for seconds, _ in turns[text]] for text in (True, False)))
             seconds = {text: Spread.of(seconds for seconds, _ in turns[text]) for text in turns}

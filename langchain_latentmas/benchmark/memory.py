@@ -7,6 +7,7 @@ import torch
 from ..engine.device import free_bytes
 
 COPIED = 1 << 30  # bytes; beyond any cache
+FAST = 8  # copies at a time on a GPU, where one takes so little that to start it and to wait for it counts
 
 
 def in_gb(size: int) -> str:
@@ -43,7 +44,9 @@ class Copy:
         self.run()
 
     def run(self) -> float:
-        """Copies once; returns bytes per second."""
+        """Copies; returns bytes per second."""
+        times = FAST if self.source.device.type == "cuda" else 1
         begun = clock(self.source.device)
-        self.target.copy_(self.source)
-        return self.bytes / (clock(self.source.device) - begun)
+        for _ in range(times):
+            self.target.copy_(self.source)
+        return times * self.bytes / (clock(self.source.device) - begun)

@@ -83,21 +83,22 @@ class Bench:
                     measured.append(measure(self.model, work, self.repeats, copy, copied))
         del copy
         bandwidth = Spread.of(copied)
+        graphs = self._graphs(self.graphs, progress) if self.graphs else {}
         result = {
             "machine": about,
-            "model": self._about(),
+            "model": self._about(),  # last: what a hook makes of the decoder is to be seen here
             "repeats": self.repeats,
             "bandwidth_gb_s": bandwidth.median / 1e9,
             "bandwidth_gb_s_spread": [bandwidth.min / 1e9, bandwidth.max / 1e9],
             "rows": [one.row(bandwidth.median) for one in measured],
             "skipped": skipped,
-            **(self._graphs(self.graphs, progress) if self.graphs else {}),
+            **graphs,
         }
         return {**result, "targets": [target.row() for target in targets(result)]}
 
     def _graphs(self, graphs: Graphs, progress: Progress) -> dict[str, Any]:
         turns = count(1)
-        total = graphs.repeats * (2 + 4 * len(graphs.questions))
+        total = graphs.repeats * 2 + (graphs.repeats + 1) * 4 * len(graphs.questions)
 
         def done(what: str) -> Callable[[], None]:
             progress(what, 0, total)

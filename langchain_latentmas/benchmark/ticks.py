@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from ..engine import attention
-from ..engine.device import free_bytes
+from ..engine.device import free_bytes_for
 from ..engine.graphs import Graphs
 from ..engine.kv import KV, Placed, Side
 from ..engine.model import LanguageModel
@@ -88,7 +88,7 @@ def obstacle(model: LanguageModel, work: Work, repeats: int) -> str:
         return f"rows that are measured so often need {shortest} positions"
     if work.positions > model.max_positions:
         return f"the model has {model.max_positions} positions"
-    needed, free = memory_needed(model, work), int(free_bytes(model.device) * SPARE)
+    needed, free = memory_needed(model, work), int(free_bytes_for(model.kv_devices) * SPARE)
     return f"it takes {in_gb(needed)}, and {in_gb(free)} can be used" if needed > free else ""
 
 

@@ -51,11 +51,11 @@ END = 2
 THINKING, SPEAKING = 1536, 2560  # tokens of a batch, padding included; those of thinkers pass twice
 RATE = 2e-3
 STEPS = 4000
-MEASURED, RIGHT = 400, 0.95  # rows of a kind that are looked at, and the share that has to be right
 LOOKED_AT = 1_000_000  # seed of these rows
 ROUNDS, AGAIN, AGAIN_RATE = 5, 400, 5e-4  # at most, of so many steps, for kinds of rows that are not right
 SEED, OTHER_SEED = 0, 1  # of the weights in `model/`, and of those that `--check` makes
 WITHIN = 2  # points between two seeds
+MEASURED, RIGHT = 400, 1 - WITHIN / 100  # rows of a kind that are looked at, and the share that has to be right
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|latent|>"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

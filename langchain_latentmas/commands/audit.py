@@ -6,7 +6,7 @@ import json
 import random
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -43,13 +43,17 @@ def audit(
         str | None, typer.Option(help="Without a graph: words, relay, split, a benchmark, or a path ending in .jsonl.")
     ] = None,
     examples: Annotated[
-        Path | None, typer.Option(help="For a graph: a .jsonl file with `input` (text or state) and `answer`.")
+        Path | None,
+        typer.Option(
+            help="For a graph: a .jsonl file with `input` and `answer`. An input is a state, or a text, which becomes "
+            '{"messages": [("human", text)]}.'
+        ),
     ] = None,
     grader: Annotated[
         str | None,
         typer.Option(
-            help="Of --examples: number, letter, exact, or module:function of state and answer. Of a .jsonl --task: "
-            "number, letter, exact or code."
+            help="Of --examples: number, letter or exact, which read the last of `messages`, else the field `answer`; "
+            "or module:function of state and answer. Of a .jsonl --task: number, letter, exact or code."
         ),
     ] = None,
     n: Annotated[
@@ -337,6 +341,14 @@ def _grader(name: str) -> Callable[[Any, Any], bool]:
 
 
 def _text(state: Any) -> str:
-    """The answer in a graph's last state: the text of its last message, or its field `answer`."""
-    said = state["messages"][-1].text if "messages" in state else state["answer"]
-    return str(said)
+    """The answer in a graph's last state: the text of its last message, else its field `answer`.
+
+    Raises:
+        InvalidRequest: If it has neither.
+    """
+    fields = state if isinstance(state, Mapping) else {}  # a graph of the functional API may return anything
+    if messages := fields.get("messages"):
+        return str(messages[-1].text)
+    if "answer" in fields:
+        return str(fields["answer"])
+    raise InvalidRequest("the state has neither messages nor answer; give --grader module:function.")

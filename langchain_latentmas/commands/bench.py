@@ -86,7 +86,7 @@ def bench(
         if as_json:
             print_json(**result)
         else:
-            open_console().print(_picture(result))
+            open_console().print(picture(result))
         if svg is not None:
             from ..evaluation.pictures import draw_bench
 
@@ -147,7 +147,8 @@ def _progress(show: bool) -> "Iterator[Callable[[str, int, int], None]]":
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
 
 
-def _picture(result: dict[str, Any]) -> RenderableType:
+def picture(result: dict[str, Any]) -> RenderableType:
+    """What `Bench.run` returned, as tables."""
     machine, about = result["machine"], result["model"]
     where = f"{machine['device']}, " if machine["device"] != "cpu" else ""
     decoder = "" if about["decoder"] == "own" else f"\nlayers computed by transformers: {about['decoder']}"

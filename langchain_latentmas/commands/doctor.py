@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import LatentMASError
+from ..errors import LatentMASError, MissingExtra
 from .options import AsJson
 from .session import loading, print_json, reported
 from .terminal import open_console, printable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..service.base import LatentService
     from ..service.vllm import VLLMService
-    from ..service.vllm_server import Server
+    from ..service.vllm_server import VLLMServer
 
 STEPS, TOKENS = 4, 8
 LARGE_BLOCK = 32  # positions; a reader computes anew what lies in a memory's last, unfinished block
@@ -72,13 +72,20 @@ def diagnose(
         model: What should run there; None to take what does.
         settings: Fields of `VLLMSettings`.
         transport: For tests.
+
+    Raises:
+        InvalidRequest: If a setting is out of range, or the address is none.
+        MissingExtra: If what it takes to ask a server is not installed.
     """
-    from ..service.vllm import PREFIX, VLLMService, checked_settings
-    from ..service.vllm_server import Server, VLLMSettings
+    try:
+        from ..service.vllm import PREFIX, VLLMService, checked_settings
+        from ..service.vllm_server import VLLMServer, VLLMSettings
+    except ModuleNotFoundError as error:
+        raise MissingExtra.of("serve", f"{error.name} is not installed") from error
 
     checked = checked_settings(VLLMSettings, dict(settings or {}))
     address = url.removeprefix(PREFIX).rstrip("/")
-    server = Server(address, checked, transport)
+    server = VLLMServer(address, checked, transport)
     try:
         facts = yield from _facts(server)
     finally:
@@ -86,7 +93,7 @@ def diagnose(
     if facts is None:
         return
     try:
-        service = VLLMService(Server(address, checked, transport), checked)
+        service = VLLMService(VLLMServer(address, checked, transport), checked)
     except LatentMASError as error:
         yield Finding("tokenizer", False, str(error), "--tokenizer <folder or hub id>")
         return
@@ -97,7 +104,7 @@ def diagnose(
             yield from _weights(service, model)
 
 
-def _facts(server: "Server") -> "Any":
+def _facts(server: "VLLMServer") -> "Any":
     try:
         served = server.call(server.served())
         yield Finding("server", True, f"serves {served['id']}")
@@ -137,12 +144,23 @@ def _round_trip(service: "VLLMService") -> Iterator[Finding]:
 
 
 def _weights(service: "VLLMService", model: str) -> Iterator[Finding]:
-    from .session import load
+    from ..service.local import LocalService
+    from .session import hush
 
-    with load(model) as local:
+    hush()
+    try:
+        local = LocalService.load(model)  # without the environment, whose options are for the client
+    except LatentMASError as error:
+        yield Finding("weights", False, str(error), "--model")
+        return
+    with local:
         here, there = local.info()["fingerprint"], service.facts["fingerprint"]
         yield Finding("weights", here == there, f"{there} there, {here} in {model}", "" if here == there else "--model")
-        same = _probe(local) == _probe(service)
+        try:
+            same = _probe(local) == _probe(service)
+        except LatentMASError as error:
+            yield Finding("greedy probe", False, str(error), "see the server's log")
+            return
     said = "greedy tokens after thinking are those of the model here"
     yield Finding("greedy probe", same, said if same else f"not: {said}", "" if same else "--model, --dtype")
 

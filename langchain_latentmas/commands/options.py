@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import InvalidRequest
+
 Model = Annotated[
     str,
     typer.Option(
@@ -33,15 +35,15 @@ def named(options: Sequence[str] | None) -> dict[str, Any]:
     """Settings by name, of NAME=VALUE.
 
     Raises:
-        typer.BadParameter: If one does not read so.
+        InvalidRequest: If one does not read so.
     """
     return dict(map(_named, options or ()))
 
 
 def _named(option: str) -> tuple[str, Any]:
     name, given, value = option.partition("=")
-    if not given:
-        raise typer.BadParameter(f"{option!r} should read NAME=VALUE", param_hint="--option")
+    if not (name and given):
+        raise InvalidRequest(f"--option {option!r} should read NAME=VALUE, such as kv_budget=4GiB.")
     try:
         return name, json.loads(value)
     except ValueError:

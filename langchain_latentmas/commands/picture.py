@@ -21,7 +21,7 @@ picture = typer.Typer(no_args_is_help=True, help="Pictures as .png or .svg files
 
 Out = Annotated[Path, typer.Argument(help="A .png or .svg file.")]
 Task = Annotated[str, typer.Option(help="words, relay, split, a benchmark, or a path that ends in .jsonl.")]
-Questions = Annotated[int, typer.Option("--n", help="Questions.")]
+Grader = Annotated[str | None, typer.Option(help="For a .jsonl file: number, letter, code or exact.")]
 Seed = Annotated[int, typer.Option(min=0, help="Which questions.")]
 
 
@@ -29,7 +29,8 @@ Seed = Annotated[int, typer.Option(min=0, help="Which questions.")]
 def steps(
     out: Out,
     task: Task = "relay",
-    n: Questions = 100,
+    grader: Grader = None,
+    n: Annotated[int | None, typer.Option("--n", help="Questions; by default as many as there are, up to 100.")] = None,
     model: Model = "bundled",
     at: Annotated[str, typer.Option(help="Latent steps of each thinker, with commas.")] = "0,4,8,12,16,20,24,32,48,80",
     arrangements: Annotated[str, typer.Option(help="Of sequential and hierarchical.")] = "sequential,hierarchical",
@@ -42,13 +43,11 @@ def steps(
     with reported(as_json):
         counts = _counts(at)
         teams = [name.strip() for name in arrangements.split(",")]
-        with _ready(out, model, option, as_json) as service:
-            from ..evaluation.benchmarks import task_named
+        with _ready(out, task, grader, n, 100, seed, model, option, as_json) as (asked, n, service):
             from ..evaluation.pictures import draw_steps
             from ..evaluation.run import Evaluation
             from ..evaluation.steps import curve
 
-            asked = task_named(task)
             levels: dict[str, float] = {}
             curves = {}
             with _bar(n * len(teams) * (len(counts) + text), not as_json) as advance:
@@ -76,7 +75,8 @@ def steps(
 def thoughts(
     out: Out,
     task: Task = "relay",
-    n: Questions = 40,
+    grader: Grader = None,
+    n: Annotated[int | None, typer.Option("--n", help="Questions; by default as many as there are, up to 40.")] = None,
     model: LocalModel = "bundled",
     arrangement: Annotated[Literal["sequential", "hierarchical"], typer.Option(help="Who works on it.")] = "sequential",
     steps: Annotated[int | None, typer.Option(help="Latent steps of each thinker.")] = None,
@@ -85,15 +85,13 @@ def thoughts(
     as_json: AsJson = False,
 ) -> None:
     """Thoughts among token embeddings, in two principal components (the paper's figure 5)."""
-    with reported(as_json), _ready(out, model, option, as_json) as service:
-        from ..evaluation.benchmarks import task_named
+    with reported(as_json), _ready(out, task, grader, n, 40, seed, model, option, as_json) as (asked, n, service):
         from ..evaluation.cloud import Cloud
         from ..evaluation.pictures import draw_thoughts
         from ..service.local import LocalService
 
         if not isinstance(service, LocalService):
             raise InvalidRequest("Token embeddings are only at hand where the model runs in this process.")
-        asked = task_named(task)
         graph = asked.graph(service, arrangement, steps=steps).compile()
         inputs: Any = [asked.input(question) for question in asked.questions(n, seed)]
         segments: list[Any] = []
@@ -165,15 +163,30 @@ def _counts(at: str) -> list[int]:
 
 
 @contextmanager
-def _ready(out: Path, model: str, options: list[str] | None, as_json: bool) -> Iterator[Any]:
-    """A service, once it is sure that the picture can be drawn."""
+def _ready(
+    out: Path,
+    task: str,
+    grader: str | None,
+    n: int | None,
+    most: int,
+    seed: int,
+    model: str,
+    options: list[str] | None,
+    as_json: bool,
+) -> Iterator[tuple[Any, int, Any]]:
+    """A task, the number of its questions (`n`, else all, up to `most`), and a service; sure that it can be drawn."""
     from ..evaluation.pictures import check_path
 
     check_path(out)
     with loading(show=not as_json):
+        from ..evaluation.benchmarks import task_named
+
+        asked = task_named(task, grader)
+        # What is not there is found before the model is loaded.
+        n = min(most, len(asked.questions())) if n is None else len(asked.questions(n, seed))
         service = load(model, options)
     with service:
-        yield service
+        yield asked, n, service
 
 
 @contextmanager

@@ -37,10 +37,16 @@ def serve(
     keep_alive: Annotated[
         float | None, typer.Option(help="Seconds of silence after which a stream shows that it lives; 5 by default.")
     ] = None,
-    max_body: Annotated[int | None, typer.Option(help="Most bytes of a request; 1 MiB by default.")] = None,
+    max_body: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Most of a request, such as 2MiB; 1 MiB by default.")
+    ] = None,
     max_depth: Annotated[int | None, typer.Option(help="Most nested JSON values in it; 32 by default.")] = None,
-    max_headers: Annotated[int | None, typer.Option(help="Most bytes of its headers; 32 KiB by default.")] = None,
-    max_memory: Annotated[int | None, typer.Option(help="Most bytes of a memory in or out; 1 GiB by default.")] = None,
+    max_headers: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Most of its headers; 32 KiB by default.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Most of a memory in or out, such as 2GiB; 1 GiB by default.")
+    ] = None,
     max_connections: Annotated[int | None, typer.Option(help="Most connections; 2048 by default.")] = None,
     body_seconds: Annotated[float | None, typer.Option(help="Seconds for a body to come; 30 by default.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info (by default), warning or error.")] = None,
@@ -54,9 +60,9 @@ def serve(
     not flags, since others can read those: set LATENTMAS_TOKEN, or write them into the file.
     """
     flags = {name: value for name, value in locals().items() if value is not None and name not in ("option", "config")}
-    if option:
-        flags["options"] = named(option)
     with reported(as_json=False):
+        if option:
+            flags["options"] = named(option)
         _require_extra()
         from ..service.serving import ServeSettings
 
@@ -75,20 +81,25 @@ def serve(
 
 def rotate_key(
     store: Annotated[
-        Path | None, typer.Option(envvar="LATENTMAS_STORE", help="The store; ~/.local/state/latentmas by default.")
+        Path | None,
+        typer.Option(
+            envvar="LATENTMAS_STORE", help="The store; by default that of --config, else ~/.local/state/latentmas."
+        ),
     ] = None,
     keep_days: Annotated[float, typer.Option(help="Days for which old references are still accepted.")] = 30,
+    config: Annotated[
+        Path | None, typer.Option(envvar="LATENTMAS_CONFIG", help="TOML file of the server whose store it is.")
+    ] = None,
 ) -> None:
     """Puts a fresh signing key into a store; a server that runs takes it within a second.
 
     References and markers that were signed with the old key are accepted for --keep-days more.
     """
     with reported(as_json=False):
-        _require_extra()
         from ..service.identity import rotate_key as rotate
         from ..service.serving import ServeSettings
 
-        folder = store or ServeSettings.model_fields["store"].get_default(call_default_factory=True)
+        folder = store or ServeSettings.gather(config, {}).store
         rotate(folder / "key", keep_days * 86400)
         print(f"{folder / 'key'}: fresh key; what the old one signed is accepted for {keep_days:g} days more.")
         print("A server that runs takes it within a second.")

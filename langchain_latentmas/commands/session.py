@@ -65,25 +65,31 @@ def settled() -> Iterator[None]:
 
 
 def load(model: str, options: Sequence[str] | None = None) -> "LatentService":
-    """A service on a model; warnings of this package become single lines on stderr.
+    """A service on a model, with what the environment says but for the store; warnings become single lines on stderr.
 
     Args:
         model: What `LatentService.load` takes.
-        options: More settings, each as NAME=VALUE.
-    """
-    from transformers.utils import logging as transformers_logging
+        options: Settings that go before those of the environment, each as NAME=VALUE.
 
-    from ..service import LatentService
+    Raises:
+        InvalidRequest: If one of them does not read so.
+    """
     from ..service.shared import SharedSettings
+
+    hush()
+    # A durable store would answer with thoughts of earlier runs, in no time at all.
+    return SharedSettings(store=None).load(model, options=named(options))
+
+
+def hush() -> None:
+    """Warnings of this package become single lines on stderr, and transformers loads without a word."""
+    from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     own = logging.getLogger("langchain_latentmas")
     if not any(isinstance(handler, _OneLine) for handler in own.handlers):
         own.addHandler(_OneLine())
-    # A durable store would answer with thoughts of earlier runs, in no time at all.
-    settings = SharedSettings(store=None)
-    return LatentService.load(model, **{**settings.loading(model), **named(options)})
 
 
 def team(

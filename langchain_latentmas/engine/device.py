@@ -1,6 +1,7 @@
 """The device: its free memory, how torch is set up for it, and how far the host may run ahead of it."""
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -12,6 +13,15 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     return int(psutil.virtual_memory().available)
+
+
+def free_bytes_for(devices: Sequence[torch.device]) -> int:
+    """Bytes that can be allocated for what lies on several devices, in as many equal parts as are named.
+
+    Args:
+        devices: Of each part, say of each layer's KV.
+    """
+    return min(free_bytes(device) * len(devices) // parts for device, parts in Counter(devices).items())
 
 
 def prepare(device: torch.device) -> None:

@@ -192,9 +192,18 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return module._forward_hooks, module._forward_pre_hooks
 
 
+def is_idle(hook: Any) -> bool:
+    """Whether a hook is one by which transformers collects what layers put out; else it does nothing.
+
+    Transformers leaves such hooks in a model that was asked for its hidden states once.
+    """
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
 def is_altered(module: nn.Module) -> bool:
     """Whether calling a module does something else than its class says."""
-    return "forward" in module.__dict__ or any(hooks_of(module))
+    hooks = [hook for each in hooks_of(module) for hook in each.values()]
+    return "forward" in module.__dict__ or not all(map(is_idle, hooks))
 
 
 def _linears(layer: Any) -> tuple[nn.Linear, ...]:

@@ -297,6 +297,7 @@ class LanguageModel:
         self._children, self._then = [m._modules for m in modules], [dict(m._modules) for m in modules]
         self._hooks, self._dicts = [hooks for m in modules for hooks in hooks_of(m)], [vars(m) for m in modules]
         self._stock, self._alterations = self._look(), self._look_for_alterations()
+        self._altered = list(map(is_altered, modules))
         self.alignment = Alignment.of(self.model, self.realign)
         self.fingerprint = self._fingerprint()
 
@@ -312,7 +313,9 @@ class LanguageModel:
                 )
                 self.refresh()
             elif self._alterations != (found := self._look_for_alterations()):
-                self._choose_forward()
+                if self._altered != (altered := list(map(is_altered, self.model.modules()))) or any(altered):
+                    self._choose_forward()
+                    self._altered = altered
                 self._alterations = found
 
     def _look_for_alterations(self) -> list[list[Any]]:

@@ -1,7 +1,9 @@
 """Choosing the next token: transformers' logits processors, and a draw for each row that no other row can change."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +36,20 @@ class Sampling:
     top_k: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def of(cls, *, stop: str | Sequence[str] | None = None, **values: Any) -> Self:
+        """From a caller's keywords, `stop` maybe a single string.
+
+        Raises:
+            InvalidRequest: If one is unknown, or out of range.
+        """
+        try:
+            return cls(**values, stop=(stop,) if isinstance(stop, str) else tuple(stop or ()))
+        except TypeError as error:
+            raise InvalidRequest(
+                f"speak takes max_tokens, temperature, top_p, top_k, stop and seed: {error}"
+            ) from error
 
     def __post_init__(self) -> None:
         """Checks every value."""

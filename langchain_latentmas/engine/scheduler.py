@@ -7,11 +7,12 @@ import traceback
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import cast
 
 import torch
 
 from ..errors import EngineFailed, ServiceClosed
-from .tick import Row, Ticker
+from .tick import NotJoined, Row, Ticker
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Scheduler:
             while self._wait():
                 try:
                     while row := self._next():
-                        self.ticker.join(row)
+                        self._join(row)
                     self.ticker.step()
                 except Exception as error:
                     # Whatever raised may have left any row half-written, so none of them goes on.
@@ -102,6 +103,15 @@ class Scheduler:
             _tell((*self.ticker.clear(), *self._left()))
             with suppress(Exception):  # whoever keeps the service keeps neither slots nor recorded steps
                 self.ticker.renew()
+
+    def _join(self, row: Row) -> None:
+        try:
+            self.ticker.join(row)
+        except NotJoined as error:  # there is no room to turn the keys of its memory, say
+            logger.exception("a row is lost")
+            cause = cast(Exception, error.__cause__)
+            traceback.clear_frames(cause.__traceback__)  # they hold parts of its memory
+            _tell([row], cause)
 
     def _renew(self) -> None:
         """Gets new slots; where the device has none any more, nothing is worked on from then on."""

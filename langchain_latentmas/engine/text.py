@@ -15,14 +15,17 @@ class TextStream:
         stopped: Whether a stop string was met; the text ends before it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), quiet: bool = False) -> None:
         """Starts an empty text.
 
         Args:
             tokenizer: Whose tokens will come; its special tokens are left out of the text.
             stop: Strings that end the text.
+            quiet: Whether nobody reads along. Then `end` returns the whole text, which is decoded but once where no
+                stop string has to be looked for.
         """
-        self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
+        self.tokenizer, self.stop, self.stopped, self._quiet = tokenizer, tuple(stop), False, quiet
+        self._said = ""  # what became certain quietly
         self._ids: list[int] = []
         self._read = 0  # tokens whose text is final
         self._context = 0  # where decoding starts, a little earlier: some tokenizers treat a first token differently
@@ -33,6 +36,23 @@ class TextStream:
         if self.stopped:
             return ""
         self._ids.append(token)
+        if not self._quiet:
+            return self._certain()
+        self._said += self._certain() if self.stop else ""
+        return ""
+
+    def end(self) -> str:
+        """Returns what was held back, once no more tokens come."""
+        said, self._said = self._said, ""
+        if self.stopped:
+            return said
+        rest = self._decode(self._context, len(self._ids))[len(self._decode(self._context, self._read)) :]
+        self._context = self._read = len(self._ids)
+        text = self._release(rest)
+        held, self._held = self._held, ""
+        return said + text + ("" if self.stopped else held)
+
+    def _certain(self) -> str:
         before = self._decode(self._context, self._read)
         now = self._decode(self._context, len(self._ids))
         certain = len(self._ids)
@@ -47,16 +67,6 @@ class TextStream:
                 return ""
         self._context, self._read = self._read, certain
         return self._release(now[len(before) :])
-
-    def end(self) -> str:
-        """Returns what was held back, once no more tokens come."""
-        if self.stopped:
-            return ""
-        rest = self._decode(self._context, len(self._ids))[len(self._decode(self._context, self._read)) :]
-        self._context = self._read = len(self._ids)
-        text = self._release(rest)
-        held, self._held = self._held, ""
-        return text + ("" if self.stopped else held)
 
     def _decode(self, start: int, end: int) -> str:
         return str(self.tokenizer.decode(self._ids[start:end], skip_special_tokens=True))

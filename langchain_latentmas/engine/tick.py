@@ -3,12 +3,12 @@
 import logging
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, count
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class Spoken(NamedTuple):
     text: str
 
 
+class NotJoined(EngineFailed):
+    """A row could not join, and no other one has noticed."""
+
+
 class Result(NamedTuple):
     """What a finished row leaves behind."""
 
@@ -47,7 +51,7 @@ class Result(NamedTuple):
     """[steps, hidden], on the CPU."""
     tokens: list[int]
     text: str
-    """Text that was still held back when the row ended."""
+    """Text that was still held back when the row ended; all of it, if nobody was told of the tokens."""
     finish: str
     """"stop", "length", or "" for a row that did not speak."""
     hidden: Tensor | None
@@ -131,6 +135,39 @@ class Row:
         return self.sampling is None
 
 
+class Drawn(NamedTuple):
+    """Tokens that rows have drawn, on their way to the host."""
+
+    rows: list[Row]
+    tokens: Tensor
+    """[rows], where the logits are."""
+    told: Tensor
+    """The same on the CPU, or -1 of a row whose hidden state is not finite."""
+    ready: torch.cuda.Event | None
+    """When `told` can be read; None for at once."""
+
+    @classmethod
+    def of(cls, rows: list[Row], tokens: Tensor, sound: Tensor) -> Self:
+        """Sends them on their way.
+
+        Args:
+            rows: Who has drawn.
+            tokens: What, [rows].
+            sound: Whether a row's hidden state is finite, [rows].
+        """
+        told, ready = torch.where(sound, tokens, -1).to("cpu", non_blocking=True), None
+        if tokens.device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(tokens.device))
+        return cls(rows, tokens, told, ready)
+
+    def read(self) -> Iterator[tuple[Row, int]]:
+        """Waits for them."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        yield from zip(self.rows, self.told.tolist(), strict=True)
+
+
 class Ticker:
     """The live rows of a model, each in its slot.
 
@@ -161,10 +198,12 @@ class Ticker:
         self.graphs = graphs
         self.pass_positions = CPU_PASS if model.device.type == "cpu" else GPU_PASS
         self.pace = Pace(model.device) if model.device.type == "cuda" else None
+        self.ahead = model.device.type == "cuda"  # the next step is begun before the host reads what was drawn
         self.ticks = self.thoughts = self.spoken = self.prefilled = self.reused = 0
         self.rows: list[Row] = []
         self.decoding = 0
         self._turns = count()
+        self._drawn: list[Drawn] = []  # what the next step feeds
         self._left: dict[int, Row] = {}  # by slot, who has moved on from there and may not be finite
         self._ended: list[tuple[Row, Result | EngineFailed]] = []
         self.cache = model.new_cache()
@@ -182,6 +221,7 @@ class Ticker:
 
     def renew(self) -> None:
         """Gives all slots up, and what they hold; there must be no rows."""
+        self._drawn.clear()
         self._left.clear()
         self.cache.clear()
         self.feedback = Feedback(self.model, self.cache, self.graphs)
@@ -191,17 +231,25 @@ class Ticker:
         return not self.rows or (len(self.rows) < self.max_rows and self._bytes(self._needed(row)) <= self.live_bytes)
 
     def join(self, row: Row) -> None:
-        """Gives a row the next slot, and copies the memory it reads there."""
+        """Gives a row the next slot, and copies the memory it reads there.
+
+        Raises:
+            NotJoined: If the memory cannot be copied; all other rows can go on.
+        """
         needed = self._needed(row)
         size = max(self.cache.slots, needed[0]), max(self.cache.capacity, needed[1])
         # Slots that are there are kept, but one long row, now gone, must not make them dear for all others.
         self.cache.resize(*(size if self._bytes(size) <= self.live_bytes else needed))
         self.feedback.fit()
         self._tidy(len(self.rows))
-        for kv, start, shift in row.past:
-            turned = self.model.rotary.turn(kv, shift) if shift and self.model.rotary else kv
-            self.cache.write(len(self.rows), start, turned)
-        row.enter(self.model)
+        try:
+            for kv, start, shift in row.past:
+                turned = self.model.rotary.turn(kv, shift) if shift and self.model.rotary else kv
+                self.cache.write(len(self.rows), start, turned)
+            row.enter(self.model)
+        except Exception as error:
+            self.cache.blank(len(self.rows))
+            raise NotJoined(f"A row could not join ({type(error).__name__}: {error}).") from error
         row.turn = next(self._turns)
         self.reused += row.known
         self.rows.append(row)
@@ -253,7 +301,7 @@ class Ticker:
         ready = thinkers + self._sound([row for row in ready if not (row.thinking and row.steps)])
         for row in ready:
             if row.sampling is not None:
-                row.text = TextStream(self.model.tokenizer, row.sampling.stop)
+                row.text = TextStream(self.model.tokenizer, row.sampling.stop, quiet=row.on_token is None)
                 if row.sampling.temperature > 0:
                     row.sampler = Sampler(row.sampling, row.hidden.device)
         self._sample([row for row in ready if row.sampling is not None])
@@ -318,13 +366,12 @@ class Ticker:
                 del due[first + i]
 
     def _decode(self) -> None:
-        rows = self.rows[: self.decoding]
+        rows, drawn, self._drawn = self.rows[: self.decoding], self._drawn, []
         if not rows:
             return
         thinking = [row for row in rows if row.thinking]
         speaking = [row for row in rows if not row.thinking]
-        if speaking:
-            self.feedback.tokens[: len(rows)] = torch.tensor([0 if row.thinking else row.tokens[-1] for row in rows])
+        self._feed(drawn)
         length = 1 + max(row.position for row in rows)
         with self.model.threads.taken(len(rows)):
             step = self.feedback.step(len(rows), length, thinking=bool(thinking), speaking=bool(speaking))
@@ -337,9 +384,10 @@ class Ticker:
         for row in thinking:
             if row.on_step:
                 row.on_step(len(row.thoughts))
+        lost = self._read(drawn) if self.ahead else set[Row]()
         # The last token of a text is fed as well, so that whoever reads the memory finds it whole.
         over = [row for row in rows if row.finish or (row.thinking and len(row.thoughts) == row.steps)]
-        self._sample([row for row in speaking if not row.finish])
+        self._sample([row for row in speaking if not row.finish and row not in lost])
         for row in reversed(self._sound(over)):  # whoever comes last leaves without another one being moved
             self._finish(row)
 
@@ -358,11 +406,33 @@ class Ticker:
             found = shares(torch.stack([logits[i] for i, _ in samplers]), *how)
             for (i, sampler), own in zip(samplers, found, strict=True):
                 choices[i] = sampler(own)
-        # Of states: a head may give -inf of its own accord. Told with the choices, for which the host waits anyway.
-        sound = _sums(states).isfinite().to(choices.device)
-        for row, token in zip(rows, torch.where(sound, choices, -1).tolist(), strict=True):
+        # Of states: a head may give -inf of its own accord.
+        drawn = Drawn.of(rows, choices, _sums(states).isfinite().to(choices.device))
+        self._drawn.append(drawn)
+        if not self.ahead:
+            self._read([drawn])
+
+    def _feed(self, drawn: list[Drawn]) -> None:
+        """Makes what was drawn the next inputs; nothing of it goes by the host."""
+        slots = {row: slot for slot, row in enumerate(self.rows)}
+        for each in drawn:
+            there = [(slots[row], i) for i, row in enumerate(each.rows) if row in slots]  # others have left since
+            tokens = each.tokens.to(self.feedback.tokens.device)
+            if there == [(i, i) for i in range(len(tokens))]:
+                self.feedback.tokens[: len(tokens)] = tokens
+            elif there:
+                # Pinned, since the host waits for a GPU where it copies anything else there.
+                pairs = torch.tensor(there, pin_memory=tokens.device.type == "cuda")
+                at, picked = pairs.to(tokens.device, non_blocking=True).unbind(1)
+                self.feedback.tokens[at] = tokens[picked]
+
+    def _read(self, drawn: list[Drawn]) -> set[Row]:
+        """Tells rows what they have drawn; returns those that end here, since it was not from finite numbers."""
+        here, lost = set(self.rows), set[Row]()
+        for row, token in (told for each in drawn for told in each.read() if told[0] in here):
             if token < 0:
                 self._overflowed(row)
+                lost.add(row)
                 continue
             assert row.sampling is not None
             self.spoken += 1
@@ -374,6 +444,7 @@ class Ticker:
                 row.finish = "length"
             if row.on_token:
                 row.on_token(Spoken(token, text))
+        return lost
 
     def _sound(self, rows: list[Row]) -> list[Row]:
         """Those whose last hidden state is finite; the others end here."""

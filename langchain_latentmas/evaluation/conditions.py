@@ -320,7 +320,7 @@ class Questions:
     @cached_property
     def _asked(self) -> list[str]:
         """What tells the questions of the examples apart."""
-        return [json.dumps(question, sort_keys=True, default=_plain) for question, _ in self.examples]
+        return [told(question) for question, _ in self.examples]
 
     def alone(self, scope: Scope) -> set[int]:
         """The examples in which a memory crossed these edges, and no other question's can be swapped with it."""
@@ -341,8 +341,12 @@ def _is_mended(line: Mapping[str, Any]) -> bool:
     return error.startswith(GRADER) or is_mended(error)
 
 
+def told(part: object) -> str:
+    """An example or a part of it as JSON: messages without their ids, which any run of a graph gives them."""
+    return json.dumps(part, sort_keys=True, default=_plain)
+
+
 def _plain(value: object) -> object:
-    """For JSON: a message without its id, which any run of a graph gives it, and what else is none as it prints."""
     return value.model_dump(exclude={"id"}) if isinstance(value, BaseMessage) else str(value)
 
 

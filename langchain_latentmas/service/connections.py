@@ -1,6 +1,7 @@
 """Connections of a client to a server, `latentmas serve` above all."""
 
 import asyncio
+import logging
 import ssl
 import time
 from collections import deque
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 import httpx
 
 from ..errors import DeadlineExceeded, InvalidRequest, ServiceUnreachable
+from .serving import is_loopback
+
+logger = logging.getLogger(__name__)
 
 KEPT_SECONDS = 3.0  # that an idle connection is used again within; the server closes it after 5
 
@@ -23,6 +27,13 @@ def is_address(url: str) -> bool:
         return False
     known = parts.scheme in ("http", "https") and parts.host and (parts.port or 0) < 1 << 16
     return bool(known) and not (parts.userinfo or parts.query or parts.fragment)
+
+
+def warn_of_plain(url: str, secret: str) -> None:
+    """Says that others on the way can read a secret, unless the server is this machine, or the address is `https`."""
+    address = httpx.URL(url)
+    if address.scheme == "http" and not is_loopback(address.host):
+        logger.warning("the %s for %s travels unencrypted; use https://", secret, url)
 
 
 @contextmanager

@@ -10,11 +10,11 @@ import ssl
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
+from contextlib import aclosing, closing, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import httpx
 import tenacity
@@ -31,19 +31,20 @@ from ..errors import (
     ServiceBusy,
     ServiceClosed,
     ServiceUnreachable,
+    check_whole,
     first_fault,
 )
 from ..state import LatentRef
 from .base import READING, Chunk, LatentService, LensRow, StoredReference
 from .budget import Budget
-from .connections import KEPT_SECONDS, Connections, in_time, is_address, reaching
+from .connections import KEPT_SECONDS, Connections, in_time, is_address, reaching, warn_of_plain
 from .events import Event, EventReader, problem_of
-from .identity import MAX_AGENT, WireRef, checked_ref
+from .identity import WireRef, check_agent, checked_ref, listed
 from .marker import take_markers
 from .memory import Memory
 from .messages import as_openai
 from .patience import Patience
-from .serving import Token, is_loopback
+from .serving import Token
 from .transfer import read_kv
 from .wire import (
     CLIENT_HEADER,
@@ -94,7 +95,12 @@ class HTTPSettings(BaseSettings):
         ca: PEM file of the authority behind the server's certificate; None takes certifi's.
     """
 
-    model_config = SettingsConfigDict(env_prefix="LATENTMAS_", extra="ignore", hide_input_in_errors=True)  # a token
+    model_config = SettingsConfigDict(
+        env_prefix="LATENTMAS_",
+        env_ignore_empty=True,
+        extra="ignore",
+        hide_input_in_errors=True,  # a token
+    )
 
     token: Token | None = None
     deadline: float | None = Field(None, gt=0)
@@ -131,11 +137,9 @@ class HTTPService(LatentService):
         if not is_address(url):
             raise InvalidRequest(f"{url!r} is no address of a server: give http://host:port, and a token as token=...")
         self.url, self.settings = url.rstrip("/"), settings
-        address = httpx.URL(self.url)
-        if settings.token and address.scheme == "http" and not is_loopback(address.host):
-            logger.warning("the token for %s travels unencrypted; use https://", self.url)
         headers = {CLIENT_HEADER: secrets.token_hex(8)}
         if settings.token is not None:
+            warn_of_plain(self.url, "token")
             headers["Authorization"] = f"Bearer {settings.token.get_secret_value()}"
         timeout = httpx.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=settings.patience or None)
         self._verify = httpx.create_ssl_context(trust_env=False) if settings.ca is None else _trusting(settings.ca)
@@ -235,13 +239,23 @@ class HTTPService(LatentService):
         body = self._speak_request(messages, latents, True, tools=tools, prefix=prefix, agent=agent, **sampling)
         spoken = _Spoken(self, body)
 
+        def opened() -> tuple[Event, Generator[Event]]:
+            stream = self._events("/v1/speak", body)
+            try:
+                return next(stream), stream  # until the first event has come, the request can be repeated
+            except StopIteration:
+                raise _broken() from None
+
         def chunks() -> Iterator[Chunk]:
             while not spoken.over:
-                stream = self._retried(lambda: _Opened(self._event_iterator("/v1/speak", body)))
+                event, stream = self._retried(opened)
                 try:
-                    for event in stream:
+                    while True:
                         if (chunk := spoken.take(event)) is not None:
                             yield chunk
+                        event = next(stream)
+                except StopIteration:
+                    spoken.ended()
                 except (ServiceUnreachable, ServiceClosed) as error:
                     spoken.broke(error)
                 finally:
@@ -263,15 +277,12 @@ class HTTPService(LatentService):
         body = self._speak_request(messages, latents, True, tools=tools, prefix=prefix, agent=agent, **sampling)
         spoken = _Spoken(self, body)
 
-        async def opened() -> tuple[Event, Any]:
+        async def opened() -> tuple[Event, AsyncGenerator[Event]]:
             stream = self._aevents("/v1/speak", body)
             try:
                 return await anext(stream), stream
             except StopAsyncIteration:
                 raise _broken() from None
-            except BaseException:
-                await stream.aclose()
-                raise
 
         async def chunks() -> AsyncIterator[Chunk]:
             while not spoken.over:
@@ -354,6 +365,8 @@ class HTTPService(LatentService):
         # As one text: where a marker is refused, its error is that of the whole.
         reply = self._post("/v1/markers/take", TextRequest(text=" ".join(map(str, markers))), MarkersReply)
         found = [ref.ref for ref in reply.refs]
+        if len(found) != len(markers):
+            raise _foreign(f"{len(found)} references of {len(markers)} markers")
         for marker, ref in zip(markers, found, strict=True):
             self._remember(ref, str(marker))
         return without, found
@@ -419,8 +432,7 @@ class HTTPService(LatentService):
     def _think_request(
         self, messages: LanguageModelInput, latents: Any, steps: int, agent: str, progress: bool
     ) -> ThinkRequest:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise InvalidRequest(f"steps must be a whole number from 0 on, not {steps!r}.")
+        check_whole("steps", steps)
         common = self._common(messages, latents, agent)
         return _request(ThinkRequest, steps=steps, progress=progress, **common)
 
@@ -436,22 +448,14 @@ class HTTPService(LatentService):
         agent: str = "agent",
         **values: Any,
     ) -> SpeakRequest:
-        stop = values.pop("stop", None)
-        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        try:
-            Sampling(**values, stop=stop)
-        except TypeError as error:
-            raise InvalidRequest(
-                f"speak takes max_tokens, temperature, top_p, top_k, stop and seed: {error}"
-            ) from error
+        sampling = Sampling.of(**values)
         common = self._common(messages, latents, agent)
         return _request(
             SpeakRequest,
             tools=list(tools) if tools else None,
             prefix=prefix,
             progress=progress,
-            stop=list(stop) or None,
-            **{name: value for name, value in values.items() if value is not None},
+            **vars(sampling) | {"stop": list(sampling.stop) or None},
             **common,
         )
 
@@ -463,12 +467,10 @@ class HTTPService(LatentService):
                 "An audit decides what agents read, which works with a model service in this process only; load the "
                 "model here instead of http://..."
             )
-        if not isinstance(agent, str) or not 0 < len(agent) <= MAX_AGENT:
-            raise InvalidRequest(f"An agent needs a name of 1 to {MAX_AGENT} characters, not {agent!r}.")
-        refs = [latents] if isinstance(latents, Mapping) else list(latents or ())
+        check_agent(agent)
         return {
             "messages": [_request(Message, **message) for message in as_openai(messages)],
-            "latents": [_wire_ref(ref) for ref in refs],
+            "latents": [_wire_ref(ref) for ref in listed(latents)],
             "agent": agent,
             "stream": True,
             "deadline": self.settings.deadline,
@@ -497,7 +499,7 @@ class HTTPService(LatentService):
 
         def once() -> A:
             try:
-                with self._events(path, body) as events:
+                with closing(self._events(path, body)) as events:
                     for event in events:
                         answer.take(event)
             except ServiceUnreachable as error:
@@ -508,27 +510,17 @@ class HTTPService(LatentService):
 
     async def _aanswered(self, path: str, body: BaseModel, answer: "_Answer[A]") -> A:
         async def once() -> A:
-            stream = self._aevents(path, body)
             try:
-                async for event in stream:
-                    answer.take(event)
+                async with aclosing(self._aevents(path, body)) as events:
+                    async for event in events:
+                        answer.take(event)
             except ServiceUnreachable as error:
                 return answer.whole(error)
-            finally:
-                await stream.aclose()
             return answer.whole(_broken())
 
         return await self._aretried(once)
 
-    @contextmanager
-    def _events(self, path: str, body: BaseModel) -> Iterator[Iterator[Event]]:
-        events = self._event_iterator(path, body)
-        try:
-            yield events
-        finally:
-            events.close()
-
-    def _event_iterator(self, path: str, body: BaseModel) -> Any:
+    def _events(self, path: str, body: BaseModel) -> Generator[Event]:
         reader = EventReader()
         with _unreachable(self.url), self._checked_client().stream("POST", path, **_json(body)) as reply:
             if reply.status_code != 200:
@@ -538,7 +530,7 @@ class HTTPService(LatentService):
                 for event in reader.feed(data):
                     yield _no_error(event)
 
-    async def _aevents(self, path: str, body: BaseModel) -> Any:
+    async def _aevents(self, path: str, body: BaseModel) -> AsyncGenerator[Event]:
         reader = EventReader()
         with _unreachable(self.url):
             connections = await self._connections()
@@ -737,6 +729,8 @@ class _Spoken:
         return wire.chunk
 
     def broke(self, error: LatentMASError) -> None:
+        if self.over:  # nothing is missing
+            return
         # Without anything new since the last time, the request itself may be what breaks the server.
         if not self.repeats or (self.at_break and self.at_break == len(self.tokens)):
             raise error
@@ -745,28 +739,6 @@ class _Spoken:
     def ended(self) -> None:
         if not self.over:
             self.broke(_broken())
-
-
-class _Opened:
-    """Events of which the first one has come: until then, the request can be repeated."""
-
-    def __init__(self, events: Any) -> None:
-        self.events = events
-        try:
-            self.first: Event = next(events)
-        except StopIteration:
-            raise _broken() from None
-
-    def __iter__(self) -> Iterator[Event]:
-        yield self.first
-        event = self.first
-        for event in self.events:
-            yield event
-        if _parsed(event.data, SpokenChunk).ref is None:
-            raise _broken()
-
-    def close(self) -> None:
-        self.events.close()
 
 
 def _trusting(ca: Path) -> ssl.SSLContext:
@@ -830,12 +802,8 @@ def _no_error(event: Event) -> Event:
     if event.name == "error":
         with suppress(ValidationError):
             raise Problem.model_validate_json(event.data).error
-        _foreign_event(event)
+        raise _foreign(f"event {event.name[:40]!r}")
     return event
-
-
-def _foreign_event(event: Event) -> NoReturn:
-    raise _foreign(f"event {event.name[:40]!r}")
 
 
 def _foreign(what: str) -> LatentMASError:

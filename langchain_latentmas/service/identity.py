@@ -9,7 +9,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -31,7 +31,7 @@ _JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"))  # json.dumps ma
 
 # Behind a dot stands how a memory was altered; see `alteration`.
 ID = r"lat_[0-9a-f]{32}(?:\.(?:zeroed|random[0-9]{1,9})){0,9}"
-_Id = Annotated[str, Field(pattern=f"^{ID}$")]
+Id = Annotated[str, Field(pattern=f"^{ID}$")]
 _Count = Annotated[int, Field(ge=0, lt=2**40)]
 
 
@@ -39,10 +39,10 @@ class WireRef(BaseModel):
     """`LatentRef` with its bounds, for checking one that comes from outside."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    id: _Id
+    id: Id
     agent: Annotated[str, Field(max_length=MAX_AGENT)]
     model: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-    parents: Annotated[list[_Id], Field(max_length=MAX_PARENTS)]
+    parents: Annotated[list[Id], Field(max_length=MAX_PARENTS)]
     positions: _Count
     steps: _Count
     mac: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -185,22 +185,46 @@ def checked_ref(ref: object) -> LatentRef:
         ) from error
 
 
+def check_agent(agent: object) -> None:
+    """Checks an agent's name.
+
+    Raises:
+        InvalidRequest: If it is none.
+    """
+    # What has no UTF-8, a lone surrogate, could not be stored once the work is done.
+    text = isinstance(agent, str) and agent.encode(errors="replace").decode() == agent
+    if not (text and isinstance(agent, str) and 0 < len(agent) <= MAX_AGENT):
+        raise InvalidRequest(f"An agent needs a name of 1 to {MAX_AGENT} characters, not {agent!r}.")
+
+
+def listed(refs: Any) -> list[Any]:
+    """References as a list, where a caller gave one, several or None."""
+    several = isinstance(refs, Iterable) and not isinstance(refs, Mapping)
+    return list(refs) if several else [] if refs is None else [refs]
+
+
 def key_file(path: Path) -> bytes:
     """Reads a signing key, or makes one that only this user can read (mode 600).
 
     Raises:
-        InvalidRequest: If the file holds something else, or others can read it, or this user cannot.
+        InvalidRequest: If the file holds something else, or others can read it, or this user cannot, or it cannot be
+            made.
     """
-    if not path.exists():
-        path.parent.mkdir(FOLDER, parents=True, exist_ok=True)
-        fresh = _written(path, secrets.token_hex(KEY_BYTES))
-        try:
-            os.link(fresh, path)  # unlike a rename, this never replaces the key of a process that was faster
-        except FileExistsError:
-            pass
-        finally:
-            fresh.unlink()
-        flush(path.parent)  # else a crash may lose the key, and with it all that it is about to sign
+    try:
+        if not path.exists():
+            path.parent.mkdir(FOLDER, parents=True, exist_ok=True)
+            fresh = _written(path, secrets.token_hex(KEY_BYTES))
+            try:
+                os.link(fresh, path)  # unlike a rename, this never replaces the key of a process that was faster
+            except FileExistsError:
+                pass
+            finally:
+                fresh.unlink()
+            flush(path.parent)  # else a crash may lose the key, and with it all that it is about to sign
+    except OSError as error:
+        raise InvalidRequest(
+            f"No signing key can be kept at {path} ({error.strerror}); give a folder that this user may write to."
+        ) from error
     return _keys(path)[0].key
 
 

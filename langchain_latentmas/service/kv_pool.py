@@ -35,8 +35,9 @@ class KVPool:
 
     A segment is kept once, with the keys of where it was computed; whoever reads it elsewhere turns them on the way
     into a slot. What leaves the device for want of room goes to CPU memory, from there to the disk, and comes back to
-    the device when somebody reads it. Nothing here waits for spilled KV or for the model: what has to be read or
-    rebuilt first arrives through the futures. Recipes that are in memory no more are read where they are needed.
+    the device when somebody reads it. Nothing here waits for the disk or for the model: what has to be read or rebuilt
+    first arrives through the futures. But what goes to CPU memory, or comes from there, is copied at once, and on a GPU
+    that waits for the ticks that are queued. Recipes that are in memory no more are read where they are needed.
 
     Attributes:
         packed: Whether it keeps KV in 8 bits.

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import bundled
-from ..engine.device import free_bytes
+from ..engine.device import free_bytes_for
 from ..engine.graphs import Graphs
 from ..engine.kv import KV, AnyKV
 from ..engine.lens import read_out
@@ -29,9 +29,10 @@ from .budget import Budget
 from .identity import Signer
 from .kv_pool import KVPool
 from .memory import Layout, Memory, MergeMode, Recipe
-from .recipes import Bytes, RecipeService, RecipeSettings
+from .recipes import RecipeService, RecipeSettings
 from .spill import Spill
 from .transfer import read_memory, write_memory
+from .units import Bytes
 
 LOADING = ("device", "dtype", "quantization", "revision", "trust_remote_code")  # go to `LanguageModel.load`
 KV_FRACTION = 0.4  # of the device memory that is free once the model is loaded
@@ -117,7 +118,7 @@ class LocalService(RecipeService):
             )
         rotates = model.rotary is not None and settings.merge != "rebuild"
         super().__init__(model, settings, moved="rotated" if rotates else "rebuilt", signer=signer)
-        free = free_bytes(model.device)
+        free = free_bytes_for(model.kv_devices)
         live = int(free * LIVE_FRACTION) if settings.live_budget is None else settings.live_budget
         kept = int(free * KV_FRACTION) if settings.kv_budget is None else settings.kv_budget
         self._host, self._tenants = host, weakref.WeakSet[LocalService]()

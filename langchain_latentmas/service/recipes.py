@@ -9,7 +9,7 @@ import threading
 import weakref
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, aclosing, suppress
 from dataclasses import replace
@@ -17,13 +17,13 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import BaseMessage
 from langchain_core.stores import BaseStore
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
 from ..engine.sampling import Sampling
@@ -37,12 +37,13 @@ from ..errors import (
     TamperedReference,
     UnknownReference,
     WrongModel,
+    check_whole,
 )
 from ..state import LatentRef
 from .alteration import original
 from .base import READING, Chunk, LatentService, StoredReference, Usage
 from .budget import Budget
-from .identity import KEY_BYTES, MAX_AGENT, MAX_PARENTS, Signer, checked_ref, key_ring, memory_id
+from .identity import KEY_BYTES, MAX_PARENTS, Signer, check_agent, checked_ref, key_ring, listed, memory_id
 from .kept import KeptRecipes
 from .mailbox import Mailbox
 from .marker import Marker, take_markers
@@ -50,6 +51,7 @@ from .memory import Alignment, Layout, Lineage, Merge, Recipe, Segment
 from .prompts import Prompts
 from .retention import Retention
 from .store import PINNED, FolderStore, Header, RecipeStore
+from .units import Bytes
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +62,6 @@ COLLECT_SECONDS = 3600.0
 TAG_TOKENS = 16  # at the end of a prompt and the beginning of a text, among which a "<think>" is looked for
 QUICK_TEXT = 4096  # characters that are encoded on an event loop; others wait for as long, a millisecond or less
 QUICK_REFERENCES = 16  # likewise, for references that are verified
-
-
-def _bytes(value: object) -> object:
-    """A number with a unit, such as "4GiB" or "500 MB", as a number."""
-    return TypeAdapter(ByteSize).validate_python(value) if isinstance(value, str) else value
-
-
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
 
 
 class RecipeSettings(BaseModel):
@@ -331,7 +325,7 @@ class RecipeService(LatentService):
         request = self._speaking(messages, latents, **options)
         for event in request.events(notify=False):
             if isinstance(event, Result):
-                return request.whole(request.last_chunk(event).result())
+                return request.last_chunk(event, whole=True).result()
         raise AssertionError("a request ends with a result or an error")
 
     async def asay(self, messages: LanguageModelInput, latents: Sequence[LatentRef] = (), **options: Any) -> Chunk:
@@ -341,7 +335,7 @@ class RecipeService(LatentService):
         async with aclosing(request.aevents(notify=False)) as events:
             async for event in events:
                 if isinstance(event, Result):
-                    return request.whole(await Mailbox.arrival(request.last_chunk(event)))
+                    return await Mailbox.arrival(request.last_chunk(event, whole=True))
         raise AssertionError("a request ends with a result or an error")
 
     def _speaking(
@@ -354,7 +348,7 @@ class RecipeService(LatentService):
         agent: str = "agent",
         **sampling: Any,
     ) -> "_Request":
-        how = _sampling(sampling)
+        how = Sampling.of(**sampling)
         return _Request(self, messages, latents, agent, sampling=how, tools=tools, prefix=prefix)
 
     async def _aside(self, call: Callable[[], T], quick: bool) -> T:
@@ -388,15 +382,15 @@ class RecipeService(LatentService):
         """
         own = [header for header in self._retention.headers() if header.model == self.model.fingerprint]
         begin = bisect_right(own, _place(after), key=Header.place) if after else 0
-        listed, looked_at = [], own[begin:][:size]
+        page, looked_at = [], own[begin:][:size]
         for header in looked_at:
             with suppress(UnknownReference, StoreCorrupted):  # it, or what it descends from, is gone by now or damaged
                 ref = self.signed_ref(header.id, header.agent, header.parents, header.steps)
                 made, used = (datetime.fromtimestamp(at, UTC) for at in (header.made, self._retention.used(header)))
                 pinned = self._store.marked(header.id, PINNED)
-                listed.append(StoredReference(ref, made, used, self._store.size_of(header.id), pinned))
+                page.append(StoredReference(ref, made, used, self._store.size_of(header.id), pinned))
         more = begin + len(looked_at) < len(own)
-        return listed, f"{looked_at[-1].made!r}/{looked_at[-1].id}" if more else ""
+        return page, f"{looked_at[-1].made!r}/{looked_at[-1].id}" if more else ""
 
     def pin(self, ref: LatentRef, pinned: bool = True) -> None:
         """See `LatentService.pin`."""
@@ -436,7 +430,7 @@ class RecipeService(LatentService):
             UnknownReference: If the recipe of one is not in the store.
             DroppedReference: If one was dropped.
         """
-        refs = _listed(latents)
+        refs = listed(latents)
         if len(refs) > MAX_PARENTS:
             raise InvalidRequest(f"One request reads at most {MAX_PARENTS} memories, not {len(refs)}.")
         for ref in map(checked_ref, refs):
@@ -545,17 +539,14 @@ class _Request:
     ) -> None:
         if service.closed:
             raise ServiceClosed("The service is closed; load another one.")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise InvalidRequest(f"steps must be a whole number from 0 on, not {steps!r}.")
-        if not _can_name(agent):
-            raise InvalidRequest(f"An agent needs a name of 1 to {MAX_AGENT} characters, not {agent!r}.")
+        check_whole("steps", steps)
+        check_agent(agent)
         self.service, self.agent, self.steps, self.sampling = service, agent, steps, sampling
-        self.spoken: list[Spoken] = []  # what nobody was told of yet
-        listed = _listed(latents)
-        self.parents = self.named = service._lineage.tips(service.verify(listed))
+        given = listed(latents)
+        self.parents = self.named = service._lineage.tips(service.verify(given))
         self.reading = READING.get()
         if self.reading is not None:
-            refs = {ref["id"]: ref for ref in reversed(listed)}
+            refs = {ref["id"]: ref for ref in reversed(given)}
             would, instead = self.reading.read(service, agent, [refs[key] for key in self.parents], steps)
             self.named = [ref["id"] for ref in would]
             self.parents = service._lineage.tips(service.verify(instead))
@@ -595,7 +586,7 @@ class _Request:
     def events(self, notify: bool) -> Iterator[int | Spoken | Result]:
         """Does the work; yields steps and tokens if `notify`, then the result. Closing it frees the slot.
 
-        Without `notify`, nobody is woken up before the result, and the tokens are in `spoken` then.
+        Without `notify`, nobody is woken up before the result, which has the whole text then.
         """
         inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         row = self._row(inbox.put, notify)
@@ -658,8 +649,8 @@ class _Request:
         most = store.most_bytes(self.agent, self.parents, len(self.prompt_ids), self.steps, spoken)
         return store.room(most, counted)
 
-    def last_chunk(self, result: Result) -> "Future[Chunk]":
-        """What closes a stream of chunks, once its recipe is stored."""
+    def last_chunk(self, result: Result, whole: bool = False) -> "Future[Chunk]":
+        """What closes a stream of chunks, once its recipe is stored; `whole` of one without any others."""
         if result.finish == "length":
             self.service._look_for_open_thoughts(self.prompt_ids[-TAG_TOKENS:], result.tokens)
 
@@ -671,14 +662,10 @@ class _Request:
                 positions_read=self.start,
                 merge=self.service._merge_of(self.layout),
             )
-            return Chunk(result.text, ref=ref, usage=usage, finish_reason=result.finish)
+            tokens = tuple(result.tokens) if whole else ()
+            return Chunk(result.text, tokens, ref=ref, usage=usage, finish_reason=result.finish)
 
         return self.kept(result, chunk)
-
-    def whole(self, last: Chunk) -> Chunk:
-        """All that was spoken, as one chunk."""
-        text = "".join(spoken.text for spoken in self.spoken) + last.text
-        return replace(last, text=text, token_ids=tuple(spoken.token for spoken in self.spoken))
 
     def _row(self, put: Callable[[object], None], notify: bool) -> Row:
         return Row(
@@ -688,7 +675,7 @@ class _Request:
             steps=self.steps,
             sampling=self.sampling,
             on_step=put if notify else None,
-            on_token=put if notify else self.spoken.append,
+            on_token=put if notify else None,
             on_done=put,
             on_error=put,
         )
@@ -731,30 +718,12 @@ def _quick(messages: LanguageModelInput, latents: Sequence[LatentRef]) -> bool:
     return sum(map(len, texts)) <= QUICK_TEXT  # type: ignore[arg-type]
 
 
-def _listed(latents: Any) -> list[Any]:
-    several = isinstance(latents, Iterable) and not isinstance(latents, Mapping)
-    return list(latents) if several else [] if latents is None else [latents]
-
-
 def _as_if_new(known: LatentRef, on_step: Callable[[int], None] | None) -> LatentRef:
     """A thought that was found, told of step by step, so that a progress bar ends."""
     if on_step is not None:
         for step in range(1, known["steps"] + 1):
             on_step(step)
     return known
-
-
-def _sampling(values: dict[str, Any]) -> Sampling:
-    stop = values.pop("stop", None)
-    try:
-        return Sampling(**values, stop=(stop,) if isinstance(stop, str) else tuple(stop or ()))
-    except TypeError as error:
-        raise InvalidRequest(f"speak takes max_tokens, temperature, top_p, top_k, stop and seed: {error}") from error
-
-
-def _can_name(agent: object) -> bool:
-    # What has no UTF-8, a lone surrogate, could not be stored once the work is done.
-    return isinstance(agent, str) and 0 < len(agent) <= MAX_AGENT and agent.encode(errors="replace").decode() == agent
 
 
 def _place(after: str) -> tuple[float, str]:

@@ -304,7 +304,7 @@ class Server:
 
         def begun(service: LocalService) -> Iterator[bytes]:
             service.verify([body.ref.ref])
-            nbytes = body.ref.positions * service.info()["kv_bytes_per_position"]
+            nbytes = body.ref.positions * service.model.bytes_per_position
             if body.kv and nbytes > self.settings.max_memory:
                 raise RequestTooLarge(
                     f"The memory's KV has {nbytes} bytes, this server exports {self.settings.max_memory} at most."

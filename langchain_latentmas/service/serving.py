@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, JsonValue, SecretStr, ValidationErro
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from ..errors import InvalidRequest, first_fault
+from .units import Bytes
 
 MIN_TOKEN = 16
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class ServeSettings(BaseSettings):
         deadline: Seconds after which a request is given up, its wait included; the most that a client can ask for.
         drain: Seconds for which work goes on after SIGTERM.
         keep_alive: Seconds of silence after which a stream shows that it is alive.
-        max_body: Most bytes of a request, an imported memory excepted.
+        max_body: Most bytes of a request, an imported memory excepted; a number, or such as "2MiB".
         max_depth: Most nested arrays and objects in a request.
         max_headers: Most bytes of a request's headers.
         max_memory: Most bytes of a memory that is imported, or exported with its KV.
@@ -110,10 +111,10 @@ class ServeSettings(BaseSettings):
     deadline: float = Field(600, gt=0)
     drain: float = Field(30, ge=0)
     keep_alive: float = Field(5, gt=0)
-    max_body: int = Field(1 << 20, ge=1024)  # as Python objects, JSON can take 33 times its bytes
+    max_body: Bytes = Field(1 << 20, ge=1024)  # as Python objects, JSON can take 33 times its bytes
     max_depth: int = Field(32, ge=8)
-    max_headers: int = Field(1 << 15, ge=1024)
-    max_memory: int = Field(1 << 30, ge=0)
+    max_headers: Bytes = Field(1 << 15, ge=1024)
+    max_memory: Bytes = 1 << 30
     max_connections: int = Field(2048, ge=1)
     body_seconds: float = Field(30, gt=0)
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")

@@ -1,14 +1,17 @@
 """The service that is taken where none is given: one per name and process."""
 
 import os
+import re
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field, JsonValue
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, ModelNotFound, ModelNotSupported
 from .base import LatentService
 
 
@@ -68,6 +71,38 @@ class SharedSettings(BaseSettings):
         # Of vLLM recipes are kept and prompts encoded here, of `latentmas serve` nothing.
         return {"store": self.store, **self.options} if name.startswith("vllm") else {}
 
+    def load(
+        self,
+        name: str,
+        device: str | None = None,
+        dtype: str | None = None,
+        *,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> LatentService:
+        """Loads a service; an error about one of `self.options` says that it comes from `LATENTMAS_OPTIONS`.
+
+        Args:
+            name: What `LatentService.load` takes.
+            device: Goes before `device`.
+            dtype: Goes before `dtype`.
+            options: Go before all that is said here.
+
+        Raises:
+            InvalidRequest: If a device or a dtype is given for a model that runs elsewhere, or a setting is unknown or
+                out of range.
+            ModelNotFound: If there is no such model.
+            ModelNotSupported: If it cannot think exactly, or not with these settings.
+        """
+        own = self.loading(name, device, dtype)
+        try:
+            return LatentService.load(name, **{**own, **options})
+        except (InvalidRequest, ModelNotFound, ModelNotSupported) as error:
+            said = str(error).partition(" Settings: ")[0]  # what follows are all settings that there are
+            heeded = (self.options.keys() & own.keys()) - options.keys()
+            if any(re.search(rf"\b{re.escape(option)}\b", said) for option in heeded):
+                raise type(error)(f"LATENTMAS_OPTIONS: {error}") from error
+            raise
+
 
 _services: dict[tuple[int, str, str | None, str], LatentService] = {}  # by process: a fork takes no threads along
 _loading = threading.Lock()  # one at a time: meanwhile transformers changes torch's default dtype, for all threads
@@ -97,7 +132,7 @@ def shared_service(name: str | None = None, device: str | None = None, dtype: st
         return service
     with _loading:
         if (service := _usable(key)) is None:
-            service = LatentService.load(key[0], **settings.loading(key[0], device, dtype))
+            service = settings.load(key[0], device, dtype)
             _services[os.getpid(), *key] = service
         return service
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ContextTooLong, InvalidRequest, first_fault
-from .identity import ID, MAX_AGENT, MAX_PARENTS, memory_id
+from .identity import MAX_AGENT, MAX_PARENTS, Id, memory_id
 from .memory import Alignment, Memory, Merge, Recipe, Segment
 
 CHUNK = 1 << 20
@@ -26,16 +26,15 @@ _NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-_Id = Annotated[str, Field(pattern=f"^{ID}$")]
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Segment(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
-    id: _Id
+    id: Id
     agent: Annotated[str, Field(min_length=1, max_length=MAX_AGENT)]
     alignment: Alignment
-    parents: Annotated[list[_Id], Field(max_length=MAX_PARENTS)]
+    parents: Annotated[list[Id], Field(max_length=MAX_PARENTS)]
     prompt_ids: list[_Token]
     steps: Annotated[int, Field(ge=0)]
     spoken_ids: list[_Token]

@@ -46,7 +46,7 @@ from .memory import Layout, Memory, Segment
 from .patience import Patience
 from .recipes import RecipeService, RecipeSettings
 from .vllm_in_process import OF_THE_ENGINE, EngineSettings, InProcess
-from .vllm_server import OF_THE_SERVER, Server, VLLMSettings
+from .vllm_server import OF_THE_SERVER, VLLMServer, VLLMSettings
 from .vllm_transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class VLLMService(RecipeService):
             if name in OF_THE_SERVER:
                 raise InvalidRequest(f"{name} is not for a client to say; start the server with {OF_THE_SERVER[name]}.")
         checked = checked_settings(VLLMSettings, settings)
-        return cls(Server(model.removeprefix(PREFIX).rstrip("/"), checked, over), checked)
+        return cls(VLLMServer(model.removeprefix(PREFIX).rstrip("/"), checked, over), checked)
 
     def encode(
         self, messages: LanguageModelInput, tag: str, tools: Sequence[dict[str, Any]] | None = None
@@ -304,7 +304,8 @@ class Engine:
         async for attempt in retrying:
             with attempt:
                 row.tokens.clear()
-                text = TextStream(self.model.tokenizer, row.sampling.stop if row.sampling else ())
+                stop = row.sampling.stop if row.sampling else ()
+                text = TextStream(self.model.tokenizer, stop, quiet=row.on_token is None)
                 # What is left over when it is closed is aborted on the server.
                 async with self._same_model(), aclosing(self.transport.tokens(body)) as tokens:
                     async for token in tokens:

@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from .. import bundled
 from ..errors import EngineFailed, InvalidRequest, MissingExtra, ModelNotFound, ModelNotSupported, first_line
-from .recipes import Bytes, RecipeSettings
+from .recipes import RecipeSettings
+from .units import Bytes
 from .vllm_transport import Transport, refused
 
 OF_THE_ENGINE = (

@@ -1,6 +1,7 @@
 """A vLLM server over HTTP."""
 
 import json
+import os
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..errors import (
     ServiceUnreachable,
     WrongModel,
 )
-from .connections import in_time, is_address, reaching
+from .connections import in_time, is_address, reaching, warn_of_plain
 from .recipes import RecipeSettings
 from .serving import Token
 from .vllm_transport import Transport, refused
@@ -50,7 +51,7 @@ class VLLMSettings(RecipeSettings):
 
     Attributes:
         tokenizer: Folder or hub id of the tokenizer; None takes the name under which the server has loaded its model.
-        token: The server's `--api-key`.
+        token: The server's `--api-key`; not given, that is `LATENTMAS_TOKEN`, if that is set and not empty.
         patience: Seconds, from its first failure, for which a request is repeated that thinks, or that the server has
             not begun to answer.
         connect_timeout: Seconds for a connection to be made.
@@ -61,14 +62,16 @@ class VLLMSettings(RecipeSettings):
     model_config = ConfigDict(hide_input_in_errors=True)  # a token
 
     tokenizer: str | None = None
-    token: Token | None = None
+    token: Token | None = Field(
+        default_factory=lambda: os.environ.get("LATENTMAS_TOKEN") or None, validate_default=True
+    )
     patience: float = Field(30, ge=0)
     connect_timeout: float = Field(5, gt=0)
     read_timeout: float = Field(300, gt=0)
     max_connections: int = Field(1024, ge=1)
 
 
-class Server(Transport):
+class VLLMServer(Transport):
     """A vLLM server over HTTP; connects with the first request.
 
     Attributes:
@@ -93,6 +96,8 @@ class Server(Transport):
         super().__init__(url, settings.patience)
         self.model, self._tokenizer = "", settings.tokenizer
         key = settings.token
+        if key is not None:
+            warn_of_plain(url, "key")
         self._client = httpx.AsyncClient(
             base_url=url,
             headers={} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"},
@@ -111,7 +116,7 @@ class Server(Transport):
         """
         response = await self._request("GET", "/v1/models")
         try:
-            served = dict(self._json(response)["data"][0])
+            served: dict[str, Any] = self._json(response)["data"][0]
             self.model = str(served["id"])
         except (WrongModel, KeyError, IndexError, TypeError):
             raise ModelNotFound(f"What answers at {self.name} is no vLLM server.") from None
@@ -121,9 +126,9 @@ class Server(Transport):
         """See `Transport.facts`."""
         served = await self.served()
         response = await self._request("GET", "/latentmas")
-        if response.status_code == 404:
+        facts = {} if response.status_code == 404 else self._json(response)
+        if "latent_token_id" not in facts:
             raise ModelNotSupported(f"{self.name} does not think: the plugin is not there. {HOW_TO_START}")
-        facts = self._json(response)
         if facts["latent_token_id"] is None:
             raise ModelNotSupported(
                 f"{self.name} runs {self.model} as {facts['architecture']}, which has no latent token. {HOW_TO_START}"
@@ -179,7 +184,7 @@ class Server(Transport):
             answer = {"error": {"message": response.text[:200]}}
         status = response.status_code
         if status < 400:
-            return dict(answer)
+            return answer if isinstance(answer, dict) else {}
         error = answer.get("error", answer) if isinstance(answer, dict) else {}
         said = error.get("message", error) if isinstance(error, dict) else error
         if status in (401, 403):

@@ -28,7 +28,7 @@ from ..errors import (
 )
 from ..state import LatentRef
 from .base import Chunk, LensRow, StoredReference
-from .identity import ID, MAX_AGENT, MAX_PARENTS, WireRef
+from .identity import MAX_AGENT, MAX_PARENTS, WireRef
 from .marker import MAX_LEFT
 from .memory import Merge
 
@@ -72,7 +72,6 @@ _KINDS: Mapping[str, type[LatentMASError]] = {
 }
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
-Id = Annotated[str, Field(pattern=f"^{ID}$")]
 
 
 class _Wire(BaseModel):

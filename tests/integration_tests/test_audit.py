@@ -140,12 +140,61 @@ def test_an_edited_graph_is_asked_anew(tmp_path: Path, monkeypatch: pytest.Monke
         (["--task", "relay", "--plot", f"{__file__}/audit.svg"], "cannot be written"),
         (["--task", "nothing"], "no task"),
         (["no_such_module:graph", "--examples", "x.jsonl"], "no_such_module"),
+        (["mine", "--examples", "x.jsonl"], "'mine' is not of the form module:name"),
         (["a:graph", "--examples", "x.jsonl", "--steps", "3"], "brings its own agents; --steps is for a --task"),
         (["--task", "relay", "--examples", "x.jsonl"], "brings its own questions; --examples is for a graph"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:
     shown = run("audit", *arguments, "--out", str(tmp_path))
+    assert shown.exit_code == 2
+    assert words in " ".join(shown.output.split())
+
+
+@pytest.fixture
+def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the module `plain`, whose graph says what it was told to say, and asks no model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "plain", raising=False)
+    (tmp_path / "plain.py").write_text(
+        "from typing import TypedDict\n"
+        "from langgraph.graph import START, StateGraph\n"
+        "State = TypedDict('State', {'said': dict, 'answer': str, 'result': str, 'latents': list})\n"
+        "graph = StateGraph(State).add_node('one', lambda state: state['said']).add_edge(START, 'one')\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("lines", "grader", "words"),
+    [
+        (None, "exact", "The examples cannot be read"),
+        ('{"input": "1 + 1?"}', "exact", 'example 1: a line has "input" and "answer" (KeyError: \'answer\')'),
+        ('{"input": "1 + 1?", "answer": 2}', "taste", "There is no grader 'taste'; take one of number, letter, exact"),
+        ('{"input": "1 + 1?", "answer": 2}', "plain:__name__", "plain:__name__ is no function"),
+    ],
+)
+def test_examples_and_graders_of_no_use_are_told_before_any_work(
+    plain: Path, lines: str | None, grader: str, words: str
+) -> None:
+    if lines is not None:
+        (plain / "rows.jsonl").write_text(lines)
+    shown = run("audit", "plain:graph", "--examples", "rows.jsonl", "--grader", grader, "--out", "out")
+    assert shown.exit_code == 2
+    assert words in " ".join(shown.output.split())
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"result": "2"}, "InvalidRequest: the state has neither messages nor answer; give --grader module:function."),
+        ({"answer": "2"}, "EdgeNotCrossed"),  # so it was graded
+    ],
+)
+def test_a_state_without_an_answer_takes_a_grader_of_ones_own(plain: Path, said: dict[str, str], words: str) -> None:
+    rows = [{"input": {"said": said, "latents": []}, "answer": i} for i in range(20)]
+    (plain / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shown = run("audit", "plain:graph", "--examples", "rows.jsonl", "--grader", "exact", "--out", "out")
     assert shown.exit_code == 2
     assert words in " ".join(shown.output.split())
 
@@ -210,13 +259,20 @@ def test_the_lens_is_a_table_and_a_page(tmp_path: Path) -> None:
 
 
 def test_pictures_come_from_one_command_each(tmp_path: Path) -> None:
-    steps, thoughts, bars = (tmp_path / f"{name}.svg" for name in ("steps", "thoughts", "bars"))
+    steps, thoughts, bars, own = (tmp_path / name for name in ("steps.svg", "thoughts.svg", "bars.svg", "own.jsonl"))
     few = ["--n", "4", "--arrangements", "sequential"]
     shown = run("picture", "steps", str(steps), *few, "--at", "0,3", "--no-text")
     assert shown.exit_code == 0, shown.output
     shown = run("picture", "thoughts", str(thoughts), "--n", "4", "--steps", "3")
     assert shown.exit_code == 0, shown.output
     assert "coverage" in shown.output
+    own.write_text("".join(json.dumps({"question": f"Is it {i}?", "answer": "yes"}) + "\n" for i in range(3)))
+    for command in (["steps", str(steps), "--at", "0", "--no-text"], ["thoughts", str(thoughts), "--steps", "1"]):
+        shown = run(
+            "picture", *command, "--task", str(own), "--grader", "exact", "--option", "max_positions=256", "--json"
+        )
+        assert shown.exit_code == 0, shown.output
+        assert json.loads(shown.stdout)["n"] == 3
     evaluated = run("eval", "--task", "relay", *few, "--steps", "3", "--modes", "text,latent", "--out", str(tmp_path))
     assert evaluated.exit_code == 0, evaluated.output
     shown = run("picture", "bars", str(bars), "--summary", str(tmp_path / "summary.json"))

@@ -11,26 +11,26 @@ from hypothesis import strategies as st
 
 from langchain_latentmas import LatentService
 from langchain_latentmas.bundled import MODEL, STEPS
-from langchain_latentmas.demo import held_out, run
+from langchain_latentmas.demo import MODES, TEAMS, held_out, run
 from langchain_latentmas.evaluation.run import Evaluation
 from langchain_latentmas.evaluation.task import BUNDLED_TASKS, Relay
 
 N = 60
 
 
-def accuracies(task: str, modes: list[str]) -> dict[str, float]:
-    with LatentService.load("bundled") as service:
-        rows = Evaluation(service, BUNDLED_TASKS[task](), modes=modes, n=N, seed=1, batch=N).run().rows
-    return {f"{row.mode} {row.arrangement}": row.accuracy for row in rows}
+def accuracies(service: LatentService, task: str, modes: list[str]) -> list[float]:
+    return [row.accuracy for row in Evaluation(service, BUNDLED_TASKS[task](), modes=modes, n=N, seed=1).run().rows]
 
 
-def test_teams_and_an_agent_alone_answer_held_out_questions() -> None:
-    assert min(accuracies("words", ["single", "text", "latent"]).values()) >= 90
+def test_teams_and_an_agent_alone_answer_held_out_questions(bundled: LatentService) -> None:
+    found = accuracies(bundled, "words", ["single", "text", "latent"])
+    assert len(found) == 5
+    assert min(found) >= 90
 
 
 @pytest.mark.parametrize("task", ["relay", "split"])
-def test_a_judger_answers_what_only_others_know(task: str) -> None:
-    assert min(accuracies(task, ["latent"]).values()) >= 90
+def test_a_judger_answers_what_only_others_know(bundled: LatentService, task: str) -> None:
+    assert min(accuracies(bundled, task, ["latent"])) >= 90
 
 
 @pytest.mark.parametrize("arrangement", ["sequential", "hierarchical"])
@@ -70,7 +70,9 @@ def test_the_demo_prints_one_json_document() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
-    assert "bundled" in str(shown["model"]) or shown["model"]
+    assert (shown["model"]["name"], shown["questions"]) == ("bundled", 5)
+    rows = [(score["arrangement"], score["mode"], score["questions"]) for score in shown["scores"]]
+    assert rows == [(arrangement, mode, 5) for arrangement in TEAMS for mode in MODES]
 
 
 def test_a_wrong_call_of_the_command_is_one_line_and_exit_code_2() -> None:

@@ -43,7 +43,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "joke": {"setup": "Why?", "punchline": "Because."},
     "JokeDict": {"setup": "Why?", "punchline": "Because."},
 }
-SIZE = "a random model of half a million parameters calls no tool on purpose; see TestScripted"
 
 
 @cache
@@ -73,51 +72,10 @@ class TestAsItIs(ChatModelIntegrationTests):
     def model_override_value(self) -> str:
         return "bundled"
 
-    @pytest.mark.xfail(reason=SIZE)
-    def test_tool_calling(self, model: BaseChatModel) -> None:
-        super().test_tool_calling(model)
-
-    @pytest.mark.xfail(reason=SIZE)
-    async def test_tool_calling_async(self, model: BaseChatModel) -> None:
-        await super().test_tool_calling_async(model)
-
-    @pytest.mark.xfail(reason=SIZE)
-    def test_bind_runnables_as_tools(self, model: BaseChatModel) -> None:
-        super().test_bind_runnables_as_tools(model)
-
-    @pytest.mark.xfail(reason=SIZE)
-    def test_tool_choice(self, model: BaseChatModel) -> None:
-        super().test_tool_choice(model)
-
-    @pytest.mark.xfail(reason=SIZE)
-    def test_tool_calling_with_no_arguments(self, model: BaseChatModel) -> None:
-        super().test_tool_calling_with_no_arguments(model)
-
-    @pytest.mark.xfail(reason=SIZE)
-    def test_agent_loop(self, model: BaseChatModel) -> None:
-        super().test_agent_loop(model)
-
-    @pytest.mark.xfail(reason=SIZE)
-    @pytest.mark.parametrize("schema_type", ["pydantic", "typeddict", "json_schema"])
-    def test_structured_output(self, model: BaseChatModel, schema_type: Any) -> None:
-        super().test_structured_output(model, schema_type)
-
-    @pytest.mark.xfail(reason=SIZE)
-    @pytest.mark.parametrize("schema_type", ["pydantic", "typeddict", "json_schema"])
-    async def test_structured_output_async(self, model: BaseChatModel, schema_type: Any) -> None:
-        await super().test_structured_output_async(model, schema_type)
-
-    @pytest.mark.xfail(reason=SIZE)
-    def test_structured_output_pydantic_2_v1(self, model: BaseChatModel) -> None:
-        super().test_structured_output_pydantic_2_v1(model)
-
-    @pytest.mark.xfail(reason=SIZE)
-    def test_structured_output_optional_param(self, model: BaseChatModel) -> None:
-        super().test_structured_output_optional_param(model)
-
-    @pytest.mark.xfail(reason=SIZE)
-    def test_unicode_tool_call_integration(self, model: BaseChatModel, **options: Any) -> None:
-        super().test_unicode_tool_call_integration(model, **options)
+    @property
+    def has_tool_calling(self) -> bool:
+        """A random model of half a million parameters calls no tool on purpose; `TestScripted` does."""
+        return False
 
 
 def answer(messages: list[BaseMessage], prefix: str, tools: list[dict[str, Any]] | None) -> str:

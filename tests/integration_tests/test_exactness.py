@@ -9,6 +9,7 @@ import pytest
 from langchain_latentmas import LatentRef, LatentService
 from langchain_latentmas.bundled import ROLES
 from langchain_latentmas.bundled.tasks import problem
+from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.teams import hierarchical, sequential
 
 from ..support import Said, at_once, say
@@ -17,9 +18,10 @@ PROBLEMS = [problem(random.Random(i), split="test") for i in range(24)]
 
 
 @pytest.fixture(scope="module")
-def others() -> Iterator[LatentService]:
+def others(bundled: LocalService) -> Iterator[LatentService]:
     """The same model with little room."""
-    with LatentService.load("bundled", device="cpu", kv_budget=0, max_rows=3, prefill_chunk=16) as service:
+    little = bundled.settings.model_copy(update={"kv_budget": 0, "max_rows": 3, "prefill_chunk": 16})
+    with LocalService(bundled.model, little) as service:
         yield service
 
 
@@ -36,11 +38,11 @@ def relay(service: LatentService, i: int) -> Said:
 
 
 def test_24_ragged_requests_at_once_speak_as_each_alone_with_much_room_or_little(
-    bundled: LatentService, others: LatentService
+    bundled: LocalService, others: LatentService
 ) -> None:
     together = at_once([lambda i=i: relay(bundled, i) for i in range(24)])  # type: ignore[misc]
     squeezed = at_once([lambda i=i: relay(others, i) for i in range(24)])  # type: ignore[misc]
-    with LatentService.load("bundled", device="cpu") as single:
+    with LocalService(bundled.model, bundled.settings) as single:
         alone = [relay(single, i) for i in range(24)]
     assert [said.token_ids for said in together] == [said.token_ids for said in alone]
     assert [said.token_ids for said in squeezed] == [said.token_ids for said in alone]

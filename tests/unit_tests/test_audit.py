@@ -343,6 +343,17 @@ def test_another_graph_does_not_go_on_from_the_answers(service32: LatentService,
     assert len(set(heads)) == 4
 
 
+def test_examples_stay_the_same_when_a_graph_has_given_their_messages_ids(service32: LatentService) -> None:
+    builder = team(service32)
+    examples: list[Any] = [({"messages": [HumanMessage("What is 12 plus 30?")]}, i) for i in range(2)]
+    before = journal_head(builder, examples, 0)
+    builder.compile().invoke(examples[0][0])
+    assert examples[0][0]["messages"][0].id
+    assert journal_head(builder, examples, 0) == before
+    examples[0][0]["messages"][0].content = "What is 12 plus 31?"
+    assert journal_head(builder, examples, 0) != before
+
+
 def test_what_fails_is_counted_and_named(service32: LatentService) -> None:
     builder = team(service32)
     right = Grader(builder)

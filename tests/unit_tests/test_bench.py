@@ -37,7 +37,7 @@ from langchain_latentmas.engine.llama import LlamaDecoder
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.errors import EngineFailed, InvalidRequest
 from langchain_latentmas.evaluation.machine import machine
-from langchain_latentmas.service.local import LocalService
+from langchain_latentmas.service.local import LocalService, LocalSettings
 
 from ..conftest import load_parts
 from ..support import PARITY
@@ -49,7 +49,7 @@ ROW = {"what", "rows", "positions", "ms", "gb_s", "floor_ratio", "full_lm_ratio"
 
 @pytest.fixture(params=["qwen3-tied", "llama-untied"])
 def model(request: pytest.FixtureRequest) -> LanguageModel:
-    return LanguageModel.load(str(PARITY / request.param / "model"), device="cpu", dtype="float32")
+    return LanguageModel(*load_parts(request.param, "float32"))
 
 
 def layer_weights(config: Any) -> int:
@@ -71,7 +71,7 @@ def test_a_thought_reads_the_layers_and_the_alignment_a_token_the_layers_and_the
 
 
 def test_without_realign_a_thought_reads_the_layers_alone() -> None:
-    model = LanguageModel.load(str(PARITY / "qwen3-tied" / "model"), device="cpu", dtype="float32", realign=False)
+    model = LanguageModel(*load_parts("qwen3-tied", "float32"), realign=False)
     assert weight_bytes(model, "think") == 4 * layer_weights(model.config)
 
 
@@ -111,7 +111,7 @@ def test_a_shape_is_a_model_that_thinks(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(SHAPES, "tiny", {**SHAPES["Qwen3-0.6B"], **TINY})
     model = build("tiny", "cpu", torch.float32)
     assert sum(p.numel() for p in model.model.parameters()) == parameters("tiny")
-    with LocalService(model, LocalService.load("bundled", device="cpu").settings) as service:
+    with LocalService(model, LocalSettings()) as service:
         assert service.think("What is 12 plus 30?", steps=3)["steps"] == 3
 
 
@@ -160,9 +160,9 @@ def test_what_does_not_fit_is_left_out_by_its_bound(model: LanguageModel, monkey
     work = Work("speak", 8, 64)
     # Slots, the loop's cache and the one of generate.
     assert memory_needed(model, work) > 3 * 8 * 64 * model.bytes_per_position
-    monkeypatch.setattr(ticks, "free_bytes", lambda device: memory_needed(model, work))
+    monkeypatch.setattr(ticks, "free_bytes_for", lambda devices: memory_needed(model, work))
     assert "can be used" in obstacle(model, work, 1)
-    monkeypatch.setattr(ticks, "free_bytes", lambda device: 2 * memory_needed(model, work))
+    monkeypatch.setattr(ticks, "free_bytes_for", lambda devices: 2 * memory_needed(model, work))
     assert obstacle(model, work, 1) == ""
 
 
@@ -274,6 +274,13 @@ def test_targets_of_cuda() -> None:
     }
 
 
+def test_the_loop_beside_leaves_the_decoder_as_it_was(model: LanguageModel) -> None:
+    with torch.inference_mode():
+        Published(model, Work("think", 1, 64), _random_kv(model, 8)).run(2)
+    model.refresh_if_changed()
+    assert model.decoder_fault == ""
+
+
 def test_text_and_latent_teams_take_as_many_tokens_as_they_should(bundled: LatentService) -> None:
     assert isinstance(bundled, LocalService)
     model, turns = bundled.model, []
@@ -283,7 +290,7 @@ def test_text_and_latent_teams_take_as_many_tokens_as_they_should(bundled: Laten
     finally:
         model.eos = eos
     assert [row["arrangement"] for row in rows] == ["sequential", "hierarchical"]
-    assert len(turns) == 4
+    assert len(turns) == 8  # of each kind one that is not counted
     for row in rows:
         agents = 4 if row["arrangement"] == "sequential" else 2  # one behind the other
         # Both questions share ticks, as far as a busy machine lets their nodes come at the same time.
@@ -384,19 +391,25 @@ def test_wrong_options_are_refused_in_one_line(arguments: tuple[str, ...], why: 
 def test_the_summary_says_which_targets_were_met(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     met = Target("a thought, times its floor", 1.2, 1.25, least=False)
     missed = Target("thoughts per second, 32 rows over 1", 19, 20, least=True)
+    measured = run(*TINY_RUN, "--rows", "1", "--positions", "64", "--json")
     document = {
+        **json.loads(measured.stdout),
         "machine": {**machine(), "device": "NVIDIA Test"},
-        "model": {"name": "random Qwen3-4B", "dtype": "bfloat16"},
         "bandwidth_gb_s": 4000.0,
         "targets": [met.row(), missed.row()],
     }
+    document["model"] |= {"name": "random Qwen3-4B", "decoder": "a module has a hook"}
     (tmp_path / "Qwen3-4B.json").write_text(json.dumps(document))
     overheads = {"rows": [{"node": "thinks one step", "together_us": {"median": 900.0}}]}
     (tmp_path / "overhead.json").write_text(json.dumps(overheads))
     summary(tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert "NVIDIA Test, 4,000 GB/s" in lines[0]
-    assert [line.split()[-1] for line in lines[2:]] == ["met", "missed", "met"]
+    begin = next(i for i, line in enumerate(lines) if "NVIDIA Test, 4,000 GB/s" in line)
+    assert [line.split()[-1] for line in lines[begin + 2 :]] == ["met", "missed", "met"]
+    shown = " ".join(lines[:begin])
+    assert "random Qwen3-4B" in shown
+    assert "layers computed by transformers: a module has a hook" in shown  # a fallback is no slow run
+    assert all(title in shown for title in ("ms a tick", "the floor", "plain loop", "generate"))
 
 
 def test_vllm_beside_the_tick_gets_the_share_of_the_memory_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,8 @@ def llm(service32: LatentService) -> ChatLatentMAS:
         ({"steps": 3}, r"no steps; .*switch_edges\(\.\.\., steps=20\)"),
         ({"temprature": 1, "model_kwargs": {}}, "no temprature, model_kwargs; .*temperature"),
         ({"timeout": 5}, "deadline=60"),
+        ({"speak_tag": "!"}, r"service=LatentService\.load\(\.\.\., speak_tag=\.\.\.\)"),
+        ({"store": "memories", "revision": "main"}, r"load\(\.\.\., store=.*load\(\.\.\., revision="),
     ],
 )
 def test_what_would_have_no_effect_is_refused(given: dict[str, Any], said: str) -> None:
@@ -198,8 +200,9 @@ def scripted(fresh_service: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
                 token = ids[len(row.tokens)]
                 row.tokens.append(token)
                 row.finish = "stop" if token == 2 else ""
+                text = row.text.push(token)
                 if row.on_token:
-                    row.on_token(tick.Spoken(token, row.text.push(token)))
+                    row.on_token(tick.Spoken(token, text))
 
         monkeypatch.setattr(tick.Ticker, "_sample", sample)
         return ChatLatentMAS(service=service)
@@ -232,6 +235,20 @@ def test_a_forced_call_needs_only_its_rest(scripted: Any, choice: Any) -> None:
     llm = scripted('{"a": 3}}\n</tool_call>')
     message = llm.bind_tools([Add], tool_choice=choice).invoke("Add 3.")
     assert [(call["name"], call["args"]) for call in message.tool_calls] == [("Add", {"a": 3})]
+
+
+def test_a_choice_that_the_template_cannot_force_is_said_once(
+    fresh_service: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = fresh_service(dtype="float32", chat_template=QWEN_LIKE.replace("<tool_call>", "<call>"))
+    llm = ChatLatentMAS(service=service, max_tokens=1)
+    for choice in (None, "auto", "none"):
+        llm.bind_tools([Add], tool_choice=choice).invoke("Add 3.")
+    assert not caplog.messages
+    for choice in ("any", "Add"):
+        llm.bind_tools([Add], tool_choice=choice).invoke("Add 3.")
+    [said] = caplog.messages
+    assert said.startswith("tool_choice='any' cannot be forced")
 
 
 def test_structured_output_is_an_object(scripted: Any) -> None:

@@ -1,6 +1,10 @@
 """What the command line says before it loads anything, and how it loads."""
 
 import gc
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +13,10 @@ from typer.testing import CliRunner
 from langchain_latentmas import LatentService, __version__
 from langchain_latentmas.cli import app
 from langchain_latentmas.commands.options import named
+from langchain_latentmas.commands.picture import _ready
 from langchain_latentmas.commands.session import load, settled
+from langchain_latentmas.errors import InvalidRequest
+from langchain_latentmas.service.identity import key_file
 from langchain_latentmas.service.serving import ServeSettings
 
 from ..conftest import Fresh
@@ -41,9 +48,63 @@ def test_options_are_json_or_words() -> None:
         "template_args": {"a": False},
         "think_tag": "",
     }
-    result = CliRunner().invoke(app, ["ask", "1 + 1?", "--option", "kv_budget"])
+
+
+@pytest.mark.parametrize("option", ["kv_budget", "=4GiB"])
+@pytest.mark.parametrize("command", [["ask", "1 + 1?"], ["serve"], ["picture", "thoughts", "a.svg"]])
+def test_an_option_that_reads_otherwise_is_told_in_a_line(
+    command: list[str], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [*command, "--option", option])
     assert result.exit_code == 2
-    assert "NAME=VALUE" in result.output
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"InvalidRequest: --option {option!r} should read NAME=VALUE")
+
+
+def test_as_json_an_error_is_json_too() -> None:
+    result = CliRunner().invoke(app, ["ask", "1 + 1?", "--json", "--option", "kv_budget"])
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"] == "InvalidRequest"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ask", " "], "The question is empty"),
+        (["lens", "\n"], "The question is empty"),
+        (["picture", "steps", "a.svg", "--at", "1,x"], "--at takes whole numbers with commas between them, not '1,x'"),
+        (["picture", "steps", "a.svg", "--at", "-1"], "Latent steps are 0 or more, not -1"),
+        (["picture", "steps", "a.svg", "--task", "words", "--grader", "exact"], "'words' has a grader of its own"),
+        (["picture", "thoughts", "a.svg", "--task", "no.jsonl"], "no.jsonl cannot be read"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_before_a_model_is_loaded(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [*arguments, "--model", "/no/such/model"])
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(("there", "given", "taken"), [(30, None, 30), (120, None, 100), (120, 7, 7)])
+def test_a_picture_takes_as_many_questions_as_there_are_up_to_a_limit(
+    there: int, given: int | None, taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("langchain_latentmas.commands.picture.load", lambda *_: nullcontext())
+    rows = tmp_path / "own.jsonl"
+    rows.write_text("".join(f'{{"question": "Is it {i}?", "answer": "yes"}}\n' for i in range(there)))
+    with _ready(tmp_path / "a.svg", str(rows), "exact", given, 100, 0, "bundled", None, True) as (asked, n, _):
+        assert (asked.name, n) == ("own", taken)
+
+
+@pytest.mark.parametrize(("command", "most"), [("steps", 100), ("thoughts", 40)])
+def test_the_help_of_pictures_says_how_many_questions_they_take(
+    command: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert f"as many as there are, up to {most}." in CliRunner().invoke(app, ["picture", command, "--help"]).stdout
 
 
 @pytest.mark.parametrize(
@@ -74,12 +135,63 @@ def test_an_environment_that_is_no_json_is_told_in_a_line(monkeypatch: pytest.Mo
     assert "InvalidRequest" in result.stderr
 
 
+def test_an_error_names_the_environment_where_its_option_came_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTMAS_OPTIONS", '{"patience": 5, "speak_tag": "!"}')
+    result = CliRunner().invoke(app, ["ask", "1 + 1?"])
+    assert "InvalidRequest: LATENTMAS_OPTIONS: Setting patience: Extra inputs" in result.stderr
+    monkeypatch.setenv("LATENTMAS_OPTIONS", '{"speak_tag": "!", "merge": "rotate"}')
+    for option in ("kv_buget=1", "merge=never"):
+        result = CliRunner().invoke(app, ["ask", "1 + 1?", "--option", option])
+        assert f"InvalidRequest: Setting {option.partition('=')[0]}: " in result.stderr
+
+
 def test_an_unknown_option_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATENTMAS_DEVICE", "cpu")
     result = CliRunner().invoke(app, ["ask", "1 + 1?", "--option", "kv_buget=1"])
     assert result.exit_code == 2
     assert "InvalidRequest" in result.stderr
     assert "kv_buget" in result.stderr
+
+
+def test_serve_takes_bytes_with_a_unit_from_flag_environment_and_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, taken = tmp_path / "latentmas.toml", []
+
+    def refuse(settings: ServeSettings) -> None:
+        taken.append(settings)
+        raise InvalidRequest("That was enough.")
+
+    monkeypatch.setattr("langchain_latentmas.commands.serve._service", refuse)
+    monkeypatch.setenv("LATENTMAS_MAX_HEADERS", "64 KiB")
+    file.write_text('max_memory = "2GiB"\n')
+    result = CliRunner().invoke(app, ["serve", "--config", str(file), "--max-body", "2MiB"])
+    assert "That was enough." in result.output
+    [settings] = taken
+    assert (settings.max_body, settings.max_headers, settings.max_memory) == (2 << 20, 64 << 10, 2 << 30)
+    assert ServeSettings.gather(None, {"max_body": "4096"}).max_body == 4096
+
+
+@pytest.mark.parametrize(("name", "given"), [("max_body", "1000"), ("max_headers", 1000), ("max_memory", -1)])
+def test_bytes_out_of_range_are_refused(name: str, given: str | int) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{name}: Input should be greater than or equal to"):
+        ServeSettings.gather(None, {name: given})
+
+
+def test_a_key_is_rotated_in_the_store_of_the_file_and_without_the_extra_of_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)  # as if it were not installed
+    assert "MissingExtra" in CliRunner().invoke(app, ["serve"]).output
+    before = {name: key_file(tmp_path / name / "key") for name in ("told", "filed")}
+    file = tmp_path / "latentmas.toml"
+    file.write_text(f'store = "{tmp_path / "filed"}"\n')
+    monkeypatch.setenv("LATENTMAS_CONFIG", str(file))
+    for name, more in (("filed", []), ("told", ["--store", str(tmp_path / "told")])):
+        result = CliRunner().invoke(app, ["rotate-key", *more])
+        assert result.exit_code == 0, result.output
+        assert key_file(tmp_path / name / "key") != before.pop(name)
+        assert all(key_file(tmp_path / other / "key") == key for other, key in before.items())
 
 
 def test_no_collection_looks_through_what_was_there_when_a_command_began() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from langchain_latentmas.engine import device
 from langchain_latentmas.engine import model as models
-from langchain_latentmas.engine.device import Pace, free_bytes, prepare
+from langchain_latentmas.engine.device import Pace, free_bytes, free_bytes_for, prepare
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.engine.tick import Row, Ticker
 
@@ -21,6 +22,14 @@ def test_what_torch_keeps_without_using_it_is_free(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: {CUDA: value}[device])
     assert free_bytes(CUDA) == 1200
     assert free_bytes(torch.device("cpu")) > 1 << 20
+
+
+def test_what_lies_on_several_devices_is_as_large_as_the_fullest_one_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = torch.device("cuda:0"), torch.device("cuda:1")
+    monkeypatch.setattr(device, "free_bytes", {one: 3000, other: 400}.__getitem__)
+    assert free_bytes_for([one] * 4) == 3000
+    assert free_bytes_for([one, one, one, other]) == 1600
+    assert free_bytes_for([one, other]) == 800
 
 
 def test_no_attention_on_cuda_is_planned_for_its_exact_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -39,6 +40,20 @@ def test_another_model_than_expected(double: VLLMDouble) -> None:
     assert "--model" in found["greedy probe"].way_out
 
 
+def test_what_the_environment_tells_a_client_is_not_for_the_model_that_is_loaded_to_compare(
+    double: VLLMDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTMAS_OPTIONS", json.dumps({"tokenizer": FOLDER, "patience": 3}))
+    assert by_name(double, FOLDER)["greedy probe"].fine
+
+
+def test_a_model_that_cannot_be_loaded_takes_nothing_away_that_was_found(double: VLLMDouble) -> None:
+    found = by_name(double, "/no/such/model")
+    assert [name for name, finding in found.items() if finding.fine is False] == ["weights"]
+    assert "/no/such/model" in found["weights"].said
+    assert found["thinks and speaks"].fine
+
+
 @pytest.mark.parametrize(
     ("facts", "name", "fine", "flag"),
     [
@@ -72,6 +87,13 @@ def test_nobody_there_is_told_with_exit_code_1() -> None:
     assert (finding["name"], finding["fine"]) == ("server", False)
     assert "vllm serve" in finding["way_out"]
     assert CliRunner().invoke(app, ["doctor", "http://127.0.0.1:9"]).exit_code == 1
+
+
+def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "langchain_latentmas.service.vllm", None)  # as if httpx were not installed
+    result = CliRunner().invoke(app, ["doctor", "http://127.0.0.1:9"])
+    assert result.exit_code == 2
+    assert "MissingExtra" in result.stderr
 
 
 def test_a_token_that_is_none_is_said_in_one_line(double: VLLMDouble) -> None:

@@ -20,7 +20,7 @@ from langgraph.types import Command, RetryPolicy, Send, interrupt
 from typing_extensions import TypedDict
 
 from langchain_latentmas import ChatLatentMAS, LatentService, switch_edges
-from langchain_latentmas import edges as edges_module
+from langchain_latentmas.calls import Calls
 from langchain_latentmas.errors import InvalidEdge, InvalidReference, InvalidRequest
 
 CHAIN = [("planner", "critic"), ("critic", "judger")]
@@ -229,9 +229,7 @@ def test_graphs_in_graphs_in_graphs_are_looked_through_once(
     llm: ChatLatentMAS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = []
-    monkeypatch.setattr(
-        edges_module, "_look", lambda *how, look=edges_module._look, **more: (looked.append(1), look(*how, **more))[1]
-    )
+    monkeypatch.setattr(Calls, "of", lambda *how, of=Calls.of, **more: (looked.append(1), of(*how, **more))[1])
     graph: Any = lambda state: {"messages": [llm.invoke(state["messages"])]}  # noqa: E731
     for _ in range(8):
         graph = ending_in(graph)

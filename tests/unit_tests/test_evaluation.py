@@ -1,6 +1,7 @@
 import errno
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -38,10 +39,18 @@ QUICK: dict[str, Any] = {"n": 4, "steps": 3, "max_tokens": 12}
 
 
 @pytest.fixture
-def fresh() -> Iterator[LocalService]:
-    """A bundled model that has no thoughts yet."""
-    with LocalService.load("bundled", device="cpu") as service:
+def fresh(bundled: LocalService) -> Iterator[LocalService]:
+    """A service of the bundled model that has no thoughts yet."""
+    with LocalService(bundled.model, bundled.settings) as service:
         yield service
+
+
+@pytest.fixture(scope="module")
+def of_one(bundled: LocalService, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The answers of an agent alone; nobody may change the file."""
+    path = tmp_path_factory.mktemp("of_one") / "answers.jsonl"
+    Evaluation(bundled, Words(), modes=["single"], **QUICK).run(path)
+    return path
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -100,7 +109,7 @@ def test_it_goes_on_where_it_stopped(fresh: LocalService, tmp_path: Path) -> Non
     # Killed in the middle of a line, in the middle of a cell.
     path.write_text("".join(written[:9]) + written[9][:30])
     asked: list[tuple[Any, ...]] = []
-    with LocalService.load("bundled", device="cpu") as other:
+    with LocalService(fresh.model, fresh.settings) as other:
         evaluation = Evaluation(other, Words(), **QUICK)
         resumed = evaluation.run(path, lambda *progress: asked.append(progress))
     assert plain(resumed) == plain(whole)
@@ -152,20 +161,20 @@ def test_other_modes_can_be_added_to_a_run(fresh: LocalService, tmp_path: Path) 
         ({"batch": 3}, "batch"),
     ],
 )
-def test_other_settings_are_refused(fresh: LocalService, tmp_path: Path, changed: dict[str, Any], named: str) -> None:
-    path = tmp_path / "answers.jsonl"
-    Evaluation(fresh, Words(), modes=["single"], **QUICK).run(path)
-    before = path.read_text()
+def test_other_settings_are_refused(
+    bundled: LocalService, of_one: Path, tmp_path: Path, changed: dict[str, Any], named: str
+) -> None:
+    path = Path(shutil.copy(of_one, tmp_path))
     with pytest.raises(InvalidRequest, match=rf"another run \(.*{named} was"):
-        Evaluation(fresh, Words(), modes=["single"], **{**QUICK, **changed}).run(path)
-    assert path.read_text() == before
+        Evaluation(bundled, Words(), modes=["single"], **{**QUICK, **changed}).run(path)
+    assert path.read_text() == of_one.read_text()
 
 
-def test_another_model_is_refused(fresh: LocalService, service: LocalService, tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    Evaluation(fresh, Words(), modes=["single"], **QUICK).run(path)
+def test_another_model_is_refused(service: LocalService, of_one: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(of_one, tmp_path))
     with pytest.raises(InvalidRequest, match="another run"):
         Evaluation(service, Words(), modes=["single"], **QUICK).run(path)
+    assert path.read_text() == of_one.read_text()
 
 
 class Broken(Words):

@@ -57,6 +57,7 @@ def test_published_numbers_are_right_and_corrupted_ones_wrong(row: dict[str, Any
     solution = row["answer"].split("#### ")[0]
     for wrong in (
         str(int(plain) + 1),
+        str(int(plain) - 1),
         f"{plain}0",
         f"-{plain}",
         f"{plain}.5",
@@ -160,21 +161,6 @@ def corruptions(solution: str) -> list[str]:
         "    " + "\n    ".join(line[4:] for line in lines[:-1]) + "\n    raise ValueError\n",
         "    return (\n",
     ]
-
-
-def test_two_hundred_corrupted_answers_are_wrong() -> None:
-    """As above, but counted."""
-    wrong = 0
-    for row in GSM8K:
-        answer = row["answer"].split("#### ")[1]
-        for offset in (-1, 1, 100):
-            value = int(answer.replace(",", "")) + offset
-            wrong += not number(f"{row['answer'].split('####')[0]}#### {value}", answer)
-    for row in MEDQA:
-        right, options = medqa(row)
-        wrong += sum(not letter(option, right, options) for option in options if option != row["answer"])
-    assert wrong == 3 * 60 + sum(len(row["options"]) - 1 for row in MEDQA)
-    assert wrong >= 200
 
 
 @pytest.mark.parametrize(
@@ -381,11 +367,11 @@ def test_a_pronoun_is_no_choice() -> None:
 )
 @pytest.mark.parametrize("blank", [" ", "\n", " *", "_"])
 def test_long_runs_of_blanks_take_no_time(mark: str, blank: str) -> None:
-    begun = time.process_time()
+    begun = time.thread_time()
     for said in (mark + blank * 100_000, mark + blank * 900 + "." + blank * 900 + "Z"):
         assert chosen(said, ["Yes", "No"]) is None
         assert MARKED.findall(said[-TAIL:]) == []
-    assert time.process_time() - begun < 1
+    assert time.thread_time() - begun < 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from langchain_core.messages import AIMessageChunk, HumanMessage
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
@@ -17,7 +18,7 @@ from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.teams import hierarchical, sequential
 
 from ..conftest import Fresh
-from ..support import wait_for
+from ..support import PARITY, kv_copy, kv_difference, wait_for
 
 QUESTION: Any = {"messages": [("human", "What is 12 plus 30 minus 5?")]}
 LONG = 1500  # tokens that nobody wants to wait for
@@ -166,6 +167,24 @@ def test_batches_share_ticks_and_equal_single_runs(fresh_service: Fresh) -> None
     together = hierarchical(service, steps=60, max_tokens=6).compile().batch(questions)  # type: ignore[arg-type]
     assert [state["latents"] for state in together] == alone
     assert service.info()["ticks"] < single.info()["ticks"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_steps_that_cuda_graphs_replay_are_those_that_are_computed() -> None:
+    questions: list[Any] = [{"messages": [("human", f"What is {i} plus {'1 plus ' * i}1?")]} for i in range(5)]
+    found = []
+    for replayed in (True, False):
+        model = str(PARITY / "qwen3-tied" / "model")
+        with LatentService.load(model, device="cuda", dtype="float64", cuda_graphs=replayed) as service:
+            states = hierarchical(service, steps=30, max_tokens=12).compile().batch(questions)
+            refs = [ref for state in states for ref in state["latents"]]
+            assert service.info()["cuda_graphs"] == ("on" if replayed else "off")
+            found.append({ref["id"]: kv_copy(service.memory(ref)) for ref in refs})
+    replays, computed = found
+    assert len(replays) == 4 * len(questions)
+    assert replays.keys() == computed.keys()  # an id is a digest of the tokens too
+    assert max(kv_difference(replays[key], computed[key]) for key in replays) < 1e-8
 
 
 async def test_a_node_alone_runs_batches_too(fresh_service: Fresh) -> None:

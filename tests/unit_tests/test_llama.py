@@ -193,6 +193,17 @@ def test_a_hook_makes_no_other_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not taken
 
 
+def test_to_ask_for_hidden_states_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, chosen = wrapped("llama", torch.float64), []
+    monkeypatch.setattr(model, "_choose_forward", lambda: chosen.append(1))
+    model.model(torch.tensor([[5, 6]]), output_hidden_states=True)
+    hooks = [hook for module in model.decoder.modules() for hook in module._forward_hooks.values()]
+    assert hooks  # transformers leaves them there
+    model.refresh_if_changed()
+    assert not chosen
+    assert LanguageModel(model.model, model.tokenizer).decoder_fault == ""
+
+
 def test_a_parameter_put_in_is_the_one_that_is_used() -> None:
     model = wrapped("llama", torch.float64)
     with LocalService(model, LocalSettings()) as service:

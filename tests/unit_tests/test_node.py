@@ -272,12 +272,29 @@ def test_messages_may_be_what_langchain_takes_for_them(service32: LatentService)
     assert plain["latents"] == node.invoke(ASKED)["latents"]
 
 
-def test_stop_may_be_one_string(service32: LatentService) -> None:
-    one, several = (
-        LatentAgentNode("a", "A.", service=service32, speak=True, max_tokens=8, stop=stop).invoke(ASKED)
-        for stop in ("zebra", ["zebra"])
-    )
-    assert one["messages"][0].text == several["messages"][0].text != ""
+def test_a_text_ends_before_its_stop_which_may_be_one_string(service32: LatentService) -> None:
+    def spoken(stop: Any) -> str:
+        node = LatentAgentNode("a", "A.", service=service32, speak=True, max_tokens=24, stop=stop)
+        return str(node.invoke(ASKED)["messages"][0].text)
+
+    whole = spoken(None)
+    stop = next(character for character in whole[1:] if character.isprintable())
+    assert spoken("zebra") == whole
+    assert spoken(stop) == spoken(["zebra", stop]) == whole[: whole.index(stop)]
+
+
+async def test_how_a_node_samples_reaches_the_service(
+    service32: LatentService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"max_tokens": 3, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "seed": 7, "stop": ["zebra"]}
+    asked = list[dict[str, Any]]()
+    for name in ("say", "asay"):
+        call = getattr(service32, name)
+        spy = lambda *given, call=call, **options: (asked.append(options), call(*given, **options))[1]  # noqa: E731
+        monkeypatch.setattr(service32, name, spy)
+    node = LatentAgentNode("a", "A.", service=service32, speak=True, **how)
+    assert (await node.ainvoke(ASKED))["latents"] == node.invoke(ASKED)["latents"]
+    assert [{name: options[name] for name in how} for options in asked] == [how, how]
 
 
 @pytest.mark.parametrize("edges", ["latent", "text"])

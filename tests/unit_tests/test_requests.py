@@ -89,7 +89,7 @@ def test_the_same_think_from_many_threads_is_one_memory(fresh_service: Fresh) ->
     service = fresh_service(dtype="float32")
     refs = at_once([lambda: service.think(PROMPT, steps=6)] * 6)
     assert refs == [refs[0]] * 6
-    assert len(list(service._store.store.yield_keys())) == 1
+    assert len(service.references()) == 1
 
 
 async def test_requests_of_an_event_loop_share_ticks(fresh_service: Fresh) -> None:
@@ -127,7 +127,7 @@ def test_a_stream_that_was_given_up_stores_nothing(fresh_service: Fresh) -> None
     stream.close()  # type: ignore[attr-defined]
     service.think(PROMPT, steps=2)
     assert service.info()["rows"] == 0
-    assert len(list(service._store.store.yield_keys())) == 1  # what was thought
+    assert len(service.references()) == 1  # what was thought
 
 
 async def test_leaving_an_async_stream_frees_its_slot(fresh_service: Fresh) -> None:
@@ -354,7 +354,7 @@ def test_a_wrong_call_is_refused_before_any_work_and_leaves_nothing(
     with pytest.raises((InvalidRequest, InvalidReference)):
         service.think(**{"messages": PROMPT, **wrong})
     assert service.info()["ticks"] == service.info()["waiting"] == 0
-    assert list(service._store.store.yield_keys()) == []
+    assert service.references() == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Hostile programs: what they try must not happen, whatever they report about it."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from langchain_latentmas.evaluation import sandbox
 from langchain_latentmas.evaluation.graders import Checks, code
 from langchain_latentmas.evaluation.guard import FILES, NETWORK
 from langchain_latentmas.evaluation.sandbox import Limits, Outcome, run
+
+from ..support import wait_for
 
 SECRET = "sk-this-must-not-leak"
 LIMITS = Limits(seconds=4, cpu_seconds=2, memory=512 << 20)
@@ -98,6 +101,9 @@ resource.setrlimit(resource.RLIMIT_CPU, (3600, 3600))
 while True: pass""",
     "crashes": "import ctypes\nctypes.string_at(0)",
 }
+
+# So ends a program that never came to what it was written for.
+MISWRITTEN = re.compile(r"^(Syntax|Indentation|Name|Import|ModuleNotFound)Error\b", re.MULTILINE)
 
 # Each of them claims to be right, and `double` of none of them is.
 CHEATS = {
@@ -220,12 +226,19 @@ def started() -> list[int]:
     return found
 
 
+def skip_without(*guarantees: str) -> None:
+    """Leaves out what this platform cannot guarantee; in CI nothing is left out, or nobody would notice."""
+    if missing := [what for what in guarantees if what in sandbox.missing()]:
+        leave_out = pytest.fail if os.environ.get("CI") else pytest.skip
+        leave_out(f"this platform cannot guarantee: {'; '.join(missing)}")
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_programs_do_no_harm(world: World, name: str) -> None:
-    if missing := run("pass")[0].missing:
-        pytest.skip(f"this platform cannot guarantee: {'; '.join(missing)}")
+    skip_without(FILES, NETWORK)
     begun = time.monotonic()
     outcome = run(HOSTILE[name].format(**world.names), limits=LIMITS)[0]
+    assert not MISWRITTEN.search(outcome.errors)
     assert SECRET not in outcome.output + outcome.errors
     assert len(outcome.output) + len(outcome.errors) <= 2 * LIMITS.output
     assert time.monotonic() - begun < 20
@@ -243,7 +256,7 @@ def test_what_is_right_passes(program: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there can everything be guaranteed")
 def test_what_a_platform_cannot_guarantee_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert set(run("pass")[0].missing) <= {FILES, NETWORK}
+    assert set(sandbox.missing()) <= {FILES, NETWORK}
     guard = tmp_path / "guard.py"
     source = sandbox.GUARD.read_text().replace("LANDLOCK_CREATE_RULESET, None", "9999, None")
     guard.write_text(source.replace("def leave_root() -> bool:", "def leave_root() -> bool:\n    return False"))
@@ -270,8 +283,7 @@ def test_root_becomes_nobody_where_landlock_is_missing(monkeypatch: pytest.Monke
     "call", ["time.clock_settime(time.CLOCK_REALTIME, time.time())", "os.chroot('.')", "os.setuid(1)"]
 )
 def test_root_is_no_longer_root(call: str) -> None:
-    if NETWORK in run("pass")[0].missing:
-        pytest.skip("this platform cannot guarantee it")
+    skip_without(NETWORK)
     assert "PermissionError" in run(f"import os, time\n{call}")[0].errors
 
 
@@ -314,18 +326,29 @@ def test_programs_wait_for_one_another_so_that_none_runs_out_of_time() -> None:
     assert most == bound
 
 
-def test_a_program_does_not_outlive_who_runs_it() -> None:
-    runs = "from langchain_latentmas.evaluation.sandbox import run; run('import time; print(1); time.sleep(60)')"
-    with subprocess.Popen([sys.executable, "-c", runs]) as process:
-        deadline = time.monotonic() + 30
-        while not started() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.5)  # until it has asked the kernel to end with its parent
-        process.kill()
-    deadline = time.monotonic() + 10
-    while started() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not started()
+def test_a_program_does_not_outlive_who_runs_it(tmp_path: Path) -> None:
+    program = "import time; open('begun', 'w').close(); time.sleep(60)"
+    runs = f"from langchain_latentmas.evaluation.sandbox import run; run({program!r})"
+    with subprocess.Popen([sys.executable, "-c", runs], env={**os.environ, "TMPDIR": str(tmp_path)}) as process:
+        try:
+            wait_for(lambda: any(tmp_path.glob("*/begun")))  # it has asked the kernel by now to end with its parent
+            assert started()
+        finally:
+            process.kill()
+    wait_for(lambda: not started(), 10)
+
+
+@pytest.mark.parametrize(
+    ("guard", "why"),
+    [("raise SystemExit('no seccomp here')", "no seccomp here"), ("raise SystemExit", "by itself")],
+)
+def test_a_program_that_could_not_lock_itself_in_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, guard: str, why: str
+) -> None:
+    (tmp_path / "guard.py").write_text(guard)
+    monkeypatch.setattr(sandbox, "GUARD", tmp_path / "guard.py")
+    with pytest.raises(SandboxUnavailable, match=f"could not be locked in: {why}"):
+        run("print('This is not to be seen.')")
 
 
 def test_a_platform_without_limits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
+from langchain_latentmas.engine.kv import KV, Placed
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.engine.scheduler import PASSING, Scheduler
 from langchain_latentmas.engine.tick import Row, Ticker
@@ -45,6 +47,23 @@ def test_after_a_tick_that_failed_work_goes_on(scheduler: Scheduler, monkeypatch
     assert isinstance(first[0], EngineFailed)
     assert len(second[0].thoughts) == 2
     assert scheduler.fault == ""
+
+
+def test_a_row_that_cannot_join_ends_alone(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticker, ends = scheduler.ticker, [list[Any]() for _ in range(3)]
+    kv = ticker.model.blank_kv(4)
+    zeros = KV(*([torch.zeros_like(t, device="cpu") for t in side] for side in kv))
+    assert ticker.model.rotary is not None
+    monkeypatch.setattr(ticker.model.rotary, "turn", broken)
+    reader = Row([Placed(zeros, 0, 7)], 4, [[5]], steps=2, on_done=ends[1].append, on_error=ends[1].append)
+    with scheduler._changed:  # all of them join before the same tick
+        for each in (row(ends[0], steps=9), reader, row(ends[2])):
+            scheduler.submit(each)
+    wait_for(lambda: all(ends))
+    assert isinstance(ends[1][0], EngineFailed)
+    assert "the device is gone" in str(ends[1][0])
+    assert [len(ends[i][0].thoughts) for i in (0, 2)] == [9, 2]
+    assert [len(each) for each in ends] == [1, 1, 1]
 
 
 def test_a_thread_that_could_not_be_started_is_started_for_the_next_row(

@@ -156,7 +156,7 @@ def test_a_bad_think_is_refused_before_any_work(
     with pytest.raises(error, match=way_out):
         service.think(**call)
     assert service.info()["ticks"] == 0
-    assert len(list(service._store.store.yield_keys())) == 0
+    assert service.references() == []
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ import os
 import stat
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from langchain_latentmas.service.identity import Signer, memory_id
 from langchain_latentmas.service.memory import Recipe, Segment
 from langchain_latentmas.service.store import DROPPED, RECIPE, FolderStore, RecipeStore
 
-from ..support import Gate, at_once
+from ..support import Gate, at_once, wait_for
 
 HIDDEN = 4
 
@@ -114,6 +116,32 @@ def test_a_recipe_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
     (tmp_path / (one.id + RECIPE)).rename(tmp_path / (other.id + RECIPE))
     with pytest.raises(StoreCorrupted, match="that of"):
         store.get(other.id)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "another model": {"model": "1" * 32},
+    "another alignment": {"alignment": "rescale"},
+    "other parents": {"parents": (recipe(steps=2).id,)},
+    "another prompt": {"segment": replace(recipe().segment, prompt_ids=(5, 6, 8))},
+    "other words": {"segment": replace(recipe().segment, spoken_ids=(5,))},
+    "fewer thoughts": {"segment": recipe(steps=2).segment},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_recipe_that_is_not_what_its_id_says_is_refused(change: dict[str, Any]) -> None:
+    store, put = recipe_store(), replace(recipe(), **change)
+    shelve(store, recipe(steps=2))
+    shelve(store, put)
+    with pytest.raises(StoreCorrupted, match=f"{put.id} cannot be read: its content does not match its id"):
+        store.get(put.id)
+
+
+def test_a_recipe_of_thoughts_of_another_width_is_refused() -> None:
+    shelf, put = InMemoryByteStore(), recipe()
+    shelve(recipe_store(shelf), put)
+    with pytest.raises(StoreCorrupted, match="other shapes than it says"):
+        RecipeStore(shelf, Signer(b"k" * 32), 2 * HIDDEN, torch.float32).get(put.id)
 
 
 def test_what_cannot_be_read_is_set_aside_and_the_rest_is_read(tmp_path: Path) -> None:
@@ -330,17 +358,49 @@ def test_a_lock_that_another_process_holds_ends_in_a_typed_error(
 def test_many_threads_hear_of_a_lock_that_is_held_as_soon_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOCK_SECONDS", 0.4)
-    store, other = FolderStore(tmp_path), FolderStore(tmp_path)
+    store, gate = FolderStore(tmp_path), Gate()
+    acquire = store._acquire
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(store, "_acquire", lambda seconds: (gate.wait(), acquire(seconds)))
 
-    def refused() -> float:
-        begun = time.monotonic()
+    def refused() -> None:
         with pytest.raises(StoreBusy):
             store.mset([("a", b"1")])
-        return time.monotonic() - begun
 
-    with other.locked():
-        assert max(at_once([refused] * 8)) < 2
+    with ThreadPoolExecutor(8) as threads:
+        first = threads.submit(store.mset, [("a", b"1")])
+        assert gate.entered.wait(60)
+        others = [threads.submit(refused) for _ in range(7)]
+        told = wait(others, timeout=30).done  # while the first one still waits for another process
+        gate.open()
+        assert told == set(others)
+        for each in (first, *others):
+            each.result(60)
+
+
+def test_who_has_waited_for_a_thread_waits_less_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, gate, now, looked, asked = FolderStore(tmp_path), Gate(), [0.0], list[float](), list[float]()
+    acquire = store._acquire
+
+    def clock() -> float:
+        at = now[0]
+        looked.append(at)
+        return at
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(store, "_acquire", lambda seconds: (asked.append(seconds), gate.wait(), acquire(seconds)))
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(store.mset, [("a", b"1")])
+        assert gate.entered.wait(60)
+        second = threads.submit(store.mset, [("a", b"1")])
+        wait_for(lambda: len(looked) == 3)
+        now[0] = module.LOCK_SECONDS - 15
+        gate.open()
+        for each in (first, second):
+            each.result(60)
+    assert asked == [module.LOCK_SECONDS, 15]
 
 
 def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:

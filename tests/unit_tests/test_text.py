@@ -42,6 +42,20 @@ def test_a_text_of_replacement_signs_streams_and_stops() -> None:
     assert text.stopped
 
 
+@given(st.binary(max_size=40), st.lists(st.sampled_from(["a", "\ufffd", "b a", "ü"]), max_size=2))
+@example("so, ü".encode(), ["ü"])
+@example(b"\xf0\x9f\x8c ab a", ["b a"])
+def test_a_text_that_nobody_reads_along_comes_whole_at_its_end(data: bytes, stop: list[str]) -> None:
+    loud, quiet = TextStream(TOKENIZER, stop), TextStream(TOKENIZER, stop, quiet=True)
+    pieces = []
+    for byte in data:
+        pieces.append(loud.push(OF_BYTE[byte]))
+        assert quiet.push(OF_BYTE[byte]) == ""
+        assert quiet.stopped == loud.stopped
+    assert quiet.end() == "".join([*pieces, loud.end()])
+    assert quiet.stopped == loud.stopped
+
+
 def test_the_alphabet_covers_every_byte() -> None:
     assert len(set(OF_BYTE)) == 256
     assert TOKENIZER.decode(tokens_of("Grüße 🌍")) == "Grüße 🌍"

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -60,8 +60,21 @@ def model() -> LanguageModel:
     return LanguageModel(*load_parts("qwen3-tied", "float64"))
 
 
+AHEAD = [False]
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "ahead"])
+def ahead(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tokens are read before the next step begins, as on a CPU, or after that, as on a GPU."""
+    AHEAD.append(request.param)
+    yield
+    AHEAD.pop()
+
+
 def ticker(model: LanguageModel, chunk: int = 512, max_rows: int = 32, live_bytes: int = 1 << 40) -> Ticker:
-    return Ticker(model, max_rows=max_rows, live_bytes=live_bytes, chunk=chunk)
+    made = Ticker(model, max_rows=max_rows, live_bytes=live_bytes, chunk=chunk)
+    made.ahead = AHEAD[-1]
+    return made
 
 
 def finish(tick: Ticker) -> None:
@@ -297,6 +310,40 @@ def test_no_steps_hand_the_prompt_over(model: LanguageModel) -> None:
     assert result.kv.positions == 6
     assert result.thoughts.shape == (0, 128)
     assert (result.tokens, result.text, result.finish) == ([], "", "")
+
+
+@pytest.fixture
+def scored(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the hidden states that logits are computed of, call by call; no token ends a text."""
+    seen, logits = list[tuple[int, ...]](), model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: seen.append(tuple(hidden.shape)) or logits(hidden))
+    monkeypatch.setattr(model, "eos", frozenset())
+    return seen
+
+
+@pytest.mark.parametrize("chunk", [8, 512])
+def test_who_thinks_computes_no_logits(model: LanguageModel, scored: list[tuple[int, ...]], chunk: int) -> None:
+    tick = ticker(model, chunk)
+    requests = [Request([ids(40, 1)], steps=5), Request([ids(40, 2)]), Request([ids(3, 3)], keep_hidden=True)]
+    with torch.inference_mode():
+        for request in requests:
+            tick.join(request.row())
+    finish(tick)
+    assert all(request.results for request in requests)
+    assert scored == []
+
+
+def test_who_speaks_computes_logits_of_one_position_a_token(
+    model: LanguageModel, scored: list[tuple[int, ...]]
+) -> None:
+    speaker, thinker = Request([ids(40, 1)], sampling=Sampling(max_tokens=3)), Request([ids(40, 2)], steps=5)
+    tick = ticker(model, chunk=8)
+    with torch.inference_mode():
+        for request in (speaker, thinker):
+            tick.join(request.row())
+    finish(tick)
+    assert len(speaker.results[0].tokens) == 3
+    assert scored == [(1, 128)] * 3
 
 
 @pytest.mark.parametrize("chunk", [4, 512])

@@ -299,6 +299,26 @@ def test_what_goes_wrong_over_there_has_a_name_here(
     assert vllm.think(QUESTION, steps=3)["steps"] == 3  # and the next one gets through
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_a_thought_that_ends_before_its_last_step_is_no_memory(
+    tokens: int, vllm: VLLMService, double: VLLMDouble
+) -> None:
+    double.answers.append(events({"choices": [{"token_ids": [double.latent] * tokens}]}, done=True))
+    with pytest.raises(EngineFailed, match="ended the answer early"):
+        vllm.think(QUESTION, steps=3)
+    assert vllm.references() == []
+    assert vllm.think(QUESTION, steps=3)["steps"] == 3
+    assert [body["max_tokens"] for body in double.requests] == [4, 4]  # nobody knows the thought by then
+
+
+def test_a_text_that_ends_before_its_end_is_no_text(vllm: VLLMService, double: VLLMDouble) -> None:
+    double.answers.append(events({"choices": [{"token_ids": [7, 8]}]}, done=True))
+    with pytest.raises(EngineFailed, match="ended the answer early"):
+        say(vllm, QUESTION, max_tokens=3)
+    assert vllm.references() == []
+    assert len(double.requests) == 1
+
+
 def test_a_thought_where_words_were_asked_for_is_no_silent_gap(vllm: VLLMService, double: VLLMDouble) -> None:
     double.answers.append(events({"choices": [{"token_ids": [7, 8, double.latent]}]}))
     chunks = vllm.speak(QUESTION, max_tokens=5)
@@ -380,8 +400,9 @@ def test_what_http_says_of_a_request_is_not_told(vllm: VLLMService, double: VLLM
     assert "secret" not in "".join(traceback.format_exception(raised.value))
 
 
-def test_a_server_without_the_plugin(connect: Connect, double: VLLMDouble) -> None:
-    double.facts = None
+@pytest.mark.parametrize("facts", [None, {}])  # not there, or a page of what stands before the server
+def test_a_server_without_the_plugin(facts: dict[str, Any] | None, connect: Connect, double: VLLMDouble) -> None:
+    double.facts = facts
     with pytest.raises(ModelNotSupported, match="VLLM_PLUGINS=latentmas"):
         connect()
 
@@ -391,6 +412,34 @@ def test_a_model_without_a_latent_token(connect: Connect, double: VLLMDouble) ->
     double.facts |= {"latent_token_id": None, "architecture": "Qwen3ForCausalLM"}
     with pytest.raises(ModelNotSupported, match=r"Qwen3ForCausalLM.*--hf-overrides"):
         connect()
+
+
+def test_weights_that_nobody_knows(connect: Connect, double: VLLMDouble) -> None:
+    assert double.facts
+    double.facts["fingerprint"] = None
+    with pytest.raises(ModelNotSupported, match="safetensors"):
+        connect()
+
+
+def test_a_model_without_a_name_is_none_of_vllm(connect: Connect, double: VLLMDouble) -> None:
+    del double.model_card["id"]
+    with pytest.raises(ModelNotFound, match="no vLLM server"):
+        connect()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(200, text="<html>Welcome</html>"),
+        httpx.Response(404, text="Not Found"),
+        *(httpx.Response(200, json=said) for said in ({}, [], ["a"], "ok")),
+        *(httpx.Response(200, json={"data": data}) for data in ([], {}, None, ["a"], [["a"]])),
+    ],
+    ids=lambda answer: f"{answer.status_code} {answer.text}",
+)
+def test_what_is_no_vllm_server(answer: httpx.Response) -> None:
+    with pytest.raises(ModelNotFound, match=r"http://there:8000 is no vLLM server"):
+        VLLMService.load("vllm+http://there:8000", transport=httpx.MockTransport(lambda _: answer), patience=0)
 
 
 def test_another_tokenizer(connect: Connect, double: VLLMDouble, tmp_path: Path) -> None:
@@ -413,6 +462,38 @@ def test_a_key(connect: Connect, double: VLLMDouble) -> None:
         connect()
     for token in ("secret", "secret\n"):
         assert say(connect(token=token), QUESTION, max_tokens=1).token_ids
+
+
+def test_a_key_from_the_environment(connect: Connect, double: VLLMDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    double.key = "secret"
+    monkeypatch.setenv("LATENTMAS_TOKEN", "secret")
+    assert say(connect(), QUESTION, max_tokens=1).token_ids
+    with pytest.raises(AccessDenied, match="token="):
+        connect(token="another")
+    monkeypatch.setenv("LATENTMAS_TOKEN", "two\nlines")
+    with pytest.raises(InvalidRequest, match="token") as caught:
+        connect()
+    assert "lines" not in str(caught.value)
+
+
+def test_an_empty_key_in_the_environment_is_none(
+    connect: Connect, double: VLLMDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTMAS_TOKEN", "")
+    assert say(connect(), QUESTION, max_tokens=1).token_ids
+    double.key = "secret"
+    with pytest.raises(AccessDenied, match="token="):
+        connect()
+
+
+def test_a_key_that_others_can_read_on_the_way_is_told_of(
+    connect: Connect, double: VLLMDouble, caplog: pytest.LogCaptureFixture
+) -> None:
+    connect()
+    assert "unencrypted" not in caplog.text
+    double.key = "secret"
+    connect(token="secret")
+    assert "the key for http://there:8000 travels unencrypted" in caplog.text
 
 
 def test_nobody_there() -> None:

@@ -13,7 +13,6 @@ def test_maps_as_the_transformers_engine_does(realign: bool, tied: bool) -> None
     outputs = inputs if tied else torch.randn(300, 32)
     hidden = torch.randn(7, 32)
     theirs = alignment.Alignment(inputs, outputs, realign)(hidden)
-    assert torch.equal(alignment.Alignment(inputs, outputs, realign)(hidden), theirs)
     torch.testing.assert_close(Alignment(inputs, outputs, vocab_size=300, realign=realign)(hidden), theirs)
 
 
