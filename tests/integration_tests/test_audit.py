@@ -268,9 +268,7 @@ def test_pictures_come_from_one_command_each(tmp_path: Path) -> None:
     assert "coverage" in shown.output
     own.write_text("".join(json.dumps({"question": f"Is it {i}?", "answer": "yes"}) + "\n" for i in range(3)))
     for command in (["steps", str(steps), "--at", "0", "--no-text"], ["thoughts", str(thoughts), "--steps", "1"]):
-        shown = run(
-            "picture", *command, "--task", str(own), "--grader", "exact", "--option", "max_positions=256", "--json"
-        )
+        shown = run("picture", *command, "--task", str(own), "--grader", "exact", "--json")
         assert shown.exit_code == 0, shown.output
         assert json.loads(shown.stdout)["n"] == 3
     evaluated = run("eval", "--task", "relay", *few, "--steps", "3", "--modes", "text,latent", "--out", str(tmp_path))
