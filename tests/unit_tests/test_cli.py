@@ -77,6 +77,7 @@ def test_as_json_an_error_is_json_too() -> None:
         (["picture", "steps", "a.svg", "--at", "-1"], "Latent steps are 0 or more, not -1"),
         (["picture", "steps", "a.svg", "--task", "words", "--grader", "exact"], "'words' has a grader of its own"),
         (["picture", "thoughts", "a.svg", "--task", "no.jsonl"], "no.jsonl cannot be read"),
+        (["picture", "thoughts", "a.svg", "--task", "no.jsonl", "--grader", "taste"], "There is no grader 'taste'"),
     ],
 )
 def test_what_cannot_be_asked_is_told_before_a_model_is_loaded(

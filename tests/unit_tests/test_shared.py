@@ -47,6 +47,7 @@ def test_a_service_of_before_a_fork_is_loaded_anew(monkeypatch: pytest.MonkeyPat
 def test_an_option_that_is_refused_is_said_to_come_from_the_environment(
     monkeypatch: pytest.MonkeyPatch, model: str, options: str, said: str
 ) -> None:
+    monkeypatch.setattr(shared, "_services", {})
     monkeypatch.setenv("LATENTMAS_OPTIONS", options)
     with pytest.raises(InvalidRequest, match=f"^LATENTMAS_OPTIONS: {said}"):
         shared.shared_service(model)
