@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from langchain_latentmas import LatentService
 from langchain_latentmas.service.local import LocalService
+from langchain_latentmas.service.server import Server
 
+from .served import client, serving
 from .support import PARITY
 
 for name in [name for name in os.environ if name.startswith("LATENTMAS_")]:
@@ -78,6 +80,20 @@ def fresh_service() -> Iterator[Fresh]:
     yield make
     for each in made:
         each.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server for tests that need no settings and count nothing; on a service of its own."""
+    with serving(LocalService.from_model(*load_parts("qwen3-tied", "float64"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def remote(server: Server) -> Iterator[LatentService]:
+    """A client of it."""
+    with client(server) as service:
+        yield service
 
 
 @pytest.fixture(scope="session")

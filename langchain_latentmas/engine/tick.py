@@ -371,7 +371,8 @@ class Ticker:
             return
         thinking = [row for row in rows if row.thinking]
         speaking = [row for row in rows if not row.thinking]
-        self._feed(drawn)
+        if speaking:
+            self._feed(drawn)
         length = 1 + max(row.position for row in rows)
         with self.model.threads.taken(len(rows)):
             step = self.feedback.step(len(rows), length, thinking=bool(thinking), speaking=bool(speaking))

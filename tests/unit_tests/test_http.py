@@ -22,11 +22,9 @@ from langchain_latentmas.errors import (
 )
 from langchain_latentmas.service import Chunk
 from langchain_latentmas.service.identity import WireRef
-from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.server import Server
 from langchain_latentmas.service.wire import EVENTS, SpeakRequest, SpokenChunk
 
-from ..conftest import load_parts
 from ..served import TOKEN, client, serving
 from ..support import messages
 
@@ -73,18 +71,6 @@ faults = pytest.mark.parametrize(
     [("breaks", ServiceUnreachable), ("ends", ServiceUnreachable), ("closes", ServiceClosed)],
     ids=["breaks", "ends", "closes"],
 )
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving(LocalService.from_model(*load_parts("qwen3-tied", "float64"))) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def remote(server: Server) -> Iterator[LatentService]:
-    with client(server) as service:
-        yield service
 
 
 @pytest.fixture

@@ -75,21 +75,6 @@ def call_of(arguments: str) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
-@pytest.fixture(scope="module")
-def server(parity_service: Callable[..., LatentService]) -> Iterator[Server]:
-    """One for tests that need no settings and count nothing; on a service of its own."""
-    from tests.conftest import load_parts
-
-    with serving(LocalService.from_model(*load_parts("qwen3-tied", "float64"))) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def remote(server: Server) -> Iterator[LatentService]:
-    with client(server) as service:
-        yield service
-
-
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[LocalService], Gate]]:
     gates: list[Gate] = []
