@@ -81,13 +81,13 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("placebo", placebo, placebo_examples, [BYSTANDER], "at most 5"),
+    Case("placebo", placebo, placebo_examples, [BYSTANDER], "at most 5 %"),
     Case(
         "relay",
         lambda service: Relay().graph(service, "sequential"),
         relay_examples,
         "all",
-        "at least 99",
+        "at least 99 %",
     ),
 )
 
@@ -148,7 +148,7 @@ def _row(case: Case, found: int, worths: Sequence[EdgeWorth], seconds: float) ->
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     shown = Table(box=None, padding=(0, 2), header_style="dim")
-    for i, name in enumerate(("graph", "content found", "of 100", "intact", "swapped", "points", "minutes")):
+    for i, name in enumerate(("graph", "content found", "expected", "intact", "swapped", "points", "minutes")):
         shown.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
         low, high = row["found_interval"]

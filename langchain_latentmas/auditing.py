@@ -29,6 +29,14 @@ from .node import LatentAgentNode, field_of
 from .service import LatentService
 from .service.shared import shared_service
 
+LEFT_OUT: dict[str, Any] = {
+    "checkpointer": None,
+    "cache": None,
+    "interrupt_before_nodes": (),
+    "interrupt_after_nodes": (),
+}
+"""What a compiled graph is audited without."""
+
 
 def audit(
     graph: StateGraph | Pregel,
@@ -60,17 +68,19 @@ def audit(
     - "cut": the reader reads nothing over the edge.
     - "text": the edge carries text (the sender speaks, over all of its edges).
 
-    A condition under which every question fails is left out, and the result's notes say so.
+    A condition under which every question fails, and would again, is left out, and the result's notes say so.
 
     Intact less swapped is the edge's *content*: a swapped memory is one that this graph really produces, in the same
     role and of about the same length, so the question behind it is all that differs. Swapped less cut is its mere
     *presence*. "zeroed" and "random" are no part of the content: no reader was ever given such values, so they show
     what a damaged memory does, not what a memory without content does. Both effects have paired bootstrap intervals
     and McNemar's exact test; p-values are adjusted (Holm) where several edges are audited. The verdict follows the
-    tests: content is what has p below 1 - `level`.
+    tests: content is what has p below 1 - `level`. Examples that ask the same count as one question in all of that,
+    with the share of them that was right, and McNemar's test is the sign test then.
 
-    Greedy agents repeat themselves; give those that sample a `seed`. Checkpointer and node cache of a compiled graph
-    are left out; what nodes keep elsewhere, say in the graph's store, is not.
+    Greedy agents repeat themselves; give those that sample a `seed`. Checkpointer, node cache and breakpoints
+    (`interrupt_before`) of a compiled graph are left out; what nodes keep elsewhere, say in the graph's store, is not.
+    A question on which a node calls `interrupt()` has failed: nobody is there to answer.
 
     Example:
         ```python
@@ -81,7 +91,7 @@ def audit(
 
     Args:
         graph: A graph of `LatentAgentNode`s, or one converted by `switch_edges`; compiled or not.
-        examples: At least 20 pairs of the graph's input and whatever the grader compares with.
+        examples: Pairs of the graph's input and whatever the grader compares with, of at least 20 questions.
         grade: Gets the graph's last state and the second half of the pair; says whether the answer is right.
         edges: "all": all latent edges at once. "each": all at once, then each that was crossed by itself. Pairs of
             names: those at once, then each by itself.
@@ -102,7 +112,7 @@ def audit(
         What came of it.
 
     Raises:
-        InvalidRequest: Fewer than 20 examples, an unknown condition, a seed below 0; before anything runs, like
+        InvalidRequest: Fewer than 20 questions, an unknown condition, a seed below 0; before anything runs, like
             `InvalidEdge`. Or the graph fails on all examples, intact or swapped.
         InvalidEdge: If an edge does not exist or is not latent.
         EdgeNotCrossed: If no example's memory crosses an edge; after the intact run, like the two below.
@@ -158,13 +168,14 @@ async def aaudit(
     Nodes without a coroutine run in this loop's threads. Where such a node waits for another, as a sync `@entrypoint`
     does for its sync tasks, give the loop twice `concurrency` of them (`loop.set_default_executor`), or use `audit`.
     """
-    if len(examples) < LEAST:
-        raise InvalidRequest(
-            f"An audit needs at least {LEAST} examples to tell anything, not {len(examples)}; 100 are better."
-        )
     if odd := next((one for one in examples if not (isinstance(one, (tuple, list)) and len(one) == 2)), None):
         raise InvalidRequest(
             f"An example is a pair of the graph's input and what the grader compares with, not {odd!r}."
+        )
+    if (different := len({told(question) for question, _ in examples})) < LEAST:
+        raise InvalidRequest(
+            f"An audit needs at least {LEAST} examples of different questions to tell anything, not {different}; 100 "
+            "are better."
         )
     if unknown := set(conditions) - set(CONDITIONS):
         raise InvalidRequest(f"There is no condition {min(unknown)!r}; take some of {', '.join(CONDITIONS)}.")
@@ -179,7 +190,7 @@ async def aaudit(
         raise InvalidEdge("edges names no edge; give pairs of names, 'all' or 'each'.")
     seen = _Survey(graph)
     _check_edges(graph, seen, [] if isinstance(named, str) else named)
-    compiled = graph.compile() if isinstance(graph, StateGraph) else graph.copy({"checkpointer": None, "cache": None})
+    compiled = graph.compile() if isinstance(graph, StateGraph) else graph.copy(LEFT_OUT)
     wanted = [name for name in CONDITIONS if name in {"intact", "swapped", *conditions}]
     head = journal_head(graph, examples, seed, about, context, config) if journal else {}
     with Journal(journal, head) if journal else nullcontext() as opened:
@@ -193,8 +204,9 @@ async def aaudit(
         worths = []
         for scope in scopes:
             answers = {name: await asked.altered(scope, name) if name != "intact" else intact for name in wanted}
-            crossed, notes = len(asked.crossing(scope)), asked.notes(scope)
-            worths.append(EdgeWorth.of(scope.name, answers, crossed=crossed, seed=seed, level=level, notes=notes))
+            questions, notes = asked.questions, asked.notes(scope)
+            crossed = len({questions[i] for i in asked.crossing(scope)})
+            worths.append(EdgeWorth.of(scope.name, answers, questions, crossed, seed=seed, level=level, notes=notes))
     return Audit.of(task, worths, seed=seed, level=level, about=about)
 
 

@@ -30,6 +30,7 @@ class Calls(NamedTuple):
         parsers: Names of the output parsers, those aside that leave text as it is.
         subgraphs: Compiled graphs, and workflows of the functional API.
         tasks: Names of the functional API's tasks.
+        agents: Those that read and write references by themselves, with chat models that are none of `models`.
     """
 
     models: list[BaseChatModel]
@@ -37,6 +38,7 @@ class Calls(NamedTuple):
     parsers: list[str]
     subgraphs: list[Pregel]
     tasks: list[str]
+    agents: list[LatentAgentNode]
 
     @property
     def foreign(self) -> str | None:
@@ -60,6 +62,7 @@ class Calls(NamedTuple):
         parsers: list[str] = []
         subgraphs: list[Pregel] = []
         tasks: list[str] = []
+        agents: list[LatentAgentNode] = []
         tools = False
         seen: dict[Hashable, Any] = {}  # holds on to what it has seen, so that no id comes twice
         queue: list[Any] = [root]
@@ -80,13 +83,13 @@ class Calls(NamedTuple):
                 tools = tools or bool(at.kwargs.get("tools"))
                 queue.append(at.bound)
             elif isinstance(at, LatentAgentNode):
-                continue  # reads and writes references by itself, with a chat model that it makes when it first speaks
+                agents.append(at)
             elif isinstance(at, BaseOutputParser):
                 parsers += [] if isinstance(at, StrOutputParser) else [type(at).__name__]
             else:
                 tasks += [getattr(at, "__name__", "")] if isinstance(at, _TaskFunction) else []
                 queue += _held(at)
-        return cls(models, tools, parsers, subgraphs, tasks)
+        return cls(models, tools, parsers, subgraphs, tasks, agents)
 
 
 def _held(at: Any) -> Iterator[Any]:

@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from html import escape
 from typing import Any, Literal, NamedTuple, overload
 
 from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import run_in_executor
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
@@ -142,8 +144,14 @@ def switch_edges(
     switched = dict(graph.switched)
     refused: dict[Edge, str] = {}
     if to == "text":
-        for edge in wanted:
-            switched.pop(edge, None)
+        for source, target in wanted:
+            by_itself = None if source == START or edges == "*" else graph._by_itself(source)
+            if by_itself and (source, target) not in switched:
+                raise InvalidEdge(
+                    f"The edge {source!r} -> {target!r} cannot be switched: {by_itself} Run the graph with "
+                    f'{{"configurable": {{"edges": {{"{source}->{target}": "text"}}}}}} instead.'
+                )
+            switched.pop((source, target), None)
     else:
         refused = graph.refusals(wanted, switched, router_reads_text, trusted=edges != "*")
         if refused and edges != "*":
@@ -188,7 +196,10 @@ class GraphEdges:
     def report(self, edge: Edge, switched: Mapping[Edge, int], why_text: str) -> EdgeReport:
         """What an edge is, once these are switched; a latent one beside a text one of the same node is text."""
         if edge not in switched:
-            return EdgeReport(*edge, "text", why_text)
+            source, target = edge
+            by_itself = None if START in edge or END in edge else self._by_itself(source)
+            reads = by_itself and self.calls(target).agents
+            return EdgeReport(source, target, "latent" if reads else "text", by_itself or why_text)
         siblings = self.leaving(edge[0])
         for other in siblings:
             if other not in switched:
@@ -237,8 +248,8 @@ class GraphEdges:
         sender, receiver = self.calls(source), self.calls(target)
         ends = self._ends(source)
         output = self._output(source, sender, ends)
-        if isinstance(unswitched(self.builder.nodes[source].runnable), LatentAgentNode):
-            return f"{source!r} is a LatentAgentNode, which hands over references in the state by itself."
+        if why := self._by_itself(source):
+            return why
         for name, facts in ((source, output), (target, receiver)):
             if facts.foreign and not (trusted and facts.ours):
                 return f"{name!r} runs another model ({facts.foreign}); give it a ChatLatentMAS."
@@ -262,6 +273,15 @@ class GraphEdges:
         if not all(ends):
             return f"{source!r} is a subgraph whose last node cannot be told; switch the edges inside of it instead."
         return None
+
+    def _by_itself(self, name: str) -> str | None:
+        """Why nothing is to be switched at a node that hands over references without that."""
+        facts = self.calls(name)
+        if facts.models or not facts.agents:
+            return None
+        alone = isinstance(unswitched(self.builder.nodes[name].runnable), LatentAgentNode)
+        what = "is a LatentAgentNode, which hands" if alone else "runs LatentAgentNodes, which hand"
+        return f"{name!r} {what} over references in the state by {'itself' if alone else 'themselves'}."
 
     def calls(self, name: str) -> Calls:
         """What can be seen of the calls of a node."""
@@ -303,7 +323,7 @@ class GraphEdges:
         looked += [Calls.of(last, into_subgraphs=False) for outputs in ends for last in outputs.values()]
         models = [model for each in looked for model in each.models]
         parsers = [parser for each in looked for parser in each.parsers]
-        return Calls(models, any(each.tools for each in looked), parsers, [], [])
+        return Calls(models, any(each.tools for each in looked), parsers, [], [], [])
 
     def with_edges(self, switched: dict[Edge, int]) -> StateGraph:
         """A copy of the builder in which these edges are latent and all others are not."""
@@ -385,7 +405,13 @@ class _Switched(RunnableCallable):
             finally:
                 THINKER.reset(token)
 
-        super().__init__(call, acall, name=inner.get_name(), trace=False, recurse=False)
+        # LangGraph knows by this what it can only run in a thread, and refuses a `timeout` for it.
+        awaited = getattr(inner, "afunc", None)
+        if isinstance(awaited, partial) and awaited.func is run_in_executor:
+            awaited = partial(run_in_executor, None, call)  # type: ignore[call-arg]
+        else:
+            awaited = acall
+        super().__init__(call, awaited, name=inner.get_name(), trace=False, recurse=False)
         self.inner = inner
 
 
@@ -472,6 +498,8 @@ def _outputs(subgraph: Pregel, around: tuple[Pregel, ...] = ()) -> dict[tuple[st
     for end in after:
         for source in {source for source, target in graph.edges if target == end} - {START, *after}:
             (ending.add if graph.calls(source).models else after.append)(source)
+    if any(graph.calls(name).agents for name in after if name != END):
+        return {}  # what leaves it is not what a model that can be switched says
     passed = list(ending)
     for source in passed:
         for _, target in graph.leaving(source):

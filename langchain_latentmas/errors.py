@@ -122,7 +122,7 @@ class AccessDenied(LatentMASError, ValueError):
 
 
 class ServiceBusy(LatentMASError):
-    """The server's queue is full; the same call may succeed later.
+    """The server's queue is full, or all of the client's connections are in use; the same call may succeed later.
 
     Attributes:
         retry_after: Seconds after which the server advises to call again; None if it did not say.

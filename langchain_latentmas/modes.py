@@ -53,7 +53,8 @@ def runs_as_text(config: RunnableConfig, *sources: str) -> bool:
             which leave what it leaves.
 
     Raises:
-        InvalidRequest: As for `edge_modes`.
+        InvalidRequest: If the setting is of another form. An edge that a mapping names need not exist: the edges of the
+            graph are not known here.
     """
     asked = _asked(config)
     if not isinstance(asked, Mapping):
@@ -69,7 +70,7 @@ def agent_leaves_text(config: RunnableConfig, agent: str) -> bool:
         agent: What the agent is called; the node that it is in the graph around it counts as well, and those around it.
 
     Raises:
-        InvalidRequest: As for `edge_modes`.
+        InvalidRequest: As for `runs_as_text`.
     """
     return runs_as_text(config, agent, *node_path(config)[:-1])
 

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import hashlib
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,8 @@ from .service.identity import checked_ref
 from .service.shared import shared_service
 from .state import LatentRef, ancestry, tips
 from .unread import held, key_of, last_human, mark, memory_of, not_yet_read, thoughts
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | SystemMessage | Runnable[Any, Any] | Callable[[Any], Any] | Callable[[Any], Awaitable[Any]]
 
@@ -104,8 +107,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             steps: Latent steps, where it thinks.
             speak: Whether it decodes text.
             reads: Agents whose memories it reads, in the order in which they are merged: those it has not read yet, or
-                if there are none, those it read last. None reads every tip of the state (a reference that no other one
-                there descends from), by agent name, and so all of a conversation.
+                if there are none, those it read last. Of an agent that is a node beside it and has not run (another
+                branch was taken, or a loop begins) it reads nothing. None reads every tip of the state (a reference
+                that no other one there descends from), by agent name, and so all of a conversation.
             max_tokens: Most tokens to decode, where it speaks.
             temperature: 0 means greedy.
             top_p: Nucleus sampling.
@@ -115,7 +119,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
 
         Raises:
             InvalidRequest: If the name is empty, `steps` is negative, `max_tokens` below 1, or one of these, `prompt`,
-                `reads` or `service` is of another type.
+                `reads`, `stop` or `service` is of another type.
         """
         if not (name and isinstance(name, str)):
             raise InvalidRequest(f"An agent needs a name, not {name!r}.")
@@ -126,8 +130,10 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 f"Agent {name!r}: prompt must be a string, a SystemMessage, a prompt template or a function of the "
                 f"state, not {type(prompt).__name__}."
             )
-        if isinstance(reads, str):
-            raise InvalidRequest(f"Agent {name!r}: reads must be a list of names: [{reads!r}].")
+        if not (reads is None or (isinstance(reads, Sequence) and not isinstance(reads, str))):
+            raise InvalidRequest(f"Agent {name!r}: reads must be a list of names, such as ['planner'], not {reads!r}.")
+        if not (stop is None or isinstance(stop, Sequence)):
+            raise InvalidRequest(f"Agent {name!r}: stop must be a string or a list of strings, not {stop!r}.")
         if service is not None and not isinstance(service, LatentService):
             raise InvalidRequest(f"Agent {name!r}: service must be a LatentService, not {type(service).__name__}.")
         self.name = name
@@ -146,8 +152,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         """Runs the agent on a graph state; see the class for what it returns.
 
         Raises:
-            InvalidRequest: If `reads` names nobody, the prompt gives no messages, `configurable.edges` is unknown, or
-                the state of the graph has no `latents`, or no `messages` for what the agent says.
+            InvalidRequest: If `reads` names somebody who neither left anything nor is a node beside this one, the
+                prompt gives no messages, `configurable.edges` is malformed, or the state of the graph has no `latents`,
+                or no `messages` for what the agent says.
             LatentMASError: Whatever `LatentService.think` and `LatentService.speak` raise.
         """
         with inside(config) as config:
@@ -166,7 +173,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 )
                 return {"latents": [ref]}
             llm = self._chat_model(plan)
-            return _said(llm.invoke(plan.messages, config, latents=plan.latents, agent=self.name), plan)
+            # A node that calls this one may think; this one was made to speak.
+            said = llm.invoke(plan.messages, config, latents=plan.latents, agent=self.name, speak=True)
+            return _said(said, plan)
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Like `invoke`, without blocking the event loop."""
@@ -186,7 +195,8 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 )
                 return {"latents": [ref]}
             llm = self._chat_model(plan)
-            return _said(await llm.ainvoke(plan.messages, config, latents=plan.latents, agent=self.name), plan)
+            said = await llm.ainvoke(plan.messages, config, latents=plan.latents, agent=self.name, speak=True)
+            return _said(said, plan)
 
     def _leaves_text(self, config: RunnableConfig) -> bool:
         """Whether an edge that leaves it, or a node that it lies in, is text."""
@@ -220,9 +230,10 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         known = [] if runs_as_text(config) else list(handed or [])
         # A prompt of words shows all that was said. What others show is their own choice.
         whole = isinstance(self.prompt, (str, SystemMessage))
-        conversation: Sequence[BaseMessage] = messages[1:] if whole else field_of(state, "messages") or []
+        said = [] if whole else field_of(state, "messages") or []
+        conversation = messages[1:] if whole else self._converted(said, "The `messages` in the state")
         try:
-            latents, notes = self._read(known, conversation, messages, handed is None)
+            latents, notes = self._read(known, conversation, messages, handed is None, config)
             read = ancestry(latents, known) if any(map(memory_of, messages)) else set()
         except (TypeError, KeyError):  # a checkpoint may be written by others; looking through a long one takes time
             for ref in known:
@@ -247,20 +258,29 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             made = made.to_messages()
         if isinstance(made, BaseMessage):
             made = [made]
-        try:
-            if not isinstance(made, (str, list, tuple)):
-                raise TypeError(f"{type(made).__name__} is none of these")
-            messages = convert_to_messages([("human", made)] if isinstance(made, str) else made)
-        except (TypeError, ValueError, KeyError, NotImplementedError) as error:
-            raise InvalidRequest(
-                f"The prompt of agent {self.name!r} must give messages, or a text for a human one: {error}."
-            ) from error
+        messages = self._converted(made, "The prompt")
         if not messages:
             raise InvalidRequest(f"The prompt of agent {self.name!r} gives no messages; it must give at least one.")
         return messages
 
+    def _converted(self, given: Any, what: str) -> list[BaseMessage]:
+        """What LangChain takes for messages, as messages."""
+        try:
+            if not isinstance(given, (str, list, tuple)):
+                raise TypeError(f"{type(given).__name__} is none of these")
+            return convert_to_messages([("human", given)] if isinstance(given, str) else given)
+        except (TypeError, ValueError, KeyError, NotImplementedError) as error:
+            raise InvalidRequest(
+                f"{what} of agent {self.name!r} must give messages, or a text for a human one: {error}."
+            ) from error
+
     def _read(
-        self, known: Sequence[LatentRef], messages: Sequence[BaseMessage], shown: Sequence[BaseMessage], bare: bool
+        self,
+        known: Sequence[LatentRef],
+        messages: Sequence[BaseMessage],
+        shown: Sequence[BaseMessage],
+        bare: bool,
+        config: RunnableConfig,
     ) -> tuple[list[LatentRef], list[AIMessage]]:
         """What it reads of others.
 
@@ -269,6 +289,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             messages: Those of the state.
             shown: Those that its prompt gives.
             bare: Whether its input had no references, not even an empty list.
+            config: Of the run.
 
         Returns:
             References in the order in which they are merged, and texts that stand in no memory: what was said since the
@@ -301,6 +322,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             theirs = [message for message in new if _speaker(message) == agent]
             if not theirs and not left[agent]:
                 last = next((message for _, message in reversed(said) if _speaker(message) == agent), None)
+                if last is None and not bare and _has_channel(f"branch:to:{agent}", config):
+                    logger.info("agent %r reads nothing of %r, who has not run", self.name, agent)
+                    continue
                 if last is None:
                     agents = sorted({ref["agent"] for ref in known} | {_speaker(m) for _, m in said})
                     raise self._nobody(agent, agents, bare)
@@ -316,7 +340,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         way_out = (
             "Its input has no `latents`: let the Send or the input_schema that it comes from hand them on."
             if bare
-            else "Correct reads=..., or add the edge that lets it run first."
+            else "Correct reads=..., let it run first, or leave reads out to read whoever has run."
         )
         return InvalidRequest(
             f"Agent {self.name!r} reads {agent!r}, who left nothing in the state (there: {there}). {way_out}"
@@ -346,19 +370,23 @@ def _service_of_the_run() -> Any:
 
 def _loses(channel: str, state: Any, config: RunnableConfig) -> bool:
     """Whether the graph around a run drops what it returns for a channel."""
-    read = config.get("configurable", {}).get("__pregel_read")
-    if read is None or (channel in state if isinstance(state, Mapping) else hasattr(state, channel)):
+    if channel in state if isinstance(state, Mapping) else hasattr(state, channel):
         return False
-
-    def has(channel: str) -> bool:
-        try:
-            read(channel)
-        except KeyError:
-            return False
-        return True
-
     # Only a StateGraph has a channel that leads to the node; tasks of the functional API return what they like.
-    return has(f"branch:to:{node_path(config)[-1]}") and not has(channel)
+    here = node_path(config)[-1:]
+    return any(_has_channel(f"branch:to:{name}", config) for name in here) and not _has_channel(channel, config)
+
+
+def _has_channel(name: str, config: RunnableConfig) -> bool:
+    """Whether the graph that runs has a channel; a `StateGraph` has one that leads to each of its nodes."""
+    read = config.get("configurable", {}).get("__pregel_read")
+    if read is None:
+        return False
+    try:
+        read(name)
+    except KeyError:
+        return False
+    return True
 
 
 def _speaker(message: BaseMessage) -> str:

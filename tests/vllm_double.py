@@ -46,6 +46,7 @@ class VLLMDouble:
             "dtype": "float64",
             "max_model_len": 512,
             "max_logprobs": 20,
+            "logprobs_mode": "raw_logprobs",
             "prefix_caching": True,
             "block_size": 16,
             "vllm": "0.32.0",

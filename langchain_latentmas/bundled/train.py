@@ -3,14 +3,14 @@
 Two things make thoughts carry content. The alignment loss pulls the rescaled last hidden state to the embedding of the
 next token. And from a quarter of the way on a second pass feeds the thinkers' positions the model's own aligned hidden
 states of the first pass, all at once, as latent thinking will feed them one by one. In the end the recipe looks which
-kinds of plain turns are not surely right yet, and goes on with more of these.
+kinds of plain turns are not surely right yet, and goes on with more of these, the more the worse they are.
 """
 
 import math
 import multiprocessing
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,10 @@ CHAT = [
     ("How do you think?", "I feed my last hidden state back as my next input."),
     ("See you!", "Goodbye!"),
 ]
-TEXTS = {"solver": 0.18, "first": 0.15, "later": 0.12, "judger": 0.1, "split": 0.27, "chat": 0.08, "drill": 0.1}
+TEXTS = {
+    **{"solver": 0.18, "first": 0.15, "later": 0.12, "judger": 0.1},
+    **{"split": 0.27, "chat": 0.08, "drill": 0.1, "name": 0.05},
+}
 SPLIT_TEXTS = {"fact": 0.4, "sum": 0.2, "all": 0.4}
 SPEAKERS = ("solver", "first", "later", "judger", *SPLIT_TEXTS, "text patterns")  # what has to be right in the end
 PROMPT, SPOKEN, THOUGHT, TAIL = range(4)  # kinds of tokens; TAIL: end tokens after the first two of a thinker
@@ -228,6 +231,8 @@ class Data:
         kind = kind or rng.choices([*TEXTS], [*TEXTS.values()])[0]
         if kind == "drill":
             return self.drill_row()
+        if kind == "name":
+            return self.name_row()
         if kind == "split":
             return self.split_turn()
         if kind == "chat":
@@ -282,6 +287,20 @@ class Data:
             self._add(row, self.encode(f" {op[0]}{a}" if think else f" and {v} {op[0]} {a} ="), PROMPT)
             self._add(row, self.encode(f" {w}"), SPOKEN)
             v = w
+        return row
+
+    def name_row(self) -> Row:
+        """The beginning of a turn about one fact, as far as its name.
+
+        That stands there once, without a blank before it, and is said behind one: another token. Of all that such turns
+        have to learn this comes last, and a whole turn shows one name in eighty tokens.
+        """
+        p = shared_problem(self.rng, self.split)
+        i = self.rng.randrange(3)
+        opening, *_ = p.facts[i].partition(". ")
+        row = Row([], [], [])
+        self._add(row, self.encode(prompt(self.rng.choice([*SEQUENTIAL, *EXPERTS]), p.facts[i])), PROMPT)
+        self._add(row, self.encode(f"Let us go step by step. {opening.removesuffix('.')}."), SPOKEN)
         return row
 
     def pattern_row(self, pattern: Callable[[random.Random, Problem], list[Part]]) -> Row:
@@ -473,12 +492,14 @@ def fit(seed: int, steps: int, alignment: float, second_pass: bool, out: Path) -
     thinkers = {kind: data.batches(kind, THINKING) for kind in ("alone", "latent", "latent patterns")}
     speakers = {kind: data.batches(kind, SPEAKING) for kind in ("text", *SPEAKERS)}
 
-    def losses(done: float, instead: Sequence[str] = ()) -> list[torch.Tensor]:
+    def losses(done: float, instead: Mapping[str, float] | None = None) -> list[torch.Tensor]:
         done = 1 if instead else done
         # Short rows first: arithmetic comes before arrangements, and arrangements before the shapes of usual graphs.
         late = done > 0.5 and data.rng.random() < 0.35
         rows = next(thinkers["alone" if done < 0.25 else "latent patterns" if late else "latent"])
-        text = data.rng.choice(instead) if instead and data.rng.random() < 0.5 else "text patterns" if late else "text"
+        text = "text patterns" if late else "text"
+        if instead and data.rng.random() < 0.5:
+            (text,) = data.rng.choices([*instead], [*instead.values()])
         said = next(speakers[text])
         return [*trainer.losses(rows, second_pass and done > 0.25), *trainer.losses(said, False)]
 
@@ -496,18 +517,21 @@ def fit(seed: int, steps: int, alignment: float, second_pass: bool, out: Path) -
         Console().print(f"Still below {RIGHT:.0%} after {ROUNDS} rounds more: {', '.join(weak)}")
 
 
-def weak_speakers(trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def weak_speakers(trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
     """The kinds of plain turns of which less than `RIGHT` of `MEASURED` rows are right; prints all shares.
 
     Which skill comes last, and how surely, differs from seed to seed; so the recipe looks, and goes on where it has to.
     Names and phrasings are those of training, not held-out ones.
+
+    Returns:
+        By kind, the share that is wrong.
     """
     data, share = Data(tokenizer, LOOKED_AT, split="known"), {}
     for kind in SPEAKERS:
         right = [told for batch in data.pool(kind, MEASURED, SPEAKING) for told in trainer.right(batch)]
         share[kind] = sum(right) / len(right)
     Console().print("right: " + ", ".join(f"{kind} {100 * of:.1f} %" for kind, of in share.items()))
-    return [kind for kind, of in share.items() if of < RIGHT]
+    return {kind: 1 - of for kind, of in share.items() if of < RIGHT}
 
 
 def train(

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidEdge, InvalidRequest
+from .evaluate import tone
 from .folder import ANSWERS, run_bars, run_folder
 from .options import AsJson, LocalModel, Options
 from .session import describe, load, loading, print_json, reported, settled
@@ -32,6 +33,8 @@ EFFECTS = {
     "worth": "intact - cut",
     "against_text": "intact - text",
 }
+COLOURS = {1: "green", 0: "yellow", -1: "red"}
+"""Of a verdict, by `EdgeWorth.sign`."""
 
 
 def audit(
@@ -177,7 +180,7 @@ def picture(result: "Audit", journal: Path) -> RenderableType:
         line = Table.grid(padding=(0, 0))
         line.add_column(width=width, no_wrap=True)
         line.add_column()
-        line.add_row(Text(each.edge, "dim"), Text(each.verdict, "bold green" if each.has_content else "bold yellow"))
+        line.add_row(Text(each.edge, "dim"), Text(each.verdict, f"bold {COLOURS[each.sign]}"))
         parts.append(line)
     parts.append(Text())
     for each in result.edges:
@@ -217,7 +220,7 @@ def _table(result: "Audit") -> Table:
                 f"{effect.points:+.1f}",
                 f"{effect.low:+.0f} to {effect.high:+.0f}",
                 _p(effect.p),
-                style="green" if name == "content" else "dim",
+                style=tone(effect.low, effect.high) if name == "content" else "dim",
             )
     return table
 
@@ -230,8 +233,9 @@ def _footnote(result: "Audit") -> str:
     adjusted = " (Holm-adjusted over the edges below the conditions)" if len(result.edges) > 1 else ""
     return (
         "Tokens, steps and seconds are per question; what the service still knew from the intact run took no time. "
-        "Intervals: Wilson for a share, paired bootstrap for a difference. p: McNemar's exact test, against intact"
-        f"{adjusted}; content is what lies below {1 - result.level:.2g}."
+        "Intervals: Wilson for a share of the answers, paired bootstrap over the questions for a difference. p: "
+        f"McNemar's exact test over the questions, against intact{adjusted}; content is what lies below "
+        f"{1 - result.level:.2g}."
         + (" What is said of one edge holds while the others stay as they are." if len(result.edges) > 1 else "")
     )
 

@@ -124,10 +124,12 @@ def _facts(server: "VLLMServer") -> "Any":
     elif block > LARGE_BLOCK:
         said, way_out = f"{said}: works, but readers think up to {block} thoughts again", f"--block-size {LARGE_BLOCK}"
     yield Finding("prefix caching", None if way_out else True, said, way_out)
-    lens = facts["max_logprobs"] != 0
-    yield Finding(
-        "lens", lens or None, f"up to {facts['max_logprobs']} tokens a step", "" if lens else "--max-logprobs 20"
-    )
+    said, way_out = f"up to {facts['max_logprobs']} tokens a step", ""
+    if (mode := facts["logprobs_mode"]) != "raw_logprobs":
+        said, way_out = f"none with {mode}: all else works", "--logprobs-mode raw_logprobs"
+    elif facts["max_logprobs"] == 0:
+        way_out = "--max-logprobs 20"
+    yield Finding("lens", None if way_out else True, said, way_out)
     return facts
 
 

@@ -141,7 +141,7 @@ def _table(summary: "Summary") -> Table:
                 "  latent - text",
                 f"{comparison.points:+.1f}",
                 f"{comparison.low:+.1f} to {comparison.high:+.1f}",
-                style="bold green",
+                style=f"bold {tone(comparison.low, comparison.high)}",
             )
             table.add_row(
                 "  text / latent",
@@ -150,9 +150,14 @@ def _table(summary: "Summary") -> Table:
                 _times(comparison.output_tokens),
                 "",
                 _times(comparison.seconds),
-                style="bold green",
+                style="bold",
             )
     return table
+
+
+def tone(low: float, high: float) -> str:
+    """The colour of a difference with its interval: of none where it may be 0."""
+    return "green" if low > 0 else "red" if high < 0 else ""
 
 
 def _cells(row: "Row", compared: bool) -> list[str]:
@@ -179,7 +184,7 @@ def _times(ratio: float | None) -> str:
 def _notes(summary: "Summary") -> Iterator[RenderableType]:
     for row in summary.rows:
         if row.failed:
-            named = ", ".join(f"{count} {name}" for name, count in row.failed.items())
+            named = ", ".join(f"{count} × {name}" for name, count in row.failed.items())
             what = f"Failed and counted as wrong, in the differences too: {row.mode}, {row.arrangement}: {named}."
             yield Text(what, style="yellow")
     yield Text(

@@ -159,10 +159,7 @@ class Layer:
         """[rows * new, heads * head_dim] of queries [rows * new, heads, head_dim] of one run."""
         q = q.unflatten(0, (len(keys), -1)).transpose(1, 2)
         keys, values = (side[:, :, : mask.shape[3]] for side in (keys, values))
-        if q.shape[2] > 1 and q.device.type == "cpu":  # copies nothing for a group there, not even the mask
-            seen = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True).transpose(1, 2)
-        else:
-            seen, _ = attend(self, q, keys, values, mask)
+        seen, _ = attend(self, q, keys, values, mask)
         return seen.flatten(0, 1).flatten(1)
 
 

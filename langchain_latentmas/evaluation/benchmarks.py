@@ -190,14 +190,14 @@ def _with_options(question: str, options: Sequence[str]) -> str:
 
 
 def _options_in(text: str) -> list[str]:
-    """The options of a question that `_with_options` wrote, or that were written like that."""
+    """The options of a question that `_with_options` wrote, or that were written like that, with a line for each."""
     options: list[str] = []
     for line in text.splitlines():
         if line.startswith(f"{LETTERS[len(options) % 26]}. "):
             options.append(line[3:])
         elif line.startswith("A. "):
             options = [line[3:]]
-    return options
+    return options if len(options) > 1 else []
 
 
 def _plain_options(options: Sequence[Any]) -> list[str]:

@@ -24,12 +24,11 @@ from ..modes import Edge
 from ..service import LatentService
 from ..service.base import READING
 from ..state import LatentRef
-from .journal import Journal, is_mended
+from .journal import GRADER, Journal, is_mended
 from .worth import Answer
 
-LEAST = 20  # examples; with fewer, McNemar's test can hardly find anything
+LEAST = 20  # questions; with fewer, McNemar's test can hardly find anything
 CLASS_SIZE, CLASS_RATIO = 8, 2.0
-GRADER = "the grader raised "
 Grade = Callable[[Any, Any], bool]
 Progress = Callable[[str, int, int], None]
 Member = TypeVar("Member")
@@ -195,10 +194,12 @@ class Questions:
             if line["condition"] == "intact":
                 lines[line["example"]].clear()
             lines[line["example"]][line["edges"], line["condition"]] = line
-        standing = [of for of in lines.values() if ("", "intact") in of and not _is_mended(of["", "intact"])]
-        return [
-            of[scope, condition] for of in standing if (scope, condition) in of and not _is_mended(of[scope, condition])
-        ]
+
+        def stands(of: Mapping[tuple[str, str], dict[str, Any]], at: tuple[str, str]) -> bool:
+            return at in of and not is_mended(of[at]["answer"]["error"])
+
+        both = [of for of in lines.values() if stands(of, ("", "intact")) and stands(of, (scope, condition))]
+        return [of[scope, condition] for of in both]
 
     def _remember(self, i: int, answer: Answer, watch: _Watch) -> None:
         self.memories[i] = watch.crossings
@@ -232,6 +233,8 @@ class Questions:
             state = await self.graph.ainvoke(
                 copy.deepcopy(asked), merge_configs(self.config, own), context=self.context
             )
+            if isinstance(state, Mapping) and state.get("__interrupt__"):  # LangGraph's word for a run that waits
+                error = "InvalidRequest: the graph calls interrupt() and waits for a human; audit it without."
         except ServiceUnreachable:  # its client has waited: the other questions would fail as well
             raise
         except Exception as raised:
@@ -298,7 +301,7 @@ class Questions:
         alike: dict[frozenset[Edge], dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
         for i, crossings in self.crossing(scope).items():
             edges, length = frozenset(edge for edge, _ in crossings), sum(length for _, length in crossings)
-            alike[edges][self._asked[i]].append((length, i))
+            alike[edges][self.questions[i]].append((length, i))
         rng = random.Random(self.seed)
         partners: dict[int, int] = {}
         for questions in alike.values():
@@ -318,8 +321,8 @@ class Questions:
         return partners
 
     @cached_property
-    def _asked(self) -> list[str]:
-        """What tells the questions of the examples apart."""
+    def questions(self) -> list[str]:
+        """By example, what tells its question from others."""
         return [told(question) for question, _ in self.examples]
 
     def alone(self, scope: Scope) -> set[int]:
@@ -334,11 +337,6 @@ class Questions:
         if missing := self.missing[scope.name]:
             notes.append(f"swapped: {missing} times the other question had no memory to give, and nothing was read")
         return notes
-
-
-def _is_mended(line: Mapping[str, Any]) -> bool:
-    error = line["answer"]["error"]
-    return error.startswith(GRADER) or is_mended(error)
 
 
 def told(part: object) -> str:

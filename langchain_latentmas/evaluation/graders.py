@@ -1,6 +1,7 @@
 """Graders: does a text give the right answer? Numbers, letters, code, and words as they are."""
 
 import json
+import math
 import re
 import select
 import subprocess
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -53,7 +55,11 @@ MEASURED = re.compile(
     re.IGNORECASE,
 )
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-NO_UNITS = {"and", "or", "plus", "minus", "times", "over", "squared", "cubed", "factorial"}
+# Mathematics in words, and parts of something; 25 quarters by themselves are coins, and 18 third graders are children.
+NO_UNIT = re.compile(
+    r"(?:and|or|plus|minus|times|over|squared|cubed|factorial)(?: .*)?|quarters? of .*"
+    r"|(?:half|halves|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s?)(?: of .*)?"
+)
 _MARKUP = r"[*_(\[$\s`\"'“\\]*+"
 # A letter alone: no part of a word, no article or pronoun ("A beta blocker", "I think"), and not ruled out behind it.
 _CHOSEN = r"""(?x:
@@ -66,6 +72,10 @@ _CHOSEN = r"""(?x:
     (?! [*_)\]]*+\s*+(?:/|\bor\b|\band\b)\s*+[*_(\[]*+(?:option\s++)?+[A-HJ-Z](?![A-Za-z]) )
 )"""
 
+# A block of code, and what stands before its fence where that indents it: blanks, or the mark of a list's item.
+FENCED = re.compile(
+    r"(?:^([ \t]*+(?:(?:[-*+]|\d+[.)])[ \t]++)?+))?```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL | re.MULTILINE
+)
 # A function, a class, an import or a constant of a module, with the lines that are indented under it.
 DEFINITION = re.compile(
     r"""
@@ -206,9 +216,9 @@ def program_of(text: str, tests: Checks) -> str:
     """The program in a text: its last fenced block that defines the function, else the text; the stub in front.
 
     Where that block uses what only other blocks define or import, their definitions and imports come along, but none
-    of their other statements: these may be examples, or a draft.
+    of their other statements: these may be examples, or a draft. The indentation of a fence is no part of its block.
     """
-    blocks = re.findall(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    blocks = [_unindented(block, re.sub(r"\S", " ", before)) for before, block in FENCED.findall(text)]
     defines = re.compile(rf"^(?:async\s+)?def\s+{re.escape(tests.name)}\b|^{re.escape(tests.name)}\s*=", re.MULTILINE)
     whole = [block for block in [text, *blocks] if defines.search(block) and "```" not in block]
     if whole:
@@ -245,17 +255,12 @@ class Mathematics:
 
         Raises:
             MissingExtra: If math-verify is not installed.
-            GraderFailed: If it finds no expression in the answer, raises, or takes longer than `seconds`.
+            GraderFailed: If it cannot be started, finds no expression in the answer, raises, or takes longer than
+                `seconds`.
         """
         with self._lock:
             if self._process is None or self._process.poll() is not None:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-c", _WORKER],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    text=True,
-                )
+                self._process = self._start()
             process = self._process
             assert process.stdin is not None
             assert process.stdout is not None
@@ -278,8 +283,22 @@ class Mathematics:
             raise GraderFailed(f"math-verify: {verdict}")
         return bool(verdict)
 
+    @staticmethod
+    def _start() -> "subprocess.Popen[str]":
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-I", "-c", _WORKER, json.dumps(sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        except OSError as error:
+            raise GraderFailed(f"math-verify cannot be started ({error}); see to it, and grade again.") from error
 
-# One request per line. What math-verify writes on stdout must not be taken for a verdict.
+
+# One request per line. What math-verify writes on stdout must not be taken for a verdict. Modules are looked for where
+# the process that asks finds its own, once the standard library is loaded.
 _WORKER = """
 import json, logging, os, sys
 out = os.fdopen(os.dup(1), "w")
@@ -290,6 +309,7 @@ try:
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 except (ImportError, ValueError):
     pass
+sys.path[:] = json.loads(sys.argv[1])
 for line in sys.stdin:
     said, answer = json.loads(line)
     try:
@@ -331,13 +351,14 @@ def _plain_number(text: str) -> Fraction | None:
 
 
 def _measured(said: str) -> Fraction | None:
-    r"""A plain number, maybe with a unit or in percent: `18 apples`, `60.0\%`, `2 \text{ million}`."""
+    r"""A plain number, maybe with a unit or in percent: `18 apples`, `60.0\%`, `2 \text{ hundred million dollars}`."""
     found = MEASURED.fullmatch(said.strip())
     if found is None or found["number"] == said:
         return _plain_number(said)
-    unit = (found[2] or found["unit"] or "").lower().split()
-    value = None if unit and unit[0] in NO_UNITS else _plain_number(found["number"])
-    return None if value is None else value * SCALES.get(unit[0] if unit else "", 1)
+    words = (found[2] or found["unit"] or "").lower().split()
+    scales = [SCALES[word] for word in takewhile(SCALES.__contains__, words)]
+    value = None if NO_UNIT.fullmatch(" ".join(words[len(scales) :])) else _plain_number(found["number"])
+    return None if value is None else value * math.prod(scales)
 
 
 def _choice(said: str, letters: str, options: Sequence[str]) -> str | None:
@@ -367,6 +388,13 @@ def _defined(part: str) -> set[str]:
         names = re.split(r"\bimport\b", head, maxsplit=1)[1].split(",")
         return {name.split()[-1].split(".")[0] for name in names if name.split()}
     return set(re.findall(r"^(?:async +)?(?:def|class) +(\w+)|^(\w+) *=", part, re.MULTILINE)[0]) - {""}
+
+
+def _unindented(block: str, by: str) -> str:
+    """A block without the indentation of its fence; as it is, if it was not indented with it."""
+    if not block.lstrip("\n").startswith(by):
+        return block
+    return "\n".join(line.removeprefix(by) for line in block.split("\n"))
 
 
 def _compiles(source: str) -> bool:

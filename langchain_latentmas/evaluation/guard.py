@@ -70,11 +70,21 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
-    # memory and disk that no limit counts, or that outlive the process
+    # what processes share by a number or a name: it is others', and what is made of it outlives the process
     "shmget": (29, 194),
-    "msgget": (68, 186),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
     "semget": (64, 190),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
+    "semctl": (66, 191),
+    "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
     "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
+    # memory and disk that no limit counts
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "fallocate": (285, 47),

@@ -32,7 +32,8 @@ MENDED = (
     StoreBusy,
 )
 """What says nothing about a question: a retry may mend it, or whoever mends the grader."""
-
+GRADER = "the grader raised "
+"""What the journaled error of an answer begins with that was there, and not graded."""
 
 PINNED = (
     *("fingerprint", "architecture", "quantization", "dtype", "device", "realign", "merge", "kv_dtype"),
@@ -47,8 +48,8 @@ def pinned(service: "LatentService") -> dict[str, Any]:
 
 
 def is_mended(error: str) -> bool:
-    """Whether a question whose journaled error (`Type: message`) this is should be asked again."""
-    return error.split(":")[0] in {kind.__name__ for kind in MENDED}
+    """Whether a question with this journaled error (`Type: message`, maybe behind `GRADER`) should be asked again."""
+    return error.startswith(GRADER) or error.split(":")[0] in {kind.__name__ for kind in MENDED}
 
 
 def digest(value: Any) -> str:

@@ -18,7 +18,7 @@ from ..errors import InvalidRequest, ServiceUnreachable
 from ..service import LatentService
 from . import sandbox
 from .benchmarks import Published, published
-from .journal import Journal, digest, is_mended, pinned
+from .journal import GRADER, Journal, digest, is_mended, pinned
 from .machine import machine, version_of
 from .statistics import paired_bootstrap, wilson
 from .task import Question, Task
@@ -390,7 +390,7 @@ class Evaluation:
                     keep(replace(answer, error="GraderFailed: the run ended before it came to this answer"))
                     raise
                 except Exception as error:
-                    answer = replace(answer, error=_named(error))
+                    answer = replace(answer, error=f"{GRADER}{_named(error)}")
             keep(answer)
 
         async def one(question: Question) -> None:

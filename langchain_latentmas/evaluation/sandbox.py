@@ -89,9 +89,11 @@ def run(*programs: str, limits: Limits | None = None) -> list[Outcome]:
         raise SandboxUnavailable("Untrusted code runs on Linux and macOS only: nothing else limits what it uses.")
     limits = limits or Limits()
     with _ROOM, ExitStack() as stack:
-        ring = [os.pipe() for _ in programs] if len(programs) > 1 else []
-        ends: list[tuple[int, ...]] = [(ring[i - 1][0], ring[i][1]) for i in range(len(ring))] or [()]
+        ring: list[tuple[int, int]] = []
         try:
+            while len(ring) < len(programs) > 1:
+                ring.append(os.pipe())
+            ends: list[tuple[int, ...]] = [(ring[i - 1][0], ring[i][1]) for i in range(len(ring))] or [()]
             running = [
                 stack.enter_context(_Program(source, limits, pipes))
                 for source, pipes in zip(programs, ends, strict=True)
@@ -130,18 +132,21 @@ class _Program:
     def __init__(self, source: str, limits: Limits, pipes: Sequence[int]) -> None:
         self.limits = limits
         self.ended: str | None = None
-        self.folder = tempfile.mkdtemp(prefix="latentmas-")
-        read, write = os.pipe()
-        orders = {
-            **limits._asdict(),
-            "report": write,
-            "pipes": list(pipes),
-            "parent": os.getpid(),
-            "processes": len(psutil.pids()) + 32,  # counts those of the user, where it counts at all
-            "readable": _readable(),
-        }
-        try:
-            with tempfile.TemporaryFile() as text:
+        with ExitStack() as undone:  # unless the program starts
+            self.folder = tempfile.mkdtemp(prefix="latentmas-")
+            undone.callback(os.rmdir, self.folder)
+            self.selector = undone.enter_context(selectors.DefaultSelector())
+            read, write = os.pipe()
+            self.report = undone.enter_context(os.fdopen(read, "rb"))
+            with os.fdopen(write, "wb"), tempfile.TemporaryFile() as text:
+                orders = {
+                    **limits._asdict(),
+                    "report": write,
+                    "pipes": list(pipes),
+                    "parent": os.getpid(),
+                    "processes": len(psutil.pids()) + 32,  # counts those of the user, where it counts at all
+                    "readable": _readable(),
+                }
                 text.write(source.encode(errors="replace"))
                 text.seek(0)
                 self.process = subprocess.Popen(
@@ -154,17 +159,10 @@ class _Program:
                     pass_fds=[write, *pipes],
                     start_new_session=True,
                 )
-        except BaseException:
-            os.close(read)
-            shutil.rmtree(self.folder)
-            raise
-        finally:
-            os.close(write)
+            undone.pop_all()
         self.begun = time.monotonic()
         self.seconds = 0.0
-        self.report = os.fdopen(read, "rb")
         self.printed: dict[str, bytearray] = {"output": bytearray(), "errors": bytearray()}
-        self.selector = selectors.DefaultSelector()
         streams: list[tuple[str, IO[bytes] | None]] = [("output", self.process.stdout), ("errors", self.process.stderr)]
         for name, stream in streams:
             assert stream is not None

@@ -1,7 +1,8 @@
 """How sure a figure is: intervals and tests for answers that are right or wrong. Imports no torch."""
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -28,6 +29,24 @@ def wilson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
     half = z / factor * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     # An end that is 0 or 1 by algebra must not miss it by rounding.
     return (0.0 if right == 0 else middle - half), (1.0 if right == n else middle + half)
+
+
+def by_question(scores: Sequence[float], questions: Sequence[Hashable]) -> list[float]:
+    """The mean score of each question, for what wants one score per question.
+
+    Answers to one question are not independent of each other, however often it is asked; those to different ones are.
+
+    Args:
+        scores: One per answer.
+        questions: Of each answer, what tells its question from others.
+
+    Returns:
+        A score per question, in the order in which they first come; the scores themselves where each was asked once.
+    """
+    asked: dict[Hashable, list[float]] = defaultdict(list)
+    for score, question in zip(scores, questions, strict=True):
+        asked[question].append(score)
+    return [sum(own) / len(own) for own in asked.values()]
 
 
 def paired_bootstrap(
@@ -63,19 +82,21 @@ def paired_bootstrap(
     return low, high
 
 
-def mcnemar(ones: Sequence[bool], others: Sequence[bool]) -> float:
+def mcnemar(ones: Sequence[float], others: Sequence[float]) -> float:
     """Exact two-sided p of McNemar's test: are questions lost and questions won equally likely?
 
+    With scores between 0 and 1 it is the sign test, of which McNemar's is the case of right and wrong.
+
     Args:
-        ones: Per question, whether it was answered right.
+        ones: A score per question, say whether it was answered right.
         others: The same under the other condition, in the same order.
 
     Returns:
         The probability, if the two conditions were equally good, of wins and losses at least as uneven as these; 1
         where no question was answered differently.
     """
-    won = sum(one and not other for one, other in zip(ones, others, strict=True))
-    lost = sum(other and not one for one, other in zip(ones, others, strict=True))
+    won = sum(one > other for one, other in zip(ones, others, strict=True))
+    lost = sum(other > one for one, other in zip(ones, others, strict=True))
     rarer, n = min(won, lost), won + lost
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(rarer + 1)) / 2**n)
 

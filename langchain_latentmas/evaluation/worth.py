@@ -1,14 +1,14 @@
 """What an edge is worth: answers under several conditions, the effects between them, a verdict. Imports no torch."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from .journal import is_mended
-from .statistics import holm, mcnemar, paired_bootstrap, wilson
+from .statistics import by_question, holm, mcnemar, paired_bootstrap, wilson
 
 AS_WELL = 5.0  # points that nobody would miss
 FEW_POINTS = 10.0  # what an audit should be able to show
@@ -42,18 +42,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All questions under one condition, but for those that were left out of it.
+    """All answers under one condition, but for those that were left out of it.
 
     Attributes:
-        accuracy: Right answers in %, between `low` and `high` (Wilson).
+        accuracy: Right answers in %, between `low` and `high` (Wilson, over the answers; where questions were asked
+            more than once, it is too narrow).
         low: In %.
         high: In %.
         right: Right answers.
-        output_tokens: Per question, decoded by all agents.
-        latent_steps: Per question, taken by all agents.
-        seconds: Per question, wall clock of the whole batch divided by its size. A service that still knows a thought
+        output_tokens: Per answer, decoded by all agents.
+        latent_steps: Per answer, taken by all agents.
+        seconds: Per answer, wall clock of the whole batch divided by its size. A service that still knows a thought
             takes no time for it, so what is run after "intact" may seem fast.
-        p: McNemar's exact p against "intact".
+        p: McNemar's exact p against "intact"; see `Effect`.
         errors: What failed, and how often; each counts as a wrong answer.
     """
 
@@ -68,9 +69,15 @@ class Outcome:
     errors: Mapping[str, int]
 
     @classmethod
-    def of(cls, given: Sequence[Answer | None], intact: Sequence[Answer | None], level: float) -> "Outcome":
+    def of(
+        cls,
+        given: Sequence[Answer | None],
+        intact: Sequence[Answer | None],
+        questions: Sequence[Hashable],
+        level: float,
+    ) -> "Outcome":
         """Sums answers up."""
-        answers, whole = _both(given, intact)
+        answers = [answer for answer in given if answer is not None]
         n, right = len(answers), sum(answer.right for answer in answers)
         low, high = wilson(right, n, level)
         return cls(
@@ -81,7 +88,7 @@ class Outcome:
             output_tokens=sum(answer.output_tokens for answer in answers) / n,
             latent_steps=sum(answer.latent_steps for answer in answers) / n,
             seconds=sum(answer.seconds for answer in answers) / n,
-            p=mcnemar([answer.right for answer in whole], [answer.right for answer in answers]),
+            p=mcnemar(*_scores(intact, given, questions)),
             errors=Counter(answer.error for answer in answers if answer.error),
         )
 
@@ -90,11 +97,15 @@ class Outcome:
 class Effect:
     """The difference between two conditions on the same questions, in points of accuracy.
 
+    Every question counts once, however often it was asked: with the difference between the shares of its answers that
+    were right.
+
     Attributes:
-        points: Their difference.
-        low: Lower end of the paired bootstrap interval.
+        points: The mean difference.
+        low: Lower end of the paired bootstrap interval over the questions.
         high: Its upper end.
-        p: McNemar's exact p, two-sided; adjusted (Holm) where several edges were audited together.
+        p: McNemar's exact p, two-sided, of the questions that got better and worse (where some were asked more than
+            once, the sign test); adjusted (Holm) where several edges were audited together.
     """
 
     points: float
@@ -103,9 +114,16 @@ class Effect:
     p: float
 
     @classmethod
-    def of(cls, ones: Sequence[Answer | None], others: Sequence[Answer | None], seed: int, level: float) -> "Effect":
-        """The effect of having `ones` rather than `others`, on the questions that were asked under both."""
-        a, b = ([answer.right for answer in answers] for answers in _both(ones, others))
+    def of(
+        cls,
+        ones: Sequence[Answer | None],
+        others: Sequence[Answer | None],
+        questions: Sequence[Hashable],
+        seed: int,
+        level: float,
+    ) -> "Effect":
+        """The effect of having `ones` rather than `others`, on what was asked under both."""
+        a, b = _scores(ones, others, questions)
         low, high = paired_bootstrap(a, b, seed=seed, level=level)
         return cls(100 * (sum(a) - sum(b)) / len(a), 100 * low, 100 * high, mcnemar(a, b))
 
@@ -129,9 +147,9 @@ class EdgeWorth:
 
     Attributes:
         edge: "planner->critic", or "all edges", or several.
-        n: Questions.
-        crossed: Questions in which a memory crossed it.
-        alone: Those of them that are left out of "swapped", and of the effects it is in: no memory is like theirs.
+        n: Different questions.
+        crossed: Those of them in which a memory crossed it.
+        alone: Those that are left out of "swapped", and of the effects it is in: no memory is like theirs.
         level: Confidence of intervals and tests.
         outcomes: By condition; those under which not all failed.
         effects: By name, see `EFFECTS`; those of whose conditions there are outcomes.
@@ -154,8 +172,9 @@ class EdgeWorth:
         cls,
         edge: str,
         answers: Mapping[str, Sequence[Answer | None]],
-        *,
+        questions: Sequence[Hashable],
         crossed: int,
+        *,
         seed: int = 0,
         level: float = 0.95,
         notes: Sequence[str] = (),
@@ -164,30 +183,40 @@ class EdgeWorth:
 
         Args:
             edge: Its name.
-            answers: By condition, in the order of the questions, None where one was left out; "intact" and "swapped" at
-                least.
-            crossed: Questions in which a memory crossed it.
+            answers: By condition, in one order, None where one was left out; "intact" and "swapped" at least.
+            questions: Of each answer, what tells its question from others.
+            crossed: Different questions in which a memory crossed it.
             seed: Of the bootstrap.
             level: Confidence.
             notes: See the class.
         """
         failed = {name: why for name, those in answers.items() if (why := _failed(those))}
         outcomes = {
-            name: Outcome.of(those, answers["intact"], level) for name, those in answers.items() if name not in failed
+            name: Outcome.of(those, answers["intact"], questions, level)
+            for name, those in answers.items()
+            if name not in failed
         }
         effects = {
-            name: Effect.of(answers[one], answers[other], seed, level)
+            name: Effect.of(answers[one], answers[other], questions, seed, level)
             for name, (one, other) in EFFECTS.items()
             if one in outcomes and other in outcomes
         }
         left_out = (f"{name}: left out, since every question failed there ({why})" for name, why in failed.items())
-        n, alone = len(answers["intact"]), answers["swapped"].count(None)
-        return cls(edge, n, crossed, alone, level, outcomes, effects, (*notes, *left_out))
+        n = len(set(questions))
+        swapped = {one for one, answer in zip(questions, answers["swapped"], strict=True) if answer is not None}
+        return cls(edge, n, crossed, n - len(swapped), level, outcomes, effects, (*notes, *left_out))
 
     @property
     def has_content(self) -> bool:
         """Whether it matters for the answers which question's memory crosses this edge."""
         return self._significant("content")
+
+    @property
+    def sign(self) -> int:
+        """1 if this edge is surely of use, -1 if it surely does harm, else 0; follows the tests, like the verdict."""
+        effects = [(name, self.effects[name]) for name in ("content", "worth") if name in self.effects]
+        least = min(effect.points * self._significant(name) for name, effect in effects)
+        return (least > 0) - (least < 0)
 
     @property
     def verdict(self) -> str:
@@ -224,17 +253,17 @@ class EdgeWorth:
             parts.append(f"as text the graph is {against} {'worse' if against.points > 0 else 'better'}")
         errors = [each for outcome in self.outcomes.values() for each in outcome.errors.items()]
         if failed := sum(n for error, n in errors if is_mended(error)):
-            parts.append(f"{failed} answers failed for want of a device or a server: run it again")
+            parts.append(f"{failed} answers failed for want of a device, a server or a grader: run it again")
         return "; ".join(parts)
 
     @property
     def least(self) -> float:
-        """The smallest content, in points, that so many questions can show: where each that changes gets worse."""
+        """The smallest content, in points, that so many questions can show: where each that changes is lost."""
         return min(100.0, 100 * self._fewest / (self.n - self.alone))
 
     @property
     def _fewest(self) -> int:
-        """How many answers have to change at least, all for the worse, if the test is to tell."""
+        """How many questions have to change at least, all for the worse, if the test is to tell."""
         return next(k for k in count(1) if self.tests * mcnemar([True] * k, [False] * k) < 1 - self.level)
 
     def to_json(self) -> dict[str, Any]:
@@ -269,10 +298,13 @@ class EdgeWorth:
         return name in self.effects and self.effects[name].p < 1 - self.level
 
 
-def _both(ones: Sequence[Answer | None], others: Sequence[Answer | None]) -> tuple[list[Answer], list[Answer]]:
-    """The answers to the questions that were asked under both of two conditions."""
-    pairs = [(a, b) for a, b in zip(ones, others, strict=True) if a is not None and b is not None]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+def _scores(
+    ones: Sequence[Answer | None], others: Sequence[Answer | None], questions: Sequence[Hashable]
+) -> tuple[list[float], list[float]]:
+    """Two scores per question, the shares of its answers that are right, of what was asked under both conditions."""
+    both = [(a, b, q) for a, b, q in zip(ones, others, questions, strict=True) if a is not None and b is not None]
+    asked = [q for _, _, q in both]
+    return by_question([a.right for a, _, _ in both], asked), by_question([b.right for _, b, _ in both], asked)
 
 
 def _failed(answers: Sequence[Answer | None]) -> str:
@@ -287,7 +319,7 @@ class Audit:
 
     Attributes:
         task: What was asked.
-        n: Questions.
+        n: Different questions.
         seed: Of the swaps, the noise and the bootstrap.
         level: Confidence of intervals and tests.
         edges: What was audited; where several edges were, all of them at once first.

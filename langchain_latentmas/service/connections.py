@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import httpx
 
-from ..errors import DeadlineExceeded, InvalidRequest, ServiceUnreachable
+from ..errors import DeadlineExceeded, InvalidRequest, ServiceBusy, ServiceUnreachable
 from .serving import is_loopback
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,15 @@ def reaching(url: str, server: str) -> Iterator[None]:
 
     Raises:
         ServiceUnreachable: If it cannot be reached, or the connection broke.
+        ServiceBusy: If all connections are in use for as long as the request may wait for one.
         InvalidRequest: If the request cannot be sent as it is.
     """
     try:
         yield
+    except httpx.PoolTimeout:
+        raise ServiceBusy(
+            f"All connections to {url} are in use; raise max_connections or patience, or ask for less at once."
+        ) from None
     except httpx.LocalProtocolError:
         # Its words quote what is wrong, and a header may hold a token.
         raise InvalidRequest(

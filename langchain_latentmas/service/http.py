@@ -87,10 +87,11 @@ class HTTPSettings(BaseSettings):
         token: What the server wants to be shown.
         deadline: Seconds after which the server gives a think or a speak up; None leaves that to the server.
         patience: Seconds, from its first failure, for which a call that can be repeated is: the queue was full, the
-            server is away or shutting down, the connection broke.
+            server is away or shutting down, the connection broke. As long, a call waits for a connection to be free.
         connect_timeout: Seconds for a connection to be made.
         read_timeout: Seconds without a sign of life after which a connection counts as broken; the server gives one
-            every 5 s while it thinks or speaks. What else takes its turn has until the server's own deadline at least.
+            every 5 s while it thinks or speaks, and twice its `keep_alive` is waited for at least. What else takes its
+            turn has until the server's own deadline at least.
         max_connections: Most connections at a time, per event loop and for all threads together.
         ca: PEM file of the authority behind the server's certificate; None takes certifi's.
     """
@@ -141,13 +142,12 @@ class HTTPService(LatentService):
         if settings.token is not None:
             warn_of_plain(self.url, "token")
             headers["Authorization"] = f"Bearer {settings.token.get_secret_value()}"
-        timeout = httpx.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=settings.patience or None)
         self._verify = httpx.create_ssl_context(trust_env=False) if settings.ca is None else _trusting(settings.ca)
         limits = httpx.Limits(max_connections=settings.max_connections, keepalive_expiry=KEPT_SECONDS)
         self._client = httpx.Client(
             base_url=self.url,
             headers=headers,
-            timeout=timeout,
+            timeout=httpx.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=settings.patience),
             follow_redirects=False,
             trust_env=False,  # no proxy, and no password from ~/.netrc
             verify=self._verify,
@@ -156,7 +156,6 @@ class HTTPService(LatentService):
         # What is the same in all requests for events is put together once.
         self._event_urls = {path: httpx.URL(self.url + path) for path in ("/v1/think", "/v1/speak")}
         self._event_headers = httpx.Headers([*self._client.headers.raw, (b"Content-Type", b"application/json")])
-        self._extensions = {"timeout": timeout.as_dict()}
         self._async_clients: dict[asyncio.AbstractEventLoop, tuple[Connections, AsyncGenerator[None]]] = {}
         self._lock = threading.Lock()
         self._closed, self._announced = False, -math.inf
@@ -166,8 +165,9 @@ class HTTPService(LatentService):
             info = self.info()
             self.name, self.chat_template = str(info["name"]), str(info["chat_template"])
             self.max_positions, self._fingerprint = info.get("max_positions"), info.get("fingerprint")
-            silent = max(settings.read_timeout, min(info["limits"]["deadline"], MOST_SILENT) + SLACK)
-            self._turn_timeout = httpx.Timeout(silent, connect=timeout.connect, pool=timeout.pool)
+            self._turn_timeout = self._silent_for(info["limits"]["deadline"] + SLACK)
+            self._event_timeout = self._silent_for(2 * info["limits"]["keep_alive"])
+            self._event_extensions = {"timeout": self._event_timeout.as_dict()}
             self._silent = (
                 f"{self.url} sent nothing for longer than its deadline; ask for less at once, or see whether it still "
                 "works."
@@ -522,7 +522,10 @@ class HTTPService(LatentService):
 
     def _events(self, path: str, body: BaseModel) -> Generator[Event]:
         reader = EventReader()
-        with _unreachable(self.url), self._checked_client().stream("POST", path, **_json(body)) as reply:
+        with (
+            _unreachable(self.url),
+            self._checked_client().stream("POST", path, timeout=self._event_timeout, **_json(body)) as reply,
+        ):
             if reply.status_code != 200:
                 reply.read()
                 _check(reply)
@@ -540,7 +543,7 @@ class HTTPService(LatentService):
                 self._event_urls[path],
                 headers=self._event_headers,
                 content=body.model_dump_json(exclude_none=True),
-                extensions=self._extensions,
+                extensions=self._event_extensions,
             )
             reply = await connections.handle_async_request(request)
             try:
@@ -570,6 +573,11 @@ class HTTPService(LatentService):
             return _read(reply, kind)
 
         return self._retried(send)
+
+    def _silent_for(self, seconds: float) -> httpx.Timeout:
+        """The client's own timeouts, but for a server that may be silent for so long."""
+        most, own = max(self.settings.read_timeout, min(seconds, MOST_SILENT)), self._client.timeout
+        return httpx.Timeout(most, connect=own.connect, pool=own.pool)
 
     def _checked_client(self) -> httpx.Client:
         if self._closed:

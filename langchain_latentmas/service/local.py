@@ -21,7 +21,7 @@ from ..engine.lens import read_out
 from ..engine.model import LanguageModel
 from ..engine.scheduler import Scheduler
 from ..engine.tick import Result, Row, Ticker
-from ..errors import InvalidRequest, ModelNotSupported, WrongModel, first_fault
+from ..errors import InvalidRequest, ModelNotSupported, first_fault
 from ..state import LatentRef
 from .alteration import original
 from .base import LensRow
@@ -31,7 +31,7 @@ from .kv_pool import KVPool
 from .memory import Layout, Memory, MergeMode, Recipe
 from .recipes import RecipeService, RecipeSettings
 from .spill import Spill
-from .transfer import read_memory, write_memory
+from .transfer import check_recipes, read_memory, write_memory
 from .units import Bytes
 
 LOADING = ("device", "dtype", "quantization", "revision", "trust_remote_code")  # go to `LanguageModel.load`
@@ -249,25 +249,21 @@ class LocalService(RecipeService):
         """See `LatentService.import_memory`."""
         model = self.model
         model.refresh_if_changed()
-        if (exported := read_memory(Path(file), model.config.hidden_size, model.dtype)).model != model.fingerprint:
-            raise WrongModel(
-                f"The memory in {Path(file).name} belongs to model {exported.model}, but this service runs "
-                f"{model.name} ({model.fingerprint}); load that model."
-            )
-        exported.check(model.config.vocab_size, model.max_positions)
+        recipes = read_memory(Path(file), model.fingerprint, model.config.hidden_size, model.dtype)
+        check_recipes(recipes, model.config.vocab_size, model.max_positions)
 
         def stored(recipe: Recipe, fresh: bool) -> None:
             if fresh:  # another process may have dropped what is still in memory here under this id
                 self._forget([recipe.id])
 
         most = 0
-        for recipe in exported.recipes:
+        for recipe in recipes:
             own = recipe.segment
             sizes = len(own.prompt_ids), len(own.thoughts), len(own.spoken_ids)
             most += self._store.most_bytes(own.agent, recipe.parents, *sizes)
         with self._store.room(most):  # what is known here already stays as it is
-            self._store.put_all(exported.recipes, stored)
-        last = exported.recipes[-1]
+            self._store.put_all(recipes, stored)
+        last = recipes[-1]
         return self.signed_ref(last.id, last.segment.agent, last.parents, len(last.segment.thoughts))
 
     def lens(self, ref: LatentRef, top_k: int = 5) -> list[LensRow]:

@@ -238,6 +238,7 @@ class Server:
             "queue": {"running": self.turns.running, "waiting": self.turns.waiting},
             "limits": {
                 "deadline": self.settings.deadline,
+                "keep_alive": self.settings.keep_alive,
                 "max_body": self.settings.max_body,
                 "max_memory": self.settings.max_memory,
             },

@@ -5,14 +5,14 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ContextTooLong, InvalidRequest, first_fault
+from ..errors import ContextTooLong, InvalidRequest, WrongModel, first_fault
 from .identity import MAX_AGENT, MAX_PARENTS, Id, memory_id
 from .memory import Alignment, Memory, Merge, Recipe, Segment
 
@@ -50,39 +50,6 @@ class _Header(BaseModel):
     hidden_size: Annotated[int, Field(ge=1, lt=2**20)]
     merge: Merge = "none"
     segments: Annotated[list[_Segment], Field(min_length=1, max_length=MAX_SEGMENTS)]
-
-
-class Exported(NamedTuple):
-    """A memory in a file."""
-
-    model: str
-    """Fingerprint of the model."""
-    recipes: list[Recipe]
-    """Of all its segments, every one after those it was made on."""
-
-    def check(self, vocabulary: int, most_positions: int) -> None:
-        """Checks it against a model.
-
-        Raises:
-            InvalidRequest: If an id is not the digest of its recipe, a token is not in the vocabulary, or it is too
-                long.
-        """
-        for recipe in self.recipes:
-            own = recipe.segment
-            made = memory_id(
-                model=recipe.model,
-                alignment=recipe.alignment,
-                parents=recipe.parents,
-                prompt_ids=own.prompt_ids,
-                steps=len(own.thoughts),
-                spoken_ids=own.spoken_ids,
-            )
-            if made != recipe.id:
-                raise InvalidRequest(f"The segment {recipe.id} is not what its id says; export the memory again.")
-            if not own.prompt_ids or max((*own.prompt_ids, *own.spoken_ids)) >= vocabulary:
-                raise InvalidRequest(f"The segment {recipe.id} has no prompt, or a token beyond the vocabulary.")
-        if sum(recipe.segment.positions for recipe in self.recipes) > most_positions:
-            raise ContextTooLong(f"The memory is longer than the model's {most_positions} positions.")
 
 
 def write_memory(recipes: Sequence[Recipe], memory: Memory | None) -> Iterator[bytes]:
@@ -139,18 +106,27 @@ def write_memory(recipes: Sequence[Recipe], memory: Memory | None) -> Iterator[b
         yield from _chunks(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def read_memory(path: Path, hidden_size: int, dtype: torch.dtype) -> Exported:
+def read_memory(path: Path, model: str, hidden_size: int, dtype: torch.dtype) -> list[Recipe]:
     """The recipes in a file; a KV in it is not looked at, since nobody could tell whether it is theirs.
 
     Args:
         path: A file that `write_memory` wrote, or somebody else.
-        hidden_size: Width of a thought.
-        dtype: That of the model; thoughts are converted to it.
+        model: Fingerprint of the model.
+        hidden_size: Width of its thoughts.
+        dtype: Likewise; thoughts are converted to it.
+
+    Returns:
+        Of all segments, every one after those it was made on. `check_recipes` has to follow.
 
     Raises:
         InvalidRequest: If it is no such file, or does not fit together.
+        WrongModel: If it is of another model.
     """
     about = _about(path)
+    if about.model != model:
+        raise WrongModel(
+            f"The memory in {path.name} belongs to model {about.model}, but this service runs {model}; load that model."
+        )
     recipes = []
     seen: set[str] = set()
     with _opened(path) as file:
@@ -167,7 +143,37 @@ def read_memory(path: Path, hidden_size: int, dtype: torch.dtype) -> Exported:
             seen.add(segment.id)
             made = Segment(segment.agent, tuple(segment.prompt_ids), thoughts, tuple(segment.spoken_ids))
             recipes.append(Recipe(segment.id, about.model, segment.alignment, tuple(segment.parents), made))
-    return Exported(about.model, recipes)
+    return recipes
+
+
+def check_recipes(recipes: Sequence[Recipe], vocabulary: int, most_positions: int) -> None:
+    """Checks what came out of a file against a model.
+
+    Args:
+        recipes: Those of one memory.
+        vocabulary: Tokens that the model knows.
+        most_positions: That it can see.
+
+    Raises:
+        InvalidRequest: If an id is not the digest of its recipe, or a token is not in the vocabulary.
+        ContextTooLong: If it is too long.
+    """
+    for recipe in recipes:
+        own = recipe.segment
+        made = memory_id(
+            model=recipe.model,
+            alignment=recipe.alignment,
+            parents=recipe.parents,
+            prompt_ids=own.prompt_ids,
+            steps=len(own.thoughts),
+            spoken_ids=own.spoken_ids,
+        )
+        if made != recipe.id:
+            raise InvalidRequest(f"The segment {recipe.id} is not what its id says; export the memory again.")
+        if not own.prompt_ids or max((*own.prompt_ids, *own.spoken_ids)) >= vocabulary:
+            raise InvalidRequest(f"The segment {recipe.id} has no prompt, or a token beyond the vocabulary.")
+    if sum(recipe.segment.positions for recipe in recipes) > most_positions:
+        raise ContextTooLong(f"The memory is longer than the model's {most_positions} positions.")
 
 
 def read_kv(path: Path) -> Memory:

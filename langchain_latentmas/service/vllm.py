@@ -11,7 +11,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ IN_PROCESS = "vllm:"
 TOLD = ("latent_token_id", "architecture", "dtype", "prefix_caching", "block_size", "vllm", "latentmas_vllm")
 NOTICED_WITHIN = 0.1  # seconds until a cancelled request is taken back
 SURE_SECONDS = 10.0  # after an answer: no vLLM that ended is there again in less
+KNOWN_SECONDS = 60.0  # after the facts: behind a balancer, another vLLM may answer next
 S = TypeVar("S", bound=RecipeSettings)
 
 
@@ -157,7 +158,14 @@ class VLLMService(RecipeService):
         return Memory(segments, layout[-1].end, (), (), self._merge_of(layout))
 
     def lens(self, ref: LatentRef, top_k: int = 5) -> list[LensRow]:
-        """See `LatentService.lens`; thinks the segment once more, from the server's cache."""
+        """See `LatentService.lens`; thinks the segment once more, from the server's cache.
+
+        Raises:
+            InvalidRequest: Also if vLLM was started with a `--logprobs-mode` that tells of LATENT alone, or of no
+                probabilities.
+        """
+        if (mode := self.facts["logprobs_mode"]) != "raw_logprobs":
+            raise InvalidRequest(f"vLLM runs with --logprobs-mode {mode}, which makes no lens; start it without.")
         most = self.facts["max_logprobs"]
         most = self._engine.model.config.vocab_size if most < 0 else most
         if not 1 <= top_k <= most:
@@ -246,7 +254,7 @@ class Engine:
         """Takes a vLLM and what is known of its model."""
         self.transport, self.model = transport, model
         self.rows = self.thoughts = self.tokens = 0
-        self._sure_until = -math.inf
+        self._sure_until = self._known_until = -math.inf
 
     def ids_of(self, segment: Segment) -> list[int]:
         """A segment as token ids, with LATENT where a thought is."""
@@ -258,8 +266,8 @@ class Engine:
 
     async def read_out(self, prompt: Sequence[int], steps: int, top_k: int) -> list[list[tuple[str, float]]]:
         """Per latent step, the likeliest tokens and their probabilities."""
-        async with self._same_model():
-            read_out = await self.transport.read_out(self._thinking(prompt, steps) | {"logprobs": top_k})
+        body = self._thinking(prompt, steps) | {"logprobs": top_k}
+        read_out: list[dict[int, float]] = await self._retrying()(self._read_out, body)
         rows = []
         for read in read_out:
             tokens = {token: math.exp(share) for token, share in read.items()}
@@ -267,6 +275,21 @@ class Engine:
             best = sorted(tokens.items(), key=lambda pair: -pair[1])[:top_k]
             rows.append([(self.model.tokenizer.decode([token]), share) for token, share in best])
         return rows
+
+    async def _read_out(self, body: dict[str, Any]) -> list[dict[int, float]]:
+        async with self._same_model():
+            return await self.transport.read_out(body)
+
+    def _retrying(self, may_begin_again: Callable[[], bool] = lambda: True) -> tenacity.AsyncRetrying:
+        """Asks again where that may help, for as long as the transport's patience lasts."""
+        return tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(
+                lambda error: isinstance(error, (ServiceBusy, ServiceUnreachable)) and may_begin_again()
+            ),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+            stop=Patience(self.transport.patience),
+            reraise=True,
+        )
 
     async def _drive(self, row: Row, past: list[int]) -> None:
         work = asyncio.ensure_future(self._work(row, past))
@@ -287,18 +310,8 @@ class Engine:
             self.rows -= 1
 
     async def _work(self, row: Row, past: list[int]) -> Result:
-        begun = False
-
-        def may_begin_again(error: BaseException) -> bool:
-            # Thinking again gives the same.
-            return isinstance(error, (ServiceBusy, ServiceUnreachable)) and (row.thinking or not begun)
-
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(may_begin_again),
-            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
-            stop=Patience(self.transport.patience),
-            reraise=True,
-        )
+        begun, told = False, 0
+        retrying = self._retrying(lambda: row.thinking or not begun)  # thinking again gives the same
         prompt = [*past, *cast(Sequence[int], row.inputs[0])]
         body = self._thinking(prompt, row.steps + 1) if row.thinking else self._speaking(prompt, row)
         async for attempt in retrying:
@@ -311,7 +324,7 @@ class Engine:
                     async for token in tokens:
                         begun = True
                         if row.thinking:
-                            self._thought(row, token)
+                            told = self._thought(row, token, told)
                         elif self._spoke(row, text, token):
                             break
         if (row.thinking and len(row.tokens) <= row.steps) or (not row.thinking and not row.finish):
@@ -334,21 +347,24 @@ class Engine:
                 raise WrongModel(
                     f"{self.transport.name} runs another model, LATENT or alignment by now; load the service anew."
                 )
+            self._known_until = time.monotonic() + KNOWN_SECONDS
         try:
             yield
         except LatentMASError:
             self._sure_until = -math.inf
             raise
-        self._sure_until = time.monotonic() + SURE_SECONDS
+        self._sure_until = min(time.monotonic() + SURE_SECONDS, self._known_until)
 
-    def _thought(self, row: Row, token: int) -> None:
+    def _thought(self, row: Row, token: int, told: int) -> int:
+        """Takes a thought; of one that is thought again, the steps that were told are not told again."""
         if token != self.model.latent:
             raise EngineFailed(f"vLLM answered with token {token} where only {self.model.latent} was allowed.")
         row.tokens.append(token)
-        if (step := len(row.tokens)) <= row.steps:
+        if told < (step := len(row.tokens)) <= row.steps:
             self.thoughts += 1
             if row.on_step:
                 row.on_step(step)
+        return max(told, step)
 
     def _spoke(self, row: Row, text: TextStream, token: int) -> bool:
         assert row.sampling is not None

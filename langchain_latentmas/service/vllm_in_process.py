@@ -93,7 +93,7 @@ class InProcess(Transport):
         architecture = _architecture(source, revision)
         if architecture not in plugin.FAMILIES:
             raise ModelNotSupported(
-                f"{name} is a {architecture}; on vLLM, these can think: {', '.join(sorted(plugin.FAMILIES))}."
+                f"{name} is a {architecture}; on vLLM, these can think: {', '.join(plugin.FAMILIES)}."
             )
         overrides = {"architectures": [f"Latent{architecture}"], "latent_realign": settings.realign}
         asked = settings.arguments()
@@ -107,7 +107,9 @@ class InProcess(Transport):
         super().__init__(name, patience=0)
         self._llm: Any = None
         try:
-            self._llm, self._facts = self.call(_start(asked))
+            config = self.call(_configured(asked))
+            self._llm = self.call(_engine(config))
+            self._facts = {**_facts(config), "model": name, "root": source}
         except BaseException:
             self.close()
             raise
@@ -166,10 +168,11 @@ def _architecture(source: str, revision: str | None) -> str:
         ) from error
 
 
-async def _start(asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The engine, on whose loop it must be made, and its facts; what can be known to be wrong is known before."""
+async def _configured(asked: dict[str, Any]) -> Any:
+    """The configuration of an engine; what can be known to be wrong is known before it is made."""
     from latentmas_vllm.checks import refusals
-    from latentmas_vllm.facts import facts
+    from latentmas_vllm.facts import tokenizer_of
+    from latentmas_vllm.latent_token import latent_token_id
     from vllm import AsyncEngineArgs
 
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would take locks of our threads along
@@ -180,17 +183,26 @@ async def _start(asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if reasons := refusals(config):
         raise ModelNotSupported(f"vLLM cannot think exactly with these settings. {'. '.join(reasons)}.")
     try:
-        known = facts(config)
+        latent_token_id(config.model_config.hf_text_config, tokenizer_of(config))
     except ValueError as error:
         raise ModelNotSupported(f"{asked['served_model_name']}: {error}") from error
-    # In no variable: an error that vLLM keeps from its imports holds this frame, and an engine left over fails at exit.
-    return _engine(config), {**known, "model": asked["served_model_name"], "root": asked["model"]}
+    return config
 
 
-def _engine(config: Any) -> Any:
+async def _engine(config: Any) -> Any:
+    """The engine, on whose loop it must be made."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
     try:
+        # In no variable: an error that vLLM keeps from its imports holds this frame, and an engine left over fails at
+        # exit.
         return AsyncLLM.from_vllm_config(config)
     except Exception as error:  # vLLM's own, of any kind, once a process of it has said why
         raise EngineFailed(f"vLLM's engine did not start, its log says why: {error}") from error
+
+
+def _facts(config: Any) -> dict[str, Any]:
+    """What the plugin states, once the engine has the weights: those of a hub model are not here before."""
+    from latentmas_vllm.facts import facts
+
+    return facts(config)

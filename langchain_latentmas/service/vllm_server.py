@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -141,8 +142,8 @@ class VLLMServer(Transport):
     async def tokens(self, body: dict[str, Any]) -> AsyncGenerator[int]:
         """See `Transport.tokens`."""
         asked = {"model": self.model, "stream": True, "return_token_ids": True, **body}
-        silent = f"{self.name} sent nothing for as long as read_timeout says; raise it, or ask less at once."
-        with reaching(self.name, "vLLM"), in_time(silent):
+        taken = 0
+        with self._reaching():
             async with self._client.stream("POST", "/v1/completions", json=asked) as response:
                 if response.is_error:
                     await response.aread()
@@ -158,7 +159,14 @@ class VLLMServer(Transport):
                         raise EngineFailed(f"vLLM failed: {event['error'].get('message', event['error'])}")
                     for choice in event.get("choices", ()):
                         for token in choice.get("token_ids") or ():
+                            taken += 1
                             yield token
+                        if choice.get("finish_reason") == "length" and taken < body["max_tokens"]:
+                            raise InvalidRequest(
+                                f"{self.name} ends answers after {taken} tokens, and {body['max_tokens']} were asked "
+                                "for; ask for fewer steps or tokens, or start it without max_new_tokens in "
+                                "--override-generation-config or --generation-config."
+                            )
         raise ServiceUnreachable(f"The connection to {self.name} ended before vLLM had answered.")
 
     async def read_out(self, body: dict[str, Any]) -> list[dict[int, float]]:
@@ -173,8 +181,14 @@ class VLLMServer(Transport):
         await self._client.aclose()
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        with reaching(self.name, "vLLM"):
+        with self._reaching():
             return await self._client.request(method, path, json=body)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        silent = f"{self.name} sent nothing for as long as read_timeout says; raise it, or ask less at once."
+        with reaching(self.name, "vLLM"), in_time(silent):
+            yield
 
     def _json(self, response: httpx.Response) -> dict[str, Any]:
         """The answer; raises the error that it stands for."""

@@ -126,6 +126,40 @@ def test_an_edited_graph_is_asked_anew(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(list(Path("cache").rglob("answers.jsonl"))) == 2
 
 
+def test_what_a_grader_could_not_take_is_asked_again_and_the_other_answers_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("graded.py").write_text(
+        "from pathlib import Path\n"
+        "from langchain_latentmas.evaluation.task import Relay\n"
+        "from langchain_latentmas.service.shared import shared_service\n"
+        "def graph():\n"
+        "    return Relay().graph(shared_service(), 'sequential', steps=1, max_tokens=4)\n"
+        "def is_right(state, answer):\n"
+        "    if answer == 3 and Path('away').exists():\n"
+        "        raise ConnectionError('the judge is away')\n"
+        "    return True\n"
+    )
+    rows = [{"input": f"Nora has {i} coins. How many coins does Nora have?", "answer": i} for i in range(20)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def audited() -> Any:
+        options = ["--examples", "rows.jsonl", "--grader", "graded:is_right", "--conditions", "swapped", "--json"]
+        return json.loads(run("audit", "graded:graph", *options).stdout)
+
+    Path("away").touch()
+    first = audited()
+    assert "2 answers failed for want of a device, a server or a grader" in first["verdict"]
+    (answers,) = Path("cache").rglob("answers.jsonl")
+    written = answers.read_text()
+    Path("away").unlink()
+    assert audited()["conditions"] == {"intact": 100, "swapped": 100}
+    assert answers.read_text().startswith(written)
+    assert answers.read_text().count("\n") == written.count("\n") + 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -192,7 +226,7 @@ def test_examples_and_graders_of_no_use_are_told_before_any_work(
     ],
 )
 def test_a_state_without_an_answer_takes_a_grader_of_ones_own(plain: Path, said: dict[str, str], words: str) -> None:
-    rows = [{"input": {"said": said, "latents": []}, "answer": i} for i in range(20)]
+    rows = [{"input": {"said": said, "latents": [], "result": str(i)}, "answer": i} for i in range(20)]
     (plain / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shown = run("audit", "plain:graph", "--examples", "rows.jsonl", "--grader", "exact", "--out", "out")
     assert shown.exit_code == 2

@@ -129,7 +129,7 @@ def test_settings_come_from_flag_environment_and_file(tmp_path: Path) -> None:
     with Process(*flags, LATENTMAS_MAX_BODY="6000", LATENTMAS_DEADLINE="22") as process:
         anne, bert = (client(process, token=f"the token of {name}, long enough") for name in ("anne", "bert"))
         info = anne.info()
-        assert info["limits"] == {"deadline": 33, "max_body": 6000, "max_memory": 1 << 30}
+        assert info["limits"] == {"deadline": 33, "keep_alive": 5, "max_body": 6000, "max_memory": 1 << 30}
         assert info["merge"] == "rebuild"
         ref = anne.think(QUESTION, steps=1)
         with pytest.raises(TamperedReference):

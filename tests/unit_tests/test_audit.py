@@ -19,7 +19,7 @@ from langgraph.cache.memory import InMemoryCache as NodeCache
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.func import entrypoint, task
 from langgraph.graph import END, START, StateGraph
-from langgraph.types import CachePolicy
+from langgraph.types import CachePolicy, interrupt
 
 from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, LatentState, audit, switch_edges
 from langchain_latentmas.auditing import aaudit, journal_head
@@ -440,6 +440,19 @@ def test_a_graph_that_always_fails_ends_it(service32: LatentService) -> None:
         audit(team(service32), asked(), Grader(team(service32)), config={"configurable": {"edges": "perhaps"}})
 
 
+def test_breakpoints_are_left_out_and_a_graph_that_waits_for_a_human_fails(service32: LatentService) -> None:
+    builder = team(service32)
+    grader = Grader(builder)
+    stops = builder.compile(InMemorySaver(), interrupt_before=["judger"], interrupt_after=["planner"])
+    assert audit(stops, asked(), grader, conditions=[]).to_json()["conditions"]["intact"] == 100
+    asks = StateGraph(LatentState)
+    asks.add_node("planner", LatentAgentNode("planner", "Plan.", service=service32, steps=2))
+    asks.add_node("judger", lambda state: {"messages": [HumanMessage(interrupt("How?"))]})
+    asks.add_edge(START, "planner").add_edge("planner", "judger")
+    with pytest.raises(InvalidRequest, match="waits for a human"):
+        audit(asks, asked(), grader)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -504,20 +517,31 @@ def test_a_memory_without_its_like_is_left_out_of_swapped(service32: LatentServi
 
 
 def test_where_nobody_can_be_swapped_there_is_nothing_to_audit(service32: LatentService) -> None:
-    same = [(asked()[0][0], i) for i in range(N)]
+    builder = team(service32, ["planner", "judger"])
+    builder.edges.discard((START, "planner"))
+    first = lambda state: "planner" if "Question 0 " in state["messages"][0].text else "judger"  # noqa: E731
+    builder.add_conditional_edges(START, first, ["planner", "judger"])
     with pytest.raises(NoPartner, match="no two questions"):
-        audit(team(service32), same, lambda state, i: True)
+        audit(builder, asked(), lambda state, i: True)
+
+
+def test_the_same_questions_again_are_no_more_questions(service32: LatentService) -> None:
+    few = [(asked()[i % (N - 1)][0], i) for i in range(2 * N)]
+    with pytest.raises(InvalidRequest, match="at least 20 examples of different questions to tell anything, not 19"):
+        audit(team(service32), few, lambda state, i: True)
 
 
 def test_a_question_is_never_swapped_with_itself(service32: LatentService) -> None:
     builder = team(service32)
-    examples = [(asked()[i % 5][0], i) for i in range(N)]
+    examples = [(asked()[i % N][0], i) for i in range(3 * N)]
     grader = Grader(builder, examples)
     edge = audit(builder, examples, grader, conditions=["swapped"]).edges[0]
-    intact, swapped = grader.under(0), grader.under(1)
-    assert all(a != b for a, b in zip(swapped, intact, strict=True) if intact.count(a) == 4)
+    intact, swapped = grader.under(0, 3 * N), grader.under(1, 3 * N)
+    assert all(a != b for a, b in zip(swapped, intact, strict=True) if intact.count(a) == 3)
     assert sorted(swapped) == sorted(intact)  # each memory is given once
-    assert edge.alone == 0
+    assert (edge.n, edge.crossed, edge.alone) == (N, N, 0)
+    once = audit(builder, examples[:N], Grader(builder), conditions=["swapped"]).edges[0]
+    assert (edge.verdict, edge.effects) == (once.verdict, once.effects)
 
 
 def test_partners_are_other_questions_of_about_the_length_over_the_same_edges() -> None:

@@ -128,7 +128,7 @@ def test_options_get_letters_in_their_order(hub: list[tuple[Any, ...]]) -> None:
     assert digits.text.endswith("\nC. wood")
 
 
-@given(st.lists(st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1), min_size=1, max_size=10))
+@given(st.lists(st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1), min_size=2, max_size=10))
 def test_options_are_read_back_from_the_question(options: list[str]) -> None:
     texts = [" ".join(option.split()) for option in options]
     assume(all(texts))
@@ -249,6 +249,13 @@ def test_own_options(write: Callable[..., str]) -> None:
         assert (question.text, question.answer) == ("Where?\nA. here\nB. there", "B")
     row = {"question": "How many?", "options": [1, 0], "answer": 0}
     assert task_named(write(row), "letter").questions()[0].answer == "B"
+
+
+def test_options_that_share_a_line_are_chosen_by_their_letters(write: Callable[..., str]) -> None:
+    task = task_named(write({"question": "2+2?\nA. 3 B. 4 C. 5 D. 6", "answer": "B"}), "letter")
+    question = task.questions()[0]
+    assert task.grade("\\boxed{B}", question)
+    assert not task.grade("\\boxed{A}", question)
 
 
 def test_own_code_and_words(write: Callable[..., str]) -> None:

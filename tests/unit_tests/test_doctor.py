@@ -62,6 +62,7 @@ def test_a_model_that_cannot_be_loaded_takes_nothing_away_that_was_found(double:
         ({"prefix_caching": False}, "prefix caching", None, "--enable-prefix-caching"),
         ({"block_size": 128}, "prefix caching", None, "--block-size 32"),
         ({"max_logprobs": 0}, "lens", None, "--max-logprobs"),
+        ({"logprobs_mode": "raw_logits"}, "lens", None, "--logprobs-mode raw_logprobs"),
         ({"vocabulary": "other"}, "tokenizer", False, "--tokenizer"),
     ],
 )

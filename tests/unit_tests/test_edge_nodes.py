@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -444,3 +445,59 @@ def test_errors_about_edges_lead_out_of_them(llm: ChatLatentMAS) -> None:
     builder.add_edge(START, "planner")
     with pytest.raises(InvalidEdge, match=r"nowhere \(a node that returns Command says where"):
         switch_edges(builder, [PLANNER])
+
+
+def test_edges_between_agents_are_latent_and_go_back_at_run_time_alone(service32: LatentService) -> None:
+    builder = StateGraph(LatentState)
+    for name in ("planner", "judger"):
+        node = LatentAgentNode(name, f"You are {name}.", service=service32, steps=2, speak=name == "judger")
+        builder.add_node(name, node)
+    builder.add_edge(START, "planner").add_edge("planner", "judger").add_edge("judger", END)
+    for to in ("latent", "text"):
+        reports = switch_edges(builder, "*", to=to, explain=True)  # type: ignore[call-overload]
+        assert [(report.target, report.mode) for report in reports if "LatentAgentNode" in report.why] == [
+            ("judger", "latent")
+        ]
+        assert len(reports) == 3
+    with pytest.raises(InvalidEdge, match=r'cannot be switched: .*"planner->judger": "text"'):
+        switch_edges(builder, [("planner", "judger")], to="text")
+
+
+async def test_an_agent_that_was_made_to_speak_speaks_inside_of_a_node_that_thinks(
+    llm: ChatLatentMAS, service32: LatentService
+) -> None:
+    helper = LatentAgentNode("helper", "Name a query.", service=service32, speak=True, max_tokens=3)
+    asked: Any = {"messages": [("human", "What?")], "latents": []}
+    named = helper.invoke(asked)["messages"][0].text
+
+    def sync(state: Chain) -> Chain:
+        found = helper.invoke(asked)["messages"][0].text
+        return {"plan": llm.invoke(f"Plan with {found}").text, "critique": found}
+
+    async def later(state: Chain) -> Chain:
+        found = (await helper.ainvoke(asked))["messages"][0].text
+        return {"plan": (await llm.ainvoke(f"Plan with {found}")).text, "critique": found}
+
+    for planner in (sync, later):
+        builder = StateGraph(Chain)
+        builder.add_node("planner", planner)
+        builder.add_node("judger", judger_of(llm))
+        builder.add_edge(START, "planner").add_edge("planner", "judger")
+        graph = switch_edges(builder, [("planner", "judger")], steps=2).compile()
+        update, _ = [state async for state in graph.astream(ASKED, stream_mode="updates")]
+        assert is_latent(update["planner"]["plan"], "planner", 2)
+        assert update["planner"]["critique"] == named
+
+
+def test_a_timeout_that_langgraph_refuses_is_refused_in_a_switched_graph_too(llm: ChatLatentMAS) -> None:
+    async def planner(state: Chain) -> Chain:
+        return {"plan": (await llm.ainvoke("Plan")).text}
+
+    for node, refused in ((planner_of(llm), True), (planner, False)):
+        builder = StateGraph(Chain)
+        builder.add_node("planner", node, timeout=60)
+        builder.add_node("critic", critic_of(llm))
+        builder.add_edge(START, "planner").add_edge("planner", "critic")
+        for graph in (builder, switch_edges(builder, [PLANNER])):
+            with pytest.raises(ValueError, match="timeout") if refused else nullcontext():
+                graph.compile()

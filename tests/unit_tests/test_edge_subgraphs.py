@@ -226,3 +226,23 @@ def test_a_builder_that_was_compiled_with_an_error_handler_can_be_switched(say: 
     graph = builder.compile()
     switched = switch_edges(graph.builder, "*", steps=2)
     assert thought(switched.compile().invoke(ASKED)) == [True, False]
+
+
+@pytest.mark.parametrize("how", ["a team", "with tags", "with retries"])
+def test_what_hands_over_references_by_itself_is_not_switched(service32: LatentService, say: Node, how: str) -> None:
+    agent = LatentAgentNode("s", "Say.", service=service32, speak=True, max_tokens=3)
+    team = StateGraph(LatentState).add_sequence([("s", agent)]).add_edge(START, "s").compile()
+    node = {"a team": team, "with tags": agent.with_config(tags=["s"]), "with retries": agent.with_retry()}[how]
+    builder = StateGraph(LatentState).add_sequence([("team", node), ("last", say)]).add_edge(START, "team")
+    with pytest.raises(InvalidEdge, match="'team' runs LatentAgentNodes, which hand over references"):
+        switch_edges(builder, [("team", "last")])
+    assert run(builder) == [False, False]
+
+
+def test_a_subgraph_that_ends_in_an_agent_is_no_output_of_the_model_before(service32: LatentService, say: Node) -> None:
+    judger = LatentAgentNode("judger", "Judge.", service=service32, speak=True, max_tokens=3)
+    team = StateGraph(LatentState).add_sequence([("writer", say), ("judger", judger)]).add_edge(START, "writer")
+    builder = StateGraph(LatentState).add_sequence([("team", team.compile()), ("last", say)]).add_edge(START, "team")
+    assert run(builder) == [False, False, False]
+    with pytest.raises(InvalidEdge, match="'team' is a subgraph whose last node cannot be told"):
+        switch_edges(builder, [("team", "last")])

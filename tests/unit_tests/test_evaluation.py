@@ -195,12 +195,12 @@ def test_a_failing_question_is_counted_and_named(fresh: LocalService, tmp_path: 
     path = tmp_path / "answers.jsonl"
     summary = Evaluation(fresh, Broken(), modes=["single", "latent"], **QUICK).run(path)
     for row in summary.rows:
-        assert row.failed == {"ContextTooLong": 1, "ZeroDivisionError": 1}
+        assert row.failed == {"ContextTooLong": 1, "the grader raised ZeroDivisionError": 1}
         assert row.accuracy == 50
     errors = {line["id"]: line["error"] for line in lines(path)[2:6]}
     assert errors["words-0-0"] == ""
     assert "positions" in errors["words-0-1"]
-    assert errors["words-0-2"] == "ZeroDivisionError: what is this?"
+    assert errors["words-0-2"] == "the grader raised ZeroDivisionError: what is this?"
 
 
 @pytest.mark.parametrize("error", [*MENDED, "ContextTooLong"], ids=str)
@@ -282,14 +282,17 @@ def test_what_waits_for_its_grader_when_a_run_ends_is_kept_and_graded(fresh: Loc
     assert kept.items() <= {line["id"]: line["text"] for line in lines(path)[5:]}.items()
 
 
-def test_what_has_a_text_and_no_grader_is_graded_and_not_asked_again(fresh: LocalService, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [GraderFailed, ZeroDivisionError])
+def test_what_has_a_text_and_no_grader_is_graded_and_not_asked_again(
+    fresh: LocalService, tmp_path: Path, error: type[Exception]
+) -> None:
     class Ungraded(Words):
         def grade(self, text: str, question: Question) -> bool:
-            raise GraderFailed("not here")
+            raise error("not here")
 
     path = tmp_path / "answers.jsonl"
     first = Evaluation(fresh, Ungraded(), modes=["single"], **QUICK).run(path)
-    assert first.rows[0].failed == {"GraderFailed": 4}
+    assert first.rows[0].failed == {f"the grader raised {error.__name__}": 4}
     before = fresh.info()["ticks"]
     graded = Evaluation(fresh, Words(), modes=["single"], **QUICK).run(path)
     assert fresh.info()["ticks"] == before
@@ -413,7 +416,7 @@ def test_published_figures_stand_beside_ours() -> None:
     shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     for text in ("92.3 %", "2,324", "1,739", "paper", "3.8×", "3.3×", "+1.0", "-2.0 to +4.0", "seed 7", "2 sessions"):
         assert text in shown, text
-    assert "2 ContextTooLong" in shown
+    assert "2 × ContextTooLong" in shown
     assert "temperature 0.6, top-p 0.95" in shown
 
 

@@ -24,6 +24,8 @@ from langchain_latentmas.evaluation.graders import (
     number,
 )
 
+from .test_sandbox import descriptors
+
 DATA = Path(__file__).parent.parent / "data" / "benchmarks"
 
 
@@ -87,6 +89,8 @@ def test_published_numbers_are_right_and_corrupted_ones_wrong(row: dict[str, Any
         (r"\boxed{60.0\%}", "60"),
         (r"\boxed{2 \text{ million}}", "2000000"),
         (r"\boxed{3 dozen}", "36"),
+        (r"\boxed{3 hundred thousand}", "300000"),
+        (r"\boxed{2.5 \text{ hundred million dollars}}", "250000000"),
         (r"The answer is \(18\).", "18"),
         ("The answer is 5. No. Final answer: x = 18", "18"),
         ("**Answer**: 18, not 20", "18"),
@@ -112,7 +116,14 @@ def test_rows_of_a_matrix_stay_rows() -> None:
         (r"\boxed{14 \text{ coins}}", 14),
         (r"\boxed{14 coins}", 14),
         (r"\boxed{14 \text{ million}}", 14_000_000),
+        (r"\boxed{14 thousand million stars}", 14_000_000_000),
         (r"\boxed{14 or more}", None),
+        (r"\boxed{14 hundred and five}", None),
+        (r"\boxed{14 thirds}", None),
+        (r"\boxed{1 \text{ half}}", None),
+        (r"\boxed{3 quarters of a cup}", None),
+        (r"\boxed{14 quarters}", 14),
+        (r"\boxed{14 third graders}", 14),
         (r"\boxed{14 x}", None),
         (r"\boxed{x}", None),
         ("14", None),
@@ -289,6 +300,19 @@ def test_mathematics_that_hangs_is_a_failed_grader_and_the_next_one_works() -> N
     assert not mathematics.equal("\\boxed{0.5}", "\\boxed{\\frac{1}{3}}")
 
 
+def test_mathematics_finds_what_this_process_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "math_verify.py").write_text("parse = str\ndef verify(gold, said): return [gold, said] == ['a', 'b']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Mathematics().equal("b", "a")
+
+
+def test_mathematics_that_cannot_be_started_is_a_failed_grader_and_starts_later() -> None:
+    mathematics = Mathematics()
+    with descriptors(0), pytest.raises(GraderFailed, match="cannot be started"):
+        mathematics.equal("\\boxed{1}", "\\boxed{1}")
+    assert mathematics.equal("\\boxed{1}", "\\boxed{1}")
+
+
 def test_an_answer_without_an_expression_is_a_failed_grader() -> None:
     with pytest.raises(GraderFailed, match="no expression in the answer"):
         number("\\boxed{five}", " ")
@@ -401,10 +425,18 @@ SORT = Checks("order", "assert order([2, 1]) == [1, 2]")
         "First:\n```\ndef other(x): return x\n```\nthen\n```py\ndef order(x): return sorted(x)\n```\nor\n```\n1\n```",
         "```python\ndef order(x):\n    return sorted(x)",
         "import numpy as np\ndef order(x): return np.sort(np.array(x))",
+        "1. So:\n\n   ```python\n   def order(x):\n\n       return sorted(x)\n   ```\n2. Done.",
+        "- ```\n  def order(x):\n      return sorted(x)\n  ```",
+        "\t```\n\tdef order(x):\n\t\treturn sorted(x)\n\t```",
+        "   ```\ndef order(x):\n  if x:\n    return sorted(x)\n   ```",
     ],
 )
 def test_programs_are_found_in_texts(text: str) -> None:
     assert code(text, SORT)
+
+
+def test_a_block_loses_no_more_than_the_indentation_of_its_fence() -> None:
+    assert code("So:\n  ```python\n      return sorted(x)\n  ```", SORT._replace(stub="def order(x):\n    x = x[:]\n"))
 
 
 @pytest.mark.parametrize(

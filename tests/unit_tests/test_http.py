@@ -36,7 +36,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "another token": {"token_ids": [-1]},
     "the last one": {"ref": WireRef(**REF)},
 }
-INFO: dict[str, Any] = {"name": "a model", "chat_template": "", "limits": {"deadline": 60}}
+INFO: dict[str, Any] = {"name": "a model", "chat_template": "", "limits": {"deadline": 60, "keep_alive": 5}}
 ASKS: dict[str, Callable[[LatentService], Any]] = {
     "think": lambda remote: remote.think(PROMPT),
     "athink": lambda remote: asyncio.run(remote.athink(PROMPT)),

@@ -76,7 +76,14 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("errors", "kept"), [([], False), (["ContextTooLong"], False), (["EngineFailed: out of memory"], True)], ids=str
+    ("errors", "kept"),
+    [
+        ([], False),
+        (["ContextTooLong"], False),
+        (["EngineFailed: out of memory"], True),
+        (["the grader raised KeyError: 'x'"], True),
+    ],
+    ids=str,
 )
 def test_a_run_whose_failures_may_be_mended_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: list[str], kept: bool

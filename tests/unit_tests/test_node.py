@@ -167,10 +167,23 @@ async def test_a_text_run_is_the_same_whoever_listens(
 @pytest.mark.parametrize(
     "asked", [{"role": "user", "content": "Hi"}, ("user", "Hi"), "Hi"], ids=["dict", "tuple", "str"]
 )
-async def test_a_state_may_hold_what_langchain_takes_for_messages(service32: LatentService, asked: Any) -> None:
-    node = LatentAgentNode("planner", "Plan.", service=service32, steps=1)
-    state = {"messages": [asked], "latents": []}
+@pytest.mark.parametrize(
+    "prompt",
+    ["Plan.", ChatPromptTemplate([("human", "{topic}")]), lambda state: state["messages"]],
+    ids=["string", "template", "callable"],
+)
+async def test_a_state_may_hold_what_langchain_takes_for_messages(
+    service32: LatentService, asked: Any, prompt: Any
+) -> None:
+    node = LatentAgentNode("planner", prompt, service=service32, steps=1)
+    state = {"messages": [asked], "latents": [], "topic": "Hi"}
     assert await node.ainvoke(state) == node.invoke(state)
+
+
+def test_messages_of_a_state_that_are_none_are_refused(service32: LatentService) -> None:
+    node = LatentAgentNode("planner", ChatPromptTemplate([("human", "{topic}")]), service=service32, steps=1)
+    with pytest.raises(InvalidRequest, match="`messages` in the state of agent 'planner'"):
+        node.invoke({"messages": [5], "latents": [], "topic": "Hi"})
 
 
 QUESTION_ONLY = ChatPromptTemplate([("system", "Check."), ("human", "{question}")])
@@ -304,6 +317,44 @@ def test_reads_that_names_nobody_is_refused(service32: LatentService, edges: str
         node.invoke(ASKED, {"configurable": {"edges": edges}})
 
 
+@pytest.mark.parametrize("edges", ["latent", "text"])
+def test_of_a_node_that_has_not_run_nothing_is_read(service32: LatentService, edges: Any) -> None:
+    how: dict[str, Any] = {"service": service32, "steps": 1, "max_tokens": 2}
+    config: Any = {"configurable": {"edges": edges}}
+    branches = StateGraph(LatentState)
+    for name in ("math", "law"):
+        branches.add_node(name, LatentAgentNode(name, f"You know {name}.", **how)).add_edge(name, "judger")
+    branches.add_node("judger", LatentAgentNode("judger", "Judge.", speak=True, reads=["law", "math"], **how))
+    branches.add_conditional_edges(START, lambda state: "math", ["math", "law"])
+    graph = branches.compile()
+    state = graph.invoke(ASKED, config)
+    whole = LatentAgentNode("judger", "Judge.", speak=True, reads=["math"], **how)
+    before = {**state, "messages": state["messages"][:-1], "latents": state["latents"][:-1]}
+    again = whole.invoke(before, config)
+    assert state["messages"][-1].text == again["messages"][0].text
+    assert [ref["parents"] for ref in state["latents"][-1:]] == [ref["parents"] for ref in again.get("latents", [])]
+
+    loop = StateGraph(LatentState)
+    loop.add_node("planner", LatentAgentNode("planner", "Plan.", reads=["critic"], **how))
+    loop.add_node("critic", LatentAgentNode("critic", "Check.", reads=["planner"], **how))
+    loop.add_edge(START, "planner").add_edge("planner", "critic")
+    loop.add_conditional_edges(
+        "critic", lambda state: "planner" if len(state["latents"]) + len(state["messages"]) < 5 else END
+    )
+    refs = loop.compile().invoke(ASKED)["latents"]
+    assert [(ref["agent"], len(ref["parents"])) for ref in refs] == [
+        *(("planner", 0), ("critic", 1)),
+        *(("planner", 1), ("critic", 1)),
+    ]
+
+    lost = StateGraph(LatentState)
+    lost.add_node("math", LatentAgentNode("math", "Add.", **how))
+    lost.add_node("judger", LatentAgentNode("judger", "Judge.", speak=True, reads=["maths"], **how))
+    lost.add_edge(START, "math").add_edge("math", "judger")
+    with pytest.raises(InvalidRequest, match="'maths'"):
+        lost.compile().invoke(ASKED, config)
+
+
 @pytest.mark.parametrize(
     ("state", "said"),
     [({"latents": []}, r"nobody yet\). Correct reads="), ({}, "Its input has no `latents`: let the Send")],
@@ -395,6 +446,8 @@ def test_unknown_edges_are_refused(service32: LatentService) -> None:
         {"prompt": None},
         {"prompt": ["You plan."]},
         {"reads": "planner"},
+        {"reads": 5},
+        {"stop": 5},
     ],
     ids=str,
 )

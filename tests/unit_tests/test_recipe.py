@@ -42,6 +42,16 @@ def test_turns_about_three_facts_end_in_the_sum_of_what_they_say(kind: str, toke
             assert grade(said, int(said.split(" = ")[-1].split(".")[0]))
 
 
+def test_turns_that_end_at_the_name_say_it_and_no_more(tokenizer: Any) -> None:
+    for batch in Data(tokenizer, seed=5).pool("name", 20, tokens=2000):
+        for row in batch:
+            asked = str(tokenizer.decode([id for id, kind in zip(row.ids, row.kinds, strict=True) if kind != SPOKEN]))
+            said = spoken(row, tokenizer).removeprefix("Let us go step by step. ")
+            assert said.endswith(".")
+            assert f"user\n{said}" in asked
+            assert row.kinds[-1] == SPOKEN
+
+
 def test_what_is_told_wrong_is_found_and_what_is_right_is_left_alone(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,7 +61,9 @@ def test_what_is_told_wrong_is_found_and_what_is_right_is_left_alone(
     trainer = Trainer(model, alignment=0.5)
     # Of twelve rows one may be wrong by chance; the recipe looks at hundreds.
     monkeypatch.setattr(train, "RIGHT", 0.9)
-    assert weak_speakers(trainer, tokenizer) == []
+    assert weak_speakers(trainer, tokenizer) == {}
     with torch.no_grad():
         model.model.layers[-1].mlp.down_proj.weight.zero_()  # it writes on, but cannot add
-    assert {"all", "sum"} <= set(weak_speakers(trainer, tokenizer)) <= set(SPEAKERS)
+    weak = weak_speakers(trainer, tokenizer)
+    assert {"all", "sum"} <= weak.keys() <= set(SPEAKERS)
+    assert all(0.1 < share <= 1 for share in weak.values())

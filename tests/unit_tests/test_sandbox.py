@@ -1,7 +1,10 @@
 """Hostile programs: what they try must not happen, whatever they report about it."""
 
+import ctypes
+import errno
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -9,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +32,7 @@ LIMITS = Limits(seconds=4, cpu_seconds=2, memory=512 << 20)
 DOUBLE = Checks("double", "assert double(2) == 4\nassert double(5) == 10\n")
 
 # Each of them would, if it could. {outside}: a folder of somebody else, {port}: a server that listens, {victim}: a
-# process of the same user.
+# process of the same user, {segment}: shared memory of another.
 HOSTILE = {
     "fork bomb": "import os\nwhile True: os.fork()",
     "fork bomb that does not give up": """
@@ -80,6 +84,17 @@ fcntl.fcntl(read, fcntl.F_SETOWN, {victim})
 fcntl.fcntl(read, 10, 9)
 fcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC)
 os.write(write, b'x')""",
+    "reads and overwrites shared memory": """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.shmat.restype = ctypes.c_void_p
+at = libc.shmat({segment}, None, 0)
+assert at != 2**64 - 1
+print(ctypes.string_at(at))
+ctypes.memset(at, 0, 8)""",
+    "removes shared memory": """
+import ctypes
+assert ctypes.CDLL(None).shmctl({segment}, 0, None) == 0""",
     "much output": "while True: print('x' * 10_000)",
     "much output on stderr": "import sys\nwhile True: print('x' * 10_000, file=sys.stderr)",
     "becomes a daemon": """
@@ -178,7 +193,30 @@ class World(NamedTuple):
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def segment() -> Iterator[int]:
+    """The number of shared memory with a secret, which is still there in the end."""
+    libc = ctypes.CDLL(None)
+    libc.shmat.restype, libc.shmdt.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    number = libc.shmget(0, 4096, 0o1600)
+
+    @contextmanager
+    def attached() -> Iterator[int]:
+        at = libc.shmat(number, None, 0)
+        assert at != ctypes.c_void_p(-1).value
+        yield at
+        libc.shmdt(at)
+
+    with attached() as at:
+        ctypes.memmove(at, SECRET.encode(), len(SECRET))
+    yield number
+    with attached() as at:
+        held = ctypes.string_at(at)
+    libc.shmctl(number, 0, None)
+    assert held.decode() == SECRET
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segment: int) -> Iterator[World]:
     outside, folders = tmp_path / "outside", tmp_path / "folders"
     outside.mkdir()
     folders.mkdir()
@@ -199,9 +237,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
                 pass
 
         threading.Thread(target=accept, daemon=True).start()
-        yield World(
-            outside, connections, {"outside": str(outside), "port": server.getsockname()[1], "victim": victim.pid}
-        )
+        names = {"outside": str(outside), "port": server.getsockname()[1], "victim": victim.pid, "segment": segment}
+        yield World(outside, connections, names)
         assert victim.poll() is None
         victim.kill()
         server.shutdown(socket.SHUT_RDWR)
@@ -284,6 +321,47 @@ def test_root_becomes_nobody_where_landlock_is_missing(monkeypatch: pytest.Monke
 def test_root_is_no_longer_root(call: str) -> None:
     skip_without(NETWORK)
     assert "PermissionError" in run(f"import os, time\n{call}")[0].errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not all of them are there elsewhere")
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("shmat(-1, 0, 0)", "shmctl(-1, 0, 0)", "semop(-1, 0, 0)", "semtimedop(-1, 0, 0, 0)", "semctl(-1, 0, 0)"),
+        *("msgsnd(-1, 0, 0, 0)", "msgrcv(-1, 0, 0, 0, 0)", "msgctl(-1, 0, 0)", "mq_unlink(b'/queue')"),
+    ],
+)
+def test_what_processes_share_by_a_number_or_a_name_is_refused(call: str) -> None:
+    skip_without(NETWORK)
+    said = run(f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.{call}\nprint(ctypes.get_errno())")[0]
+    assert int(said.output) in (errno.EPERM, errno.EACCES)
+
+
+@contextmanager
+def descriptors(free: int) -> Iterator[None]:
+    """Leaves this process no more than so many."""
+    numbers = [os.dup(0) for _ in range(free + 1)]
+    for number in numbers:
+        os.close(number)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (numbers[-1], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("free", [0, 3, 4, 6, 8, 15])
+def test_programs_that_cannot_be_started_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = psutil.Process().num_fds()
+    with descriptors(free), pytest.raises(SandboxUnavailable, match="No program can be started"):
+        run("pass", "pass")
+    assert psutil.Process().num_fds() <= before
+    assert not list(tmp_path.iterdir())
+    assert not started()
 
 
 def test_a_program_ends_as_it_would_anywhere() -> None:

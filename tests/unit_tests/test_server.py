@@ -448,10 +448,28 @@ def test_a_client_has_no_more_connections_than_it_may(fresh_service: Any, gate: 
     with serving(service) as server, client(server, max_connections=1) as remote:
         assert len({ref["id"] for ref in asyncio.run(asked(remote, "abc"))}) == 3  # one after the other
         held = gate(service)
-        with client(server, max_connections=1, patience=0.5, deadline=5) as hasty:
-            results = asyncio.run(asked(hasty, "de"))
+        for seconds in (0.5, 0):
+            with client(server, max_connections=1, patience=seconds, deadline=3) as hasty:
+                results = sorted(asyncio.run(asked(hasty, "de")), key=lambda each: type(each).__name__)
+            assert [type(each) for each in results] == [DeadlineExceeded, ServiceBusy]
+            assert "max_connections" in str(results[1])
         held.open()
-    assert sorted(type(each).__name__ for each in results) == ["DeadlineExceeded", "ServiceUnreachable"]
+
+
+def test_nor_do_its_threads_wait_for_one_without_patience(fresh_service: Any, gate: Any) -> None:
+    service = fresh_service()
+    held = gate(service)
+    with (
+        serving(service) as server,
+        client(server, max_connections=1, patience=0) as remote,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        first = threads.submit(remote.think, messages("a"), steps=1)
+        wait_for(lambda: server.turns.running == 1)
+        with pytest.raises(ServiceBusy, match="max_connections"):
+            remote.think(messages("b"), steps=1)
+        held.open()
+        assert first.result(60)["steps"] == 1
 
 
 def test_a_client_that_was_closed_opens_no_more_connections(fresh_service: Any, gate: Any) -> None:
@@ -934,6 +952,28 @@ def test_a_stream_shows_that_it_lives(fresh_service: Any, gate: Any) -> None:
         assert [next(lines) for _ in range(4)] == [": working", ""] * 2
         held.open()
         assert [line for line in lines if line.startswith("event")] == ["event: done"]
+
+
+@pytest.mark.parametrize("call", ["think", "athink"])
+def test_a_client_bears_signs_of_life_that_are_rarer_than_its_read_timeout(
+    call: str, fresh_service: Any, gate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = fresh_service()
+    held, asked, think = gate(service), [], service.athink
+    monkeypatch.setattr(service, "athink", lambda *args, **rest: (asked.append(args), think(*args, **rest))[1])
+    with (
+        serving(service, keep_alive=1) as server,
+        client(server, read_timeout=0.3) as remote,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        ask = remote.think if call == "think" else lambda *args, **rest: asyncio.run(remote.athink(*args, **rest))
+        thought = threads.submit(ask, PROMPT, steps=2)
+        wait_for(lambda: server.turns.running == 1)
+        with pytest.raises(TimeoutError):
+            thought.result(0.7)
+        held.open()
+        assert thought.result(60)["steps"] == 2
+    assert len(asked) == 1  # it was not taken for one that is gone
 
 
 def test_signs_of_life_end_with_the_reply(fresh_service: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_latentmas.evaluation.statistics import holm, mcnemar, paired_bootstrap, unseen, wilson
+from langchain_latentmas.evaluation.statistics import by_question, holm, mcnemar, paired_bootstrap, unseen, wilson
 
 answers = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
@@ -58,6 +58,16 @@ def test_mcnemar_sums_what_is_as_uneven(pairs: list[tuple[bool, bool]]) -> None:
     n = won + lost
     exact = sum(Fraction(math.comb(n, k), 2**n) for k in range(n + 1) if abs(2 * k - n) >= abs(won - lost))
     assert mcnemar(ones, others) == pytest.approx(float(exact))
+
+
+def test_a_question_has_one_score_however_often_it_is_asked() -> None:
+    assert by_question([1, 0, 1, 1, 1], "babca") == [1, 0.5, 1]
+    assert by_question([True, False, True], "bac") == [True, False, True]
+
+
+def test_mcnemar_of_scores_asks_which_of_the_two_is_larger() -> None:
+    ones, others = [1, 0.75, 0.5, 0.25, 0.5], [0, 0.5, 0.25, 0.75, 0.5]
+    assert mcnemar(ones, others) == mcnemar([1, 1, 1, 0, 1], [0, 0, 0, 1, 1])
 
 
 @given(answers, st.integers(0, 5))

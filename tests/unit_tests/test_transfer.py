@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors import torch as safetensors
 from torch import Tensor
 
+from langchain_latentmas import LatentService
 from langchain_latentmas.errors import ContextTooLong, InvalidRequest, WrongModel
 from langchain_latentmas.service.identity import memory_id
 
@@ -162,8 +163,10 @@ def test_a_memory_longer_than_the_model_can_see_is_refused(fresh_service: Fresh,
     assert service.references() == []
 
 
-def test_a_memory_of_another_model_is_refused(fresh_service: Fresh, exported: Path) -> None:
-    service = fresh_service("llama-untied")
-    with pytest.raises(WrongModel, match=r"memory belongs to model [0-9a-f]{32}.*load that model"):
-        service.import_memory(exported)
-    assert service.references() == []
+def test_a_memory_of_another_model_is_refused(fresh_service: Fresh, bundled: LatentService, exported: Path) -> None:
+    """Also of one whose thoughts have another width."""
+    for service in (fresh_service("llama-untied"), bundled):
+        known = service.references()
+        with pytest.raises(WrongModel, match=r"memory belongs to model [0-9a-f]{32}.*load that model"):
+            service.import_memory(exported)
+        assert service.references() == known

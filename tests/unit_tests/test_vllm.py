@@ -143,6 +143,16 @@ def test_the_lens_is_that_of_the_service_in_this_process(vllm: VLLMService, serv
         vllm.lens(first, top_k=21)
 
 
+@pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logits"])
+def test_a_lens_of_what_are_no_probabilities_is_refused(mode: str, connect: Connect, double: VLLMDouble) -> None:
+    assert double.facts
+    double.facts["logprobs_mode"] = mode
+    vllm = connect()
+    ref = vllm.think(QUESTION, steps=2)
+    with pytest.raises(InvalidRequest, match=f"--logprobs-mode {mode}"):
+        vllm.lens(ref)
+
+
 def test_markers_pass_through_text(vllm: VLLMService) -> None:
     ref = vllm.think(QUESTION, steps=2, agent="planner")
     text, refs = vllm.take_markers(f"He said {vllm.marker(ref)} so.")
@@ -319,6 +329,16 @@ def test_a_text_that_ends_before_its_end_is_no_text(vllm: VLLMService, double: V
     assert len(double.requests) == 1
 
 
+@pytest.mark.parametrize("thinks", [True, False])
+def test_an_answer_that_the_server_s_own_limit_ends_is_no_failure_that_passes(
+    thinks: bool, vllm: VLLMService, double: VLLMDouble
+) -> None:
+    ids = [double.latent if thinks else 7] * 3
+    double.answers.append(events({"choices": [{"token_ids": ids, "finish_reason": "length"}]}, done=True))
+    with pytest.raises(InvalidRequest, match=r"after 3 tokens, and 5 .* max_new_tokens"):
+        vllm.think(QUESTION, steps=4) if thinks else say(vllm, QUESTION, max_tokens=5)
+
+
 def test_a_thought_where_words_were_asked_for_is_no_silent_gap(vllm: VLLMService, double: VLLMDouble) -> None:
     double.answers.append(events({"choices": [{"token_ids": [7, 8, double.latent]}]}))
     chunks = vllm.speak(QUESTION, max_tokens=5)
@@ -328,9 +348,12 @@ def test_a_thought_where_words_were_asked_for_is_no_silent_gap(vllm: VLLMService
 
 
 def test_a_thought_whose_connection_breaks_is_thought_again(vllm: VLLMService, double: VLLMDouble) -> None:
-    double.answers.append(events({"choices": [{"token_ids": [double.latent]}]}))
-    assert vllm.think(QUESTION, steps=3)["steps"] == 3
-    assert len(double.requests) == 2
+    told: list[int] = []
+    double.answers += [events({"choices": [{"token_ids": [double.latent] * tokens}]}) for tokens in (2, 1)]
+    assert vllm.think(QUESTION, steps=3, on_step=told.append)["steps"] == 3
+    assert len(double.requests) == 3
+    assert told == [1, 2, 3]
+    assert vllm.info()["thoughts"] == 3
 
 
 def test_a_thought_behind_a_balancer_that_lost_its_server_is_thought_again(
@@ -348,10 +371,30 @@ def test_a_server_that_takes_its_time_is_none_that_is_gone(vllm: VLLMService, do
     assert say(vllm, QUESTION, max_tokens=2).token_ids
 
 
+def test_so_is_one_that_takes_its_time_for_a_lens(vllm: VLLMService, double: VLLMDouble) -> None:
+    ref = vllm.think(QUESTION, steps=2)
+    double.answers.append(httpx.ReadTimeout("nothing came"))
+    with pytest.raises(DeadlineExceeded, match="read_timeout"):
+        vllm.lens(ref)
+    assert len(double.requests) == 2  # it may still be at work on it
+
+
+def test_so_is_one_that_takes_its_time_to_say_who_it_is() -> None:
+    def late(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("nothing came")
+
+    with pytest.raises(DeadlineExceeded, match="read_timeout"):
+        VLLMService.load("vllm+http://there:8000", transport=httpx.MockTransport(late), patience=0)
+
+
 def test_a_server_that_is_busy_is_waited_for(vllm: VLLMService, double: VLLMDouble) -> None:
     double.answers += [problem(503, "overloaded"), problem(429, "too many")]
-    assert vllm.think(QUESTION, steps=2)["steps"] == 2
+    ref = vllm.think(QUESTION, steps=2)
+    assert ref["steps"] == 2
     assert len(double.requests) == 3
+    double.answers += [problem(503, "overloaded"), httpx.Response(502, text="bad gateway")]
+    assert len(vllm.lens(ref)) == 2
+    assert len(double.requests) == 6
 
 
 def test_a_server_that_comes_back_with_another_model(vllm: VLLMService, double: VLLMDouble) -> None:
@@ -389,6 +432,18 @@ def test_one_that_was_not_heard_of_for_a_while_is_asked_too(
     monkeypatch.setattr("langchain_latentmas.service.vllm.SURE_SECONDS", 0, raising=False)
     assert say(vllm, QUESTION, [ref]).token_ids
     asked["fingerprint"] = "cd" * 16
+    with pytest.raises(WrongModel, match="load the service anew"):
+        say(vllm, QUESTION, [ref])
+
+
+def test_one_that_answers_all_the_time_is_asked_now_and_then(
+    vllm: VLLMService, double: VLLMDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a balancer, it need not be the one that answered before."""
+    assert double.facts
+    monkeypatch.setattr("langchain_latentmas.service.vllm.KNOWN_SECONDS", 0)
+    ref = vllm.think(QUESTION, steps=2)
+    double.facts["fingerprint"] = "cd" * 16
     with pytest.raises(WrongModel, match="load the service anew"):
         say(vllm, QUESTION, [ref])
 

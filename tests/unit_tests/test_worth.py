@@ -15,7 +15,7 @@ def answers(right: int, n: int = N, error: str = "") -> list[Answer]:
 
 
 def edge(name: str = "a->b", **right: int) -> EdgeWorth:
-    return EdgeWorth.of(name, {condition: answers(k) for condition, k in right.items()}, crossed=N)
+    return EdgeWorth.of(name, {condition: answers(k) for condition, k in right.items()}, range(N), N)
 
 
 def audit(*edges: EdgeWorth) -> Audit:
@@ -42,9 +42,8 @@ def test_no_difference_is_no_content_and_says_how_little_that_proves() -> None:
 
 
 def test_a_reader_that_is_misled_but_needs_nothing_is_told_to_cut() -> None:
-    worth = EdgeWorth.of(
-        "a->b", {"intact": answers(380, 400), "swapped": answers(50, 400), "cut": answers(378, 400)}, crossed=400
-    )
+    given = {"intact": answers(380, 400), "swapped": answers(50, 400), "cut": answers(378, 400)}
+    worth = EdgeWorth.of("a->b", given, range(400), 400)
     assert worth.verdict.startswith("the reader uses this edge's content (82 ± ")
     assert "answers as well without any: cut the edge (intact against cut +0 ± " in worth.verdict
 
@@ -57,32 +56,76 @@ def test_where_it_may_be_worth_something_nobody_is_told_to_cut() -> None:
 
 def test_answers_that_say_nothing_are_to_be_asked_again() -> None:
     failed = [*answers(30)[:-3], *[Answer(False, error="EngineFailed: out of memory")] * 3]
-    worth = EdgeWorth.of("a->b", {"intact": answers(38), "swapped": failed}, crossed=N)
-    assert worth.verdict.endswith("; 3 answers failed for want of a device or a server: run it again")
+    worth = EdgeWorth.of("a->b", {"intact": answers(38), "swapped": failed}, range(N), N)
+    assert worth.verdict.endswith("; 3 answers failed for want of a device, a server or a grader: run it again")
 
 
 def test_who_has_nobody_to_swap_with_is_in_no_effect_of_swapping() -> None:
     swapped = [*answers(0)[:-8], *[None] * 8]
     given = {"intact": answers(N), "swapped": swapped, "cut": [*answers(0)[:-8], *answers(8)[:8]]}
-    worth = EdgeWorth.of("a->b", given, crossed=N)
+    worth = EdgeWorth.of("a->b", given, range(N), N)
     assert worth.alone == worth.to_json()["alone"] == 8
     assert {name: effect.points for name, effect in worth.effects.items()} == {
         "content": 100,
         "presence": 0,
         "worth": 80,
     }
-    few = EdgeWorth.of("a->b", {"intact": answers(N), "swapped": [*answers(5)[:5], *[None] * 35]}, crossed=N)
+    few = EdgeWorth.of("a->b", {"intact": answers(N), "swapped": [*answers(5)[:5], *[None] * 35]}, range(N), N)
     assert "the edge had a memory to swap on 5 of 40 questions, too few to show any: ask more" in few.verdict
 
 
 def test_a_condition_that_always_failed_is_left_out_unless_it_may_not_again() -> None:
     given = {"intact": answers(30), "swapped": answers(2), "cut": answers(0, error="InvalidRequest: no")}
-    worth = EdgeWorth.of("a->b", given, crossed=N, notes=["first"])
+    worth = EdgeWorth.of("a->b", given, range(N), N, notes=["first"])
     assert list(worth.outcomes) == ["intact", "swapped"]
     assert list(worth.effects) == ["content"]
     assert worth.notes == ("first", "cut: left out, since every question failed there (InvalidRequest: no)")
-    worth = EdgeWorth.of("a->b", given | {"cut": answers(0, error="EngineFailed: memory")}, crossed=N)
+    worth = EdgeWorth.of("a->b", given | {"cut": answers(0, error="EngineFailed: memory")}, range(N), N)
     assert "40 answers failed for want of a device" in worth.verdict
+
+
+@pytest.mark.parametrize("asked", [[*range(N)] * 3, [i for i in range(N) for _ in range(3)], [0] * 80 + [*range(N)]])
+def test_a_question_that_is_asked_again_is_no_further_question(asked: list[int]) -> None:
+    given = {name: answers(right) for name, right in (("intact", 34), ("swapped", 28), ("cut", 12))}
+    once = EdgeWorth.of("a->b", given, range(N), N)
+    again = EdgeWorth.of("a->b", {name: [of[i] for i in asked] for name, of in given.items()}, asked, N)
+    assert again.effects == once.effects
+    assert (again.n, again.alone, again.least, again.verdict) == (N, 0, once.least, once.verdict)
+    assert {name: outcome.p for name, outcome in again.outcomes.items()} == {
+        name: outcome.p for name, outcome in once.outcomes.items()
+    }
+
+
+def test_a_question_counts_with_the_share_of_its_answers_that_were_right() -> None:
+    asked = [*range(N)] * 4
+    swapped = [Answer(i >= 10 or k < 3) for k in range(4) for i in range(N)]  # 10 questions lose one in four
+    given = {"intact": answers(4 * N, 4 * N), "swapped": swapped}
+    content = EdgeWorth.of("a->b", given, asked, N).effects["content"]
+    assert content.points == 100 * 10 / 4 / N
+    assert content.p == 2 / 2**10
+
+
+def test_who_has_nobody_to_swap_with_in_any_of_its_repeats_is_alone() -> None:
+    asked = [*range(N)] * 2
+    swapped = [None if i < 3 or (i < 5 and k) else Answer(False) for k in range(2) for i in range(N)]
+    worth = EdgeWorth.of("a->b", {"intact": answers(2 * N, 2 * N), "swapped": swapped}, asked, N)
+    assert worth.alone == 3
+    assert worth.effects["content"].points == 100
+
+
+@pytest.mark.parametrize(
+    ("right", "sign"),
+    [
+        ({"intact": 38, "swapped": 2}, 1),
+        ({"intact": 38, "swapped": 2, "cut": 2}, 1),
+        ({"intact": 30, "swapped": 30, "cut": 10}, 0),
+        ({"intact": 38, "swapped": 5, "cut": 35}, 0),
+        ({"intact": 5, "swapped": 30}, -1),
+        ({"intact": 20, "swapped": 5, "cut": 35}, -1),
+    ],
+)
+def test_an_edge_is_of_use_only_where_its_tests_say_so(right: dict[str, int], sign: int) -> None:
+    assert edge(**right).sign == sign
 
 
 def test_content_can_do_harm() -> None:
@@ -109,9 +152,9 @@ def test_one_question_does_not_turn_too_few_into_as_well() -> None:
 
 
 def test_what_cannot_be_shown_counts_crossings_and_the_edges_beside() -> None:
-    rare = EdgeWorth.of("a->b", {"intact": answers(90, 100), "swapped": answers(85, 100)}, crossed=5)
+    rare = EdgeWorth.of("a->b", {"intact": answers(90, 100), "swapped": answers(85, 100)}, range(100), 5)
     assert rare.verdict.endswith("; the edge had a memory on 5 of 100 questions, too few to show any: ask more")
-    one = EdgeWorth.of("a->b", {"intact": answers(60, 60), "swapped": answers(60, 60)}, crossed=60)
+    one = EdgeWorth.of("a->b", {"intact": answers(60, 60), "swapped": answers(60, 60)}, range(60), 60)
     assert one.least == 10
     assert audit(one, one, one, one).edges[-1].least == pytest.approx(100 * 8 / 60)
 
@@ -144,7 +187,7 @@ def test_several_edges_are_held_to_a_stricter_test() -> None:
 
 
 def test_errors_are_counted_by_name() -> None:
-    worth = EdgeWorth.of("a->b", {"intact": answers(40), "swapped": answers(30, error="ValueError: no")}, crossed=N)
+    worth = EdgeWorth.of("a->b", {"intact": answers(40), "swapped": answers(30, error="ValueError: no")}, range(N), N)
     assert worth.outcomes["swapped"].errors == {"ValueError: no": 10}
     assert worth.outcomes["swapped"].accuracy == 75
 

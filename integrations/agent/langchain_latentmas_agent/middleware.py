@@ -102,7 +102,7 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
                 there = ", ".join(sorted({ref["agent"] for ref in others})) or "nobody yet"
                 raise InvalidRequest(
                     f"Agent {self.agent!r} reads {agent!r}, who left nothing in the state (there: {there}). "
-                    "Correct reads=..., or let it run first."
+                    "Correct reads=..., let it run first, or leave reads out to read whoever has run."
                 )
             chosen += tips(theirs)
         return chosen

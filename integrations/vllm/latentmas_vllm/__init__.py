@@ -5,13 +5,8 @@ from contextlib import suppress
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
-FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-"""Architectures that can think, and the module of `vllm.model_executor.models` that holds each."""
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Architectures that can think."""
 
 
 SUPPORTED = SpecifierSet(">=0.31.0,<0.33")

@@ -30,7 +30,7 @@ class Slots:
 
     Attributes:
         tokens: How many there are; the runner may pad its inputs beyond.
-        decoding: Whether every request has one token; known on the host.
+        decoding: Whether every request has one token, which goes on from an earlier step; known on the host.
         starts: First token of each request, and the end [requests + 1].
         table: KV blocks of each request [requests, blocks].
         mapping: KV slot of each token [tokens]; -1 for padding.
@@ -44,16 +44,22 @@ class Slots:
     mapping: Tensor
     block_size: int
 
+    @property
+    def requests(self) -> Tensor:
+        """Row of `table` of each token [tokens]."""
+        tokens = torch.arange(self.tokens, device=self.starts.device)
+        return tokens if self.decoding else torch.bucketize(tokens, self.starts[1:].long(), right=True)
+
     def before(self, positions: Tensor) -> Tensor:
         """KV slot of the position before each token [tokens]."""
-        requests = torch.arange(self.tokens, device=positions.device)
-        if not self.decoding:
-            requests = torch.bucketize(requests, self.starts[1:].long(), right=True)
-        return slots_before(positions[: self.tokens], requests, self.table, self.block_size)
+        return slots_before(positions[: self.tokens], self.requests, self.table, self.block_size)
 
-    def passes(self, latent: Tensor) -> int:
+    def passes(self, latent: Tensor, positions: Tensor) -> int:
         """How often the model must run; synchronises with the device, but never in decoding."""
-        return 1 if self.decoding else int(passes_needed(latent[: self.tokens], self.starts.long()))
+        if self.decoding:
+            return 1
+        positions, starts = positions[: self.tokens], self.starts.long()
+        return passes_needed(latent, positions, self.requests, starts, self.table, self.block_size)
 
 
 class SlotsBuilder(AttentionMetadataBuilder[Slots]):
@@ -72,9 +78,10 @@ class SlotsBuilder(AttentionMetadataBuilder[Slots]):
     ) -> Slots:
         """See `AttentionMetadataBuilder.build`."""
         common = common_attn_metadata
+        begins = common.is_prefilling is not None and bool(common.is_prefilling.any())  # on the host
         return Slots(
             tokens=common.num_actual_tokens,
-            decoding=common.max_query_len == 1,
+            decoding=common.max_query_len == 1 and not begins,
             starts=common.query_start_loc,
             table=common.block_table_tensor,
             mapping=common.slot_mapping,
@@ -96,13 +103,6 @@ class HiddenStateBackend(AttentionBackend):
     def get_impl_cls() -> Any:
         """See `AttentionBackend`; there is none, because nothing is attended to."""
         raise NotImplementedError
-
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
-    ) -> tuple[int, ...]:
-        """Asked for by vLLM before 0.29; later ones take this shape from the specification of the layer."""
-        return num_blocks, num_kv_heads, block_size, head_size
 
     @staticmethod
     def get_builder_cls() -> type[SlotsBuilder]:

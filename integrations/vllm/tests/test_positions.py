@@ -1,26 +1,90 @@
+from collections.abc import Sequence
+from itertools import count, islice, takewhile
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from latentmas_vllm.positions import passes_needed, slots_before
 
-
-def passes_by_trying(chunk: list[bool]) -> int:
-    """Runs a chunk again and again, as the model does, and notes which hidden states are right."""
-    right = [False] * len(chunk)
-    passes = 0
-    while not all(right):
-        embedded = [not latent or i == 0 or right[i - 1] for i, latent in enumerate(chunk)]  # before a chunk: the cache
-        right = [all(embedded[: i + 1]) for i in range(len(chunk))]
-        passes += 1
-    return passes
+BLOCK = 3
 
 
-@given(st.lists(st.lists(st.booleans(), max_size=12), min_size=1, max_size=5).filter(any))
-def test_as_many_passes_as_trying_takes(chunks: list[list[bool]]) -> None:
-    latent = torch.tensor([token for chunk in chunks for token in chunk])
-    starts = torch.tensor([0, *(len(chunk) for chunk in chunks)]).cumsum(0)
-    assert int(passes_needed(latent, starts)) == max(1, *map(passes_by_trying, chunks))
+class Step:
+    """Requests that vLLM schedules together, over its prefix cache; L is a latent token.
+
+    Attributes:
+        cached: KV blocks by all that stands up to their end.
+        requests: Their tokens.
+        starts: Where the chunk of each begins; it ends with the request.
+        tables: KV blocks of each, in order.
+    """
+
+    def __init__(self, requests: Sequence[str], before: Sequence[str] = ()) -> None:
+        self.cached: dict[str, int] = {}
+        self.blocks = count(1)
+        for each in (before, requests):
+            self.requests, self.starts, self.tables = list[str](), list[int](), list[list[int]]()
+            for request in each:
+                self.schedule(request)
+
+    def schedule(self, request: str) -> None:
+        """Reads what whole blocks there are of all but the last token, and offers its own before it has filled them."""
+        ends = range(BLOCK, len(request) + BLOCK, BLOCK)
+        readable = takewhile(lambda end: end < len(request) and request[:end] in self.cached, ends)
+        table = [self.cached[request[:end]] for end in readable]
+        self.requests.append(request)
+        self.starts.append(len(table) * BLOCK)
+        self.tables.append([*table, *islice(self.blocks, len(ends) - len(table))])
+        for end, block in zip(ends, self.tables[-1], strict=True):
+            if end <= len(request):
+                self.cached.setdefault(request[:end], block)
+
+    def passes(self) -> int:
+        """How many the plugin takes."""
+        sizes = [len(request) - start for request, start in zip(self.requests, self.starts, strict=True)]
+        places = [(row, p) for row, start in enumerate(self.starts) for p in range(start, start + sizes[row])]
+        return passes_needed(
+            torch.tensor([p > 0 and self.requests[row][p] == "L" for row, p in places]),
+            torch.tensor([p for _, p in places]),
+            torch.tensor([row for row, _ in places]),
+            torch.tensor([0, *sizes]).cumsum(0),
+            torch.nn.utils.rnn.pad_sequence([torch.tensor(table) for table in self.tables], batch_first=True),
+            BLOCK,
+        )
+
+    def passes_by_trying(self) -> int:
+        """Runs the chunks again and again, as the model does, and notes which hidden states are right."""
+
+        def slots(row: int) -> list[tuple[int, int]]:
+            return [(self.tables[row][p // BLOCK], p % BLOCK) for p in range(len(self.requests[row]))]
+
+        chunks = [(slots(row), request, self.starts[row]) for row, request in enumerate(self.requests)]
+        right = {slot: False for slot, _, start in chunks for slot in slot[start:]}
+        passes = 0
+        while not all(right.values()):  # what is not in it is of an earlier step
+            embedded = {
+                slot[p]: request[p] != "L" or p == 0 or right.get(slot[p - 1], True)
+                for slot, request, start in chunks
+                for p in range(start, len(request))
+            }
+            right = {
+                slot[p]: all(embedded.get(each, True) for each in slot[: p + 1])
+                for slot, request, start in chunks
+                for p in range(start, len(request))
+            }
+            passes += 1
+        return passes
+
+
+@given(
+    st.lists(st.text("L.", min_size=1, max_size=12), min_size=1, max_size=4),
+    st.lists(st.text("L.", min_size=1, max_size=12), max_size=2),
+)
+def test_as_many_passes_as_trying_takes(requests: list[str], before: list[str]) -> None:
+    alike = [request + rest for request in requests for rest in ("", "L.", ".LLL.")]
+    step = Step(alike, before)
+    assert step.passes() == step.passes_by_trying()
 
 
 @pytest.mark.parametrize(
@@ -28,11 +92,27 @@ def test_as_many_passes_as_trying_takes(chunks: list[list[bool]]) -> None:
     [("....", 1), ("L", 1), ("L...", 1), (".L", 2), ("LLL", 3), ("..LLL..", 4), ("L..L", 2), (".L..L.", 3)],
 )
 def test_passes_of_one_chunk(chunk: str, passes: int) -> None:
-    assert int(passes_needed(torch.tensor([c == "L" for c in chunk]), torch.tensor([0, len(chunk)]))) == passes
+    assert Step([f"...{chunk}"], before=["..."]).passes() == passes
+
+
+@pytest.mark.parametrize(
+    ("requests", "passes"),
+    [
+        (["....", "...LLLLLLLL."], 9),  # and not 8, as behind a block that is there
+        (["...LLL.", "...LLLLL."], 6),  # begins behind the other one's thoughts
+        (["...LLL.", "...LLLLLL.", "...LLLLLLLL."], 9),
+        (["....", *(f"...{'L' * n}." for n in range(6))], 6),  # side by side, and not one after the other
+    ],
+)
+def test_passes_where_one_chunk_begins_behind_what_another_one_computes(requests: list[str], passes: int) -> None:
+    assert Step(requests).passes() == passes
+    assert Step(requests[::-1], before=requests).passes() == max(Step([each], requests).passes() for each in requests)
 
 
 def test_padding_requests_take_no_pass() -> None:
-    assert int(passes_needed(torch.tensor([False, True]), torch.tensor([0, 2, 2, 2]))) == 2
+    latent, positions, requests = torch.tensor([False, True]), torch.tensor([0, 1]), torch.tensor([0, 0])
+    starts, table = torch.tensor([0, 2, 2, 2]), torch.tensor([[1], [0], [0]])
+    assert passes_needed(latent, positions, requests, starts, table, BLOCK) == 2
 
 
 @given(
