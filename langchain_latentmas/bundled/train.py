@@ -88,7 +88,7 @@ TEXTS = {
     **{"split": 0.27, "chat": 0.08, "drill": 0.1, "name": 0.05},
 }
 SPLIT_TEXTS = {"fact": 0.4, "sum": 0.2, "all": 0.4}
-SPEAKERS = ("solver", "first", "later", "judger", *SPLIT_TEXTS, "text patterns")  # what has to be right in the end
+SPEAKERS = ("solver", "first", "later", "judger", "name", *SPLIT_TEXTS, "text patterns")  # what has to be right at last
 PROMPT, SPOKEN, THOUGHT, TAIL = range(4)  # kinds of tokens; TAIL: end tokens after the first two of a thinker
 WEIGHT = torch.tensor([0.0, 1.0, 1.0, 0.1])
 
