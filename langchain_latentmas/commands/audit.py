@@ -16,11 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidEdge, InvalidRequest
-from .evaluate import tone
 from .folder import ANSWERS, run_bars, run_folder
 from .options import AsJson, LocalModel, Options
 from .session import describe, load, loading, print_json, reported, settled
-from .terminal import headline, open_console, printable
+from .terminal import headline, open_console, printable, tone
 
 if TYPE_CHECKING:
     from ..evaluation.worth import Audit

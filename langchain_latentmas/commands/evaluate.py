@@ -13,7 +13,7 @@ from rich.text import Text
 from .folder import ANSWERS, run_bars, run_folder
 from .options import AsJson, Model, Options
 from .session import describe, load, loading, print_json, reported, settled
-from .terminal import headline, open_console
+from .terminal import headline, open_console, tone
 
 if TYPE_CHECKING:
     from ..evaluation.run import Row, Summary
@@ -153,11 +153,6 @@ def _table(summary: "Summary") -> Table:
                 style="bold",
             )
     return table
-
-
-def tone(low: float, high: float) -> str:
-    """The colour of a difference with its interval: of none where it may be 0."""
-    return "green" if low > 0 else "red" if high < 0 else ""
 
 
 def _cells(row: "Row", compared: bool) -> list[str]:

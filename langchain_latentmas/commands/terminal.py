@@ -36,6 +36,11 @@ def headline(command: str, about: dict[str, Any], rest: str) -> Text:
     return Text.assemble((f"latentmas {command}", "bold"), "  ", (f"{parts}\n{rest}", "dim"))
 
 
+def tone(low: float, high: float) -> str:
+    """The colour of a difference with its interval: of none where it may be 0."""
+    return "green" if low > 0 else "red" if high < 0 else ""
+
+
 def open_grid(*widths: int) -> Table:
     """A table without lines: dim columns of these widths, then one for the rest."""
     grid = Table.grid(padding=(0, 1), expand=True)
