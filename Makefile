@@ -25,7 +25,7 @@ help:  ## list the targets
 demo: $(VENV)/.installed-demo  ## text against latent edges on the bundled model
 	@$(BIN)/python -m langchain_latentmas.cli demo $(ARGS)
 
-test: $(VENV)/.installed-dev  ## all tests
+test: $(VENV)/.installed-dev  ## all tests but those of vLLM
 	$(BIN)/python -m pytest $(ARGS)
 
 test-unit: $(VENV)/.installed-dev  ## tests of single parts

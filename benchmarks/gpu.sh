@@ -1,6 +1,6 @@
 #!/bin/sh
 # All figures of a GPU in one go, on a bare machine with PyTorch and transformers: sh benchmarks/gpu.sh [folder]
-#   PYTHON   the interpreter to use (python3)
+#   PYTHON   the interpreter to use (that of .venv, which `make demo` sets up, where it is there; else python3)
 #   DEVICE   cuda, or cpu for a scaled-down try of the script itself
 # What else it needs it installs from PyPI; where that is out of reach, install what pyproject.toml lists before, from
 # wheels that were carried there (pip install --no-index --no-deps), and leave PyTorch and transformers as they are.
@@ -8,14 +8,14 @@
 # Compiled ticks are left out for the time that compiling takes: latentmas bench --shape Qwen3-4B --compile
 set -eu
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
+PYTHON=${PYTHON:-$(ls .venv/bin/python 2>/dev/null || echo python3)}
 DEVICE=${DEVICE:-cuda}
 OUT=${1:-bench-$DEVICE}
 mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1
 
 # Versions that are there stay; only what is missing is installed.
-if ! why=$("$PYTHON" -c 'import langchain_latentmas.cli, langchain_latentmas.demo' 2>&1); then
+if ! why=$("$PYTHON" -c 'import accelerate, psutil, langchain_latentmas.cli, langchain_latentmas.demo' 2>&1); then
     "$PYTHON" -m pip install --quiet -e . || { echo "$why" >&2; exit 1; }
 fi
 failed=""

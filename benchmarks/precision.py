@@ -7,9 +7,13 @@ import torch
 import typer
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.report import machine, prepare, show
 from langchain_latentmas import LatentRef
+from langchain_latentmas.commands.options import Options, named
+from langchain_latentmas.commands.session import reported
+from langchain_latentmas.errors import LatentMASError
 from langchain_latentmas.evaluation.statistics import wilson
 from langchain_latentmas.evaluation.task import Question, Relay, Task, Words
 from langchain_latentmas.service.local import LocalService
@@ -25,7 +29,7 @@ PRECISIONS: Mapping[str, dict[str, Any]] = {
     "bfloat16, int8 weights, int8 KV": {"dtype": "bfloat16", "quantization": "int8", "kv_dtype": "int8"},
     "float16": {"dtype": "float16"},
 }
-"""The first one is what the others are compared with."""
+"""The first one that runs is what the others are compared with."""
 
 GRAPHS: Mapping[str, tuple[Task, str]] = {
     "relay": (Relay(), "sequential"),
@@ -54,20 +58,27 @@ def main(
     seed: int = 0,
     device: str | None = None,
     threads: Annotated[int | None, typer.Option(help="Of torch, at most; by default as many as it chooses.")] = None,
+    option: Options = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """The same questions in every precision: right answers, the same tokens, how far thoughts and KV are off, bytes."""
     prepare(threads)
+    with reported(as_json):
+        given = {"device": device, **named(option)}
     rows: list[dict[str, Any]] = []
     first: dict[str, Run] = {}
     about: dict[str, Any] = {}
     for name, settings in track(PRECISIONS.items(), "measuring", transient=True, disable=as_json):
-        with LocalService.load(model, device=device, **settings) as service:
-            about = about or machine(service.model.device)
-            runs = {graph: ask(service, *GRAPHS[graph], n, seed) for graph in GRAPHS}
-            info = service.info()
-            kept = service._pool.kept._values
-            position = info["kv_bytes"] / sum(kv.positions for kv in kept.values())
+        try:
+            with LocalService.load(model, **{**given, **settings}) as service:
+                about = about or machine(service.model.device)
+                runs = {graph: ask(service, *GRAPHS[graph], n, seed) for graph in GRAPHS}
+                info = service.info()
+                kept = service._pool.kept._values
+                position = info["kv_bytes"] / sum(kv.positions for kv in kept.values())
+        except LatentMASError as error:  # what took an hour before it is not lost
+            rows.append({"precision": name, "refused": f"{type(error).__name__}: {error}"})
+            continue
         first = first or runs
         teams = [(runs[graph], first[graph]) for graph in ("relay", "words")]
         rows.append(
@@ -81,6 +92,7 @@ def main(
                 "kv_bytes_per_position": position,
             }
         )
+    ran = [row for row in rows if "refused" not in row]
     show(
         {
             "machine": about,
@@ -89,8 +101,8 @@ def main(
             "graphs": "relay and words: three thinkers and a judger, who sees the question in words only; alone: one "
             "agent, in text",
         },
-        answers(rows, n),
-        errors(rows),
+        *((answers(ran, n), errors(ran)) if ran else ()),
+        *([refused(rows)] if len(ran) < len(rows) else []),
         "[dim]Right: 95 % Wilson interval. Same: whoever answered said the same as in the first row, token by "
         "token. Off: root mean square of the difference to the first row, relative to it, over all thoughts, and over "
         f"what the judger reads in the first {COMPARED} questions. KV: bytes that a position of a stored memory takes."
@@ -98,6 +110,8 @@ def main(
         as_json=as_json,
         results={"n": n, "rows": rows},
     )
+    if not ran:
+        raise typer.Exit(2)
 
 
 def ask(service: LocalService, task: Task, arrangement: str, n: int, seed: int) -> Run:
@@ -157,6 +171,14 @@ def errors(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         cells = [f"{100 * row[name]:.2g} %" for name in ("thoughts_off", "keys_off", "values_off")]
         shown.add_row(row["precision"], *cells, f"{row['weight_bytes']:,}", f"{row['kv_bytes_per_position']:,.0f}")
+    return shown
+
+
+def refused(rows: Sequence[dict[str, Any]]) -> Table:
+    shown = Table.grid(padding=(0, 2))
+    for row in rows:
+        if "refused" in row:
+            shown.add_row(row["precision"], Text(f"refused: {row['refused']}"))
     return shown
 
 

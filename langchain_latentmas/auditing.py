@@ -18,7 +18,7 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 
 from .calls import Calls
-from .edges import GraphEdges, unswitched
+from .edges import GraphEdges
 from .errors import InvalidEdge, InvalidRequest, check_whole
 from .evaluation.conditions import LEAST, Grade, Progress, Questions, told
 from .evaluation.journal import Journal, digest, pinned
@@ -228,15 +228,16 @@ def journal_head(
     """
     seen = _Survey(graph)
     compiled = graph.compile() if isinstance(graph, StateGraph) else graph
-    llms = Calls.of(compiled).ours
+    calls = Calls.of(compiled)
+    llms, agents = calls.ours, calls.agents
     services = [llm._service for llm in llms]
-    services += [agent.service or field_of(context, "service") or shared_service() for agent in seen.agents.values()]
+    services += [agent.service or field_of(context, "service") or shared_service() for agent in agents]
     models = {digest(pinned(one)) for one in services if isinstance(one, LatentService)}
     shape = [
         sorted(map(str, seen.edges)),
         sorted((*edge, steps) for edge, steps in seen.latent.items()),
         sorted(digest(llm._identifying_params) for llm in llms),
-        sorted(digest(_settings(agent)) for agent in seen.agents.values()),
+        sorted(digest(_settings(agent)) for agent in agents),
     ]
     return {
         "journal": "audit",
@@ -274,7 +275,8 @@ def _check_edges(graph: StateGraph | Pregel, seen: "_Survey", edges: Sequence[Ed
         return
     if not seen.agents and not seen.latent and "latents" not in builder.channels:
         raise InvalidEdge("No edge of this graph is latent; switch some with switch_edges(builder, '*', to='latent').")
-    names = [*dict.fromkeys([*seen.nodes, *seen.agents])]
+    agents = [str(agent.name) for agent in seen.agents]
+    names = [*dict.fromkeys([*seen.nodes, *agents])]
     for source, target in edges:
         arrow = f"{source}->{target}"
         for name in (source, target):
@@ -282,10 +284,11 @@ def _check_edges(graph: StateGraph | Pregel, seen: "_Survey", edges: Sequence[Ed
                 raise InvalidEdge(f"The edge {arrow} is not latent: what enters or leaves the graph is text.")
             if name not in names:
                 raise InvalidEdge(f"The edge {arrow}: there is no agent {name!r} (there are: {', '.join(names)}).")
-        reads = seen.agents[target].reads if target in seen.agents else None
-        if source in seen.agents and reads is not None and source not in reads:
-            raise InvalidEdge(f"The edge {arrow} is not latent: {target!r} reads {', '.join(reads) or 'nobody'} only.")
-        if source not in seen.agents and (source, target) not in seen.latent and "latents" not in builder.channels:
+        readers = [agent for agent in seen.agents if agent.name == target]
+        if source in agents and readers and not any(each.reads is None or source in each.reads for each in readers):
+            read = ", ".join(dict.fromkeys(name for each in readers for name in each.reads or ())) or "nobody"
+            raise InvalidEdge(f"The edge {arrow} is not latent: {target!r} reads {read} only.")
+        if source not in agents and (source, target) not in seen.latent and "latents" not in builder.channels:
             there = ", ".join(map("->".join, sorted(seen.latent))) or "none"
             raise InvalidEdge(
                 f"The edge {arrow} is not latent (latent are: {there}); switch it with switch_edges first."
@@ -297,7 +300,7 @@ class _Survey:
 
     def __init__(self, graph: StateGraph | Pregel) -> None:
         self.nodes: list[str] = []
-        self.agents: dict[str, LatentAgentNode] = {}
+        self.agents: list[LatentAgentNode] = []
         self.edges: list[Edge] = []
         self.latent: dict[Edge, int] = {}
         if isinstance(builder := _builder(graph), StateGraph):
@@ -308,10 +311,9 @@ class _Survey:
         graph = GraphEdges(builder)
         self.edges += graph.edges
         self.latent |= graph.switched
-        for name, spec in builder.nodes.items():
+        for name in builder.nodes:
             self.nodes.append(name)
-            if isinstance(node := unswitched(spec.runnable), LatentAgentNode):
-                self.agents[str(node.name)] = node
+            self.agents += graph.calls(name).agents
             for subgraph in graph.calls(name).subgraphs:
                 if isinstance(subgraph, CompiledStateGraph):
                     self.look(subgraph.builder)

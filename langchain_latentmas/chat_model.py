@@ -3,8 +3,7 @@
 import asyncio
 import inspect
 import logging
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from weakref import WeakSet
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.messages import (
     AIMessage,
@@ -27,7 +27,6 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
 from langchain_core.utils import from_env
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field
 
 from .errors import InvalidReference, InvalidRequest
@@ -36,9 +35,10 @@ from .progress import reporter
 from .service import Chunk, LatentService
 from .service.base import READING
 from .service.marker import OPENING
+from .service.messages import as_openai
 from .service.shared import loaded, shared_service
 from .state import LatentRef
-from .tool_calls import ToolCallText, forcing_prefix
+from .tool_calls import ToolCallText, described, forcing_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class ChatLatentMAS(BaseChatModel):
         seed: For the same sample again.
         stop: Strings that end the text, where a call names none.
         marker_text: What is left in a marker's place in a message.
-        streaming: If given, whether `invoke` streams, whoever listens.
+        streaming: Whether `invoke` streams, whoever listens; None streams where somebody does.
 
     Raises:
         InvalidRequest: At any other argument; LangChain's `timeout` and `max_retries` are settings of the service.
@@ -153,7 +153,7 @@ class ChatLatentMAS(BaseChatModel):
     seed: int | None = None
     stop: list[str] | None = Field(default=None, alias="stop_sequences")
     marker_text: str = ""
-    streaming: bool = False
+    streaming: bool | None = None
 
     def __init__(self, **given: Any) -> None:
         """Checks names and values.
@@ -202,21 +202,21 @@ class ChatLatentMAS(BaseChatModel):
                 what a local model cannot promise; they are left out, and the log says so.
 
         Raises:
-            InvalidRequest: If `tool_choice` names no tool.
+            InvalidRequest: If a tool is no function, or `tool_choice` names none.
         """
         for name in ("strict", "parallel_tool_calls"):
             if kwargs.pop(name, None) is not None:
                 logger.warning("%s is left out: the model calls tools as its chat template taught it to", name)
-        described = [convert_to_openai_tool(tool) for tool in tools]
+        offered = described(tools)
         if isinstance(tool_choice, dict):
             tool_choice = str(tool_choice.get("function", {}).get("name"))
         choice = "any" if tool_choice is True else tool_choice or None
-        named = [tool["function"]["name"] for tool in described]
+        named = [tool["function"]["name"] for tool in offered]
         if choice not in (None, "auto", "none", "any", "required", *named):
             raise InvalidRequest(
                 f"tool_choice={choice!r} is none of the tools: {', '.join(named) or 'there are none'}."
             )
-        return self.bind(tools=described, tool_choice=choice, **kwargs)
+        return self.bind(tools=offered, tool_choice=choice, **kwargs)
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of a text as it stands, by the model's own tokenizer.
@@ -229,18 +229,26 @@ class ChatLatentMAS(BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Tokens that a call with these messages prefills, by the model's own chat template.
 
-        A marker counts as what it leaves, `marker_text`; the positions of its memory are `latent_ref["positions"]`.
+        A marker counts as what it leaves, `marker_text`; the positions of its memory are `latent_ref["positions"]`. Of
+        messages that the template refuses the texts are counted: `trim_messages` asks for parts of a conversation, and
+        for these backwards.
 
         Raises:
-            InvalidRequest: If the model runs behind a server, or the template refuses the messages.
+            InvalidRequest: If the model runs behind a server, the messages hold more than text, or the template
+                presents no tools or refuses messages with them.
             InvalidReference: If a marker cannot be read.
         """
         if not messages:
             return 0
         service = self._service
         read, _ = without_markers(messages, service, self.marker_text)
-        described = [convert_to_openai_tool(tool) for tool in tools] if tools else None
-        return len(service.token_ids(read, described))
+        offered = described(tools) if tools else None
+        try:
+            return len(service.token_ids(read, offered))
+        except InvalidRequest:
+            if offered:
+                raise
+            return sum(len(service.token_ids(message["content"] or "")) for message in as_openai(read))
 
     def _resolve_model_profile(self) -> ModelProfile | None:
         most = None if self.service is None else self.service.max_positions
@@ -266,13 +274,44 @@ class ChatLatentMAS(BaseChatModel):
         return {name: getattr(self, name) for name in ("model", "device", "dtype", *SAMPLING)}
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """Key of LangChain's model cache, which is asked for spoken texts only: thoughts are known to the service."""
-        thinks = _thinker(kwargs.get("agent"), kwargs.get("steps"), bool(kwargs.get("speak")), ensure_config())
+        """Key of LangChain's model cache."""
         service = self._at_hand(kwargs.get("model"))
-        # What is not loaded has no identity yet, and to load it takes long, on what may be an event loop.
-        served = secrets.token_hex(16) if thinks or service is None else service.identity
+        served = None if service is None else service.identity
         reading = READING.get()
         return f"{super()._get_llm_string(stop, **kwargs)}---{served}---{reading and reading.name}"
+
+    def _caching(self, call: Mapping[str, Any]) -> "ChatLatentMAS":
+        """This model, without LangChain's cache where a call has nothing to do with it.
+
+        Thoughts are known to the service. What is not loaded has no identity yet, and to load it takes long, on what
+        may be an event loop.
+        """
+        if self.cache is False or (self.cache is None and get_llm_cache() is None):
+            return self
+        thinks = _thinker(call.get("agent"), call.get("steps"), bool(call.get("speak")), ensure_config())
+        if thinks is None and self._at_hand(call.get("model")) is not None:
+            return self
+        return self.model_copy(update={"cache": False})
+
+    def _generate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        llm = self._caching(kwargs)
+        return super(ChatLatentMAS, llm)._generate_with_cache(messages, stop, run_manager, **kwargs)
+
+    async def _agenerate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        llm = self._caching(kwargs)
+        return await super(ChatLatentMAS, llm)._agenerate_with_cache(messages, stop, run_manager, **kwargs)
 
     def _at_hand(self, model: str | None) -> LatentService | None:
         """The service of a call that names this model, or none; None where it has to be loaded first."""
@@ -393,7 +432,8 @@ class _Call:
         self.named: str | None = given.pop("agent", None)
         tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
         tools = None if choice == "none" else tools
-        given.pop("ls_structured_output_format", None)  # for tracing only
+        for name in ("ls_structured_output_format", "stream"):  # for tracing, and for LangChain to choose a way
+            given.pop(name, None)
         latents: Sequence[LatentRef] = given.pop("latents", None) or ()
         steps: int | None = given.pop("steps", None)
         speak: bool = given.pop("speak", False)

@@ -299,8 +299,7 @@ class GraphEdges:
     def _silent_after(self, edge: Edge) -> str | None:
         """A node further down that calls no model that can be seen."""
         for at in self._onward(edge[1]):
-            agent = isinstance(unswitched(self.builder.nodes[at].runnable), LatentAgentNode)
-            if not (at == edge[0] or agent or self.calls(at).models):
+            if not (at == edge[0] or self.calls(at).agents or self.calls(at).models):
                 return at
         return None
 
@@ -356,10 +355,14 @@ class GraphEdges:
     def _latent_by_themselves(self) -> Iterator[Edge]:
         """Edges of nodes that hand over references without being switched, by node and by agent."""
         for source, target in self.edges:
-            agent = None if source == START else unswitched(self.builder.nodes[source].runnable)
-            if isinstance(agent, LatentAgentNode):
-                yield source, target
-                yield str(agent.name), target
+            agents = [] if source == START else self._agents(source)
+            for name in (source, *agents) if agents else ():
+                yield name, target
+
+    def _agents(self, name: str) -> list[str]:
+        """The agents that a node runs by itself, and not in a subgraph."""
+        looked = Calls.of(unswitched(self.builder.nodes[name].runnable), into_subgraphs=False)
+        return [str(agent.name) for agent in looked.agents]
 
     def _subgraphs(self) -> Iterator[Pregel]:
         """All that can be seen, those inside of others included."""

@@ -88,7 +88,7 @@ class StoreFull(LatentMASError, ValueError):
 
 
 class StoreBusy(LatentMASError):
-    """Another process holds the store for longer than any write takes; a retry may succeed."""
+    """The store is held for longer than any write takes, by another process or by other work; a retry may succeed."""
 
 
 class MissingExtra(LatentMASError, ImportError):
@@ -111,6 +111,10 @@ class ServiceClosed(LatentMASError):
 
 class EngineFailed(LatentMASError):
     """The engine met an error of the device or of the model's code; a retry may mend it."""
+
+
+class NotFinite(LatentMASError, ValueError):
+    """The model made infinite numbers or NaN of the request; another dtype or another prompt helps."""
 
 
 class RequestTooLarge(InvalidRequest):

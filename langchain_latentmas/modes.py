@@ -22,8 +22,8 @@ def edge_modes(
     """What `configurable.edges` makes of latent edges.
 
     Args:
-        config: Of the run, from `ensure_config`: "latent" (the default), "text", or a mapping from "source->target" to
-            one of them.
+        config: Of the run, from `ensure_config`: "latent" (the default), "text", or a mapping from "source->target"
+            (or "source -> target", as reports print it) to one of them.
         edges: Edges that are latent by themselves.
         known: All that a mapping may name; None lets it name others.
         there: Others that a mapping may call "text", since they are.
@@ -59,7 +59,7 @@ def runs_as_text(config: RunnableConfig, *sources: str) -> bool:
     asked = _asked(config)
     if not isinstance(asked, Mapping):
         return asked == "text"
-    return any(mode == "text" and str(key).split("->")[0] in sources for key, mode in asked.items())
+    return any(mode == "text" and key.split("->")[0] in sources for key, mode in asked.items())
 
 
 def agent_leaves_text(config: RunnableConfig, agent: str) -> bool:
@@ -115,12 +115,21 @@ def names_in(namespace: str) -> tuple[str, ...]:
 
 def _asked(config: RunnableConfig) -> Mode | Mapping[str, Mode]:
     asked = config.get("configurable", {}).get("edges", "latent")
-    for key, mode in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
-        if isinstance(asked, Mapping) and not all(str(key).partition("->")):
+    if not isinstance(asked, Mapping):
+        return _checked(asked, asked)
+    named: dict[str, Mode] = {}
+    for key, mode in asked.items():
+        source, _, target = (part.strip() for part in str(key).partition("->"))
+        if not (source and target):
             raise InvalidRequest(f"configurable.edges names edges as 'source->target', and {key!r} is none.")
-        if mode not in ("latent", "text"):
-            raise InvalidRequest(
-                f"configurable.edges must be 'latent', 'text', or a mapping of 'source->target' to these, not {asked!r}"
-                + (f" (at {key!r})." if key else ".")
-            )
-    return asked
+        named[f"{source}->{target}"] = _checked(mode, asked, f" (at {key!r})")
+    return named
+
+
+def _checked(mode: Mode, asked: object, where: str = "") -> Mode:
+    if mode not in ("latent", "text"):
+        raise InvalidRequest(
+            f"configurable.edges must be 'latent', 'text', or a mapping of 'source->target' to these, not {asked!r}"
+            f"{where}."
+        )
+    return mode

@@ -21,7 +21,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langgraph.runtime import Runtime, get_runtime
 
 from .chat_model import ChatLatentMAS, may_hold_marker, without_markers
-from .errors import InvalidRequest, check_whole
+from .errors import InvalidRequest, WrongModel, check_whole
 from .modes import inside, node_path, runs_as_text
 from .progress import reporter
 from .service import LatentService
@@ -64,7 +64,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
     reads it reads its text, beside the memories of others.
 
     What a node gets as its input is all that it knows: where a `Send` or an `input_schema` leaves `latents` out, it
-    reads nobody. A `Send` to agents that shall read passes `"latents": state["latents"]`.
+    reads nobody. A `Send` to agents that shall read passes `"latents": state["latents"]`. A prompt of words takes
+    `messages` and `latents` from the input and nothing else, so one with neither is refused: what a `Send` gives beside
+    them, or a text alone, is for a prompt that is a template or a function.
 
     A `CachePolicy` of LangGraph knows the node's input and nothing of `edges`: what a latent run cached, a text run
     gets as it is, and so no text. Clear the cache between such runs (`graph.clear_cache()`), or cache no agents. A
@@ -108,8 +110,9 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             speak: Whether it decodes text.
             reads: Agents whose memories it reads, in the order in which they are merged: those it has not read yet, or
                 if there are none, those it read last. Of an agent that is a node beside it and has not run (another
-                branch was taken, or a loop begins) it reads nothing. None reads every tip of the state (a reference
-                that no other one there descends from), by agent name, and so all of a conversation.
+                branch was taken, or a loop begins) it reads nothing; where the state looks as if it had run, the log
+                says so. None reads every tip of the state (a reference that no other one there descends from), by agent
+                name, and so all of a conversation.
             max_tokens: Most tokens to decode, where it speaks.
             temperature: 0 means greedy.
             top_p: Nucleus sampling.
@@ -143,6 +146,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         self.sampling["stop_sequences"] = [stop] if isinstance(stop, str) else list(stop) if stop else None
         self._llm: ChatLatentMAS | None = None
+        self._missed: set[str] = set()  # agents of whom the log has said that nothing of them is there
         # LangGraph tells what it caches apart by this, as it does for functions.
         made_of = (name, steps, speak, self.reads, max_tokens, self.sampling, service and service.identity)
         described = f"{made_of} {prompt if isinstance(prompt, str) else told_by(prompt)}"
@@ -153,10 +157,12 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
 
         Raises:
             InvalidRequest: If `reads` names somebody who neither left anything nor is a node beside this one, the
-                prompt gives no messages, `configurable.edges` is malformed, or the state of the graph has no `latents`,
-                or no `messages` for what the agent says.
+                input is none that the prompt can take, the prompt gives no messages, `configurable.edges` is malformed,
+                there are `kwargs`, or the state of the graph has no `latents`, or no `messages` for what the agent
+                says.
             LatentMASError: Whatever `LatentService.think` and `LatentService.speak` raise.
         """
+        self._take_no(kwargs)
         with inside(config) as config:
             made = self._prompted("invoke", input, config)
             if inspect.isawaitable(made):
@@ -166,19 +172,24 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                     f"The prompt of agent {self.name!r} is async; run the graph with ainvoke or astream."
                 )
             plan = self._plan(input, config, self._messages(made))
-            if plan.thinks:
-                on_step = reporter(str(self.name), self.steps)
-                ref = plan.service.think(
-                    plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=on_step
-                )
-                return {"latents": [ref]}
-            llm = self._chat_model(plan)
-            # A node that calls this one may think; this one was made to speak.
-            said = llm.invoke(plan.messages, config, latents=plan.latents, agent=self.name, speak=True)
+            try:
+                if plan.thinks:
+                    on_step = reporter(str(self.name), self.steps)
+                    ref = plan.service.think(
+                        plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=on_step
+                    )
+                    return {"latents": [ref]}
+                llm = self._chat_model(plan)
+                # A node that calls this one may think; this one was made to speak.
+                said = llm.invoke(plan.messages, config, latents=plan.latents, agent=self.name, speak=True)
+            except WrongModel as error:
+                self._add_way_out(error, plan)
+                raise
             return _said(said, plan)
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Like `invoke`, without blocking the event loop."""
+        self._take_no(kwargs)
         with inside(config) as config:
             made = self._prompted("ainvoke", input, config)
             if inspect.isawaitable(made):
@@ -188,15 +199,36 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 plan = await asyncio.to_thread(self._plan, input, config, shown)  # may load a model, or ask a server
             else:
                 plan = self._plan(input, config, shown)
-            if plan.thinks:
-                on_step = reporter(str(self.name), self.steps)
-                ref = await plan.service.athink(
-                    plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=on_step
-                )
-                return {"latents": [ref]}
-            llm = self._chat_model(plan)
-            said = await llm.ainvoke(plan.messages, config, latents=plan.latents, agent=self.name, speak=True)
+            try:
+                if plan.thinks:
+                    on_step = reporter(str(self.name), self.steps)
+                    ref = await plan.service.athink(
+                        plan.messages, plan.latents, steps=self.steps, agent=str(self.name), on_step=on_step
+                    )
+                    return {"latents": [ref]}
+                llm = self._chat_model(plan)
+                said = await llm.ainvoke(plan.messages, config, latents=plan.latents, agent=self.name, speak=True)
+            except WrongModel as error:
+                self._add_way_out(error, plan)
+                raise
             return _said(said, plan)
+
+    def _take_no(self, kwargs: Mapping[str, Any]) -> None:
+        if kwargs:
+            raise InvalidRequest(
+                f"A run of agent {self.name!r} takes no {', '.join(kwargs)}: what it does is settled where it is made, "
+                "LatentAgentNode(..., steps=..., max_tokens=...)."
+            )
+
+    def _add_way_out(self, error: WrongModel, plan: _Plan) -> None:
+        """Says how an agent hands over its text, where the error is about the memory of one."""
+        for sender in {ref["agent"] for ref in plan.latents}:
+            if repr(sender) in str(error):
+                error.args = (
+                    f"{error} For its text, run the graph with "
+                    f'{{"configurable": {{"edges": {{"{sender}->{self.name}": "text"}}}}}}; or give {self.name!r} '
+                    f"reads=[...] without {sender!r}.",
+                )
 
     def _leaves_text(self, config: RunnableConfig) -> bool:
         """Whether an edge that leaves it, or a node that it lies in, is text."""
@@ -215,24 +247,44 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                     f"function that calls the agent and hands {what} on by itself passes `{channel}`, [] for none.)"
                 )
         if isinstance(self.prompt, (str, SystemMessage)):
+            if not (_has(state, "messages") or _has(state, "latents")):
+                raise InvalidRequest(
+                    f"Agent {self.name!r} has a prompt of words and would read nothing of its input, a "
+                    f"{type(state).__name__} with neither `messages` nor `latents`: hand over {{'messages': [...]}}, "
+                    "or make the prompt a template or a function of the input."
+                )
             system = SystemMessage(self.prompt) if isinstance(self.prompt, str) else self.prompt
             return [system, *(field_of(state, "messages") or [])]
         if isinstance(self.prompt, Runnable):
-            return getattr(self.prompt, run)(_as_dict(state), config)
+            return getattr(self.prompt, run)(self._fields(state), config)
         return self.prompt(state)
+
+    def _fields(self, state: Any) -> dict[str, Any]:
+        if dataclasses.is_dataclass(state):  # with slots it has no `vars`
+            return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        try:
+            return dict(state if isinstance(state, Mapping) else vars(state))
+        except TypeError as error:
+            raise InvalidRequest(
+                f"The prompt of agent {self.name!r} is filled from the fields of its input, and a "
+                f"{type(state).__name__} has none: hand over a mapping, or make the prompt a function of the input."
+            ) from error
 
     def _plan(self, state: Any, config: RunnableConfig, messages: list[BaseMessage]) -> _Plan:
         service = self.service or _service_of_the_run() or shared_service()
         if not isinstance(service, LatentService):
             raise InvalidRequest(f"Agent {self.name!r}: service must be a LatentService, not {type(service).__name__}.")
-        leaves_text = self._leaves_text(config)
+        leaves_text, reads_text = self._leaves_text(config), runs_as_text(config)
         handed = field_of(state, "latents")
-        known = [] if runs_as_text(config) else list(handed or [])
+        known = list(handed or [])
         # A prompt of words shows all that was said. What others show is their own choice.
         whole = isinstance(self.prompt, (str, SystemMessage))
         said = [] if whole else field_of(state, "messages") or []
         conversation = messages[1:] if whole else self._converted(said, "The `messages` in the state")
         try:
+            if reads_text and known:
+                self._warn_of_thoughts(known, conversation)
+                known = []
             latents, notes = self._read(known, conversation, messages, handed is None, config)
             read = ancestry(latents, known) if any(map(memory_of, messages)) else set()
         except (TypeError, KeyError):  # a checkpoint may be written by others; looking through a long one takes time
@@ -322,12 +374,13 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             theirs = [message for message in new if _speaker(message) == agent]
             if not theirs and not left[agent]:
                 last = next((message for _, message in reversed(said) if _speaker(message) == agent), None)
-                if last is None and not bare and _has_channel(f"branch:to:{agent}", config):
-                    logger.info("agent %r reads nothing of %r, who has not run", self.name, agent)
-                    continue
                 if last is None:
-                    agents = sorted({ref["agent"] for ref in known} | {_speaker(m) for _, m in said})
-                    raise self._nobody(agent, agents, bare)
+                    agents = {ref["agent"] for ref in known} | {_speaker(m) for _, m in said}
+                    if bare or not _is_node(agent, config):
+                        raise self._nobody(agent, sorted(agents), bare)
+                    if agent not in self._missed:
+                        self._tell_of(agent, known, agents, config)
+                    continue
                 theirs = [] if key_of(last) in there or last.tool_calls else [last]
             notes += theirs
         # Those of a loop that descend from each other count once: the service reads tips only.
@@ -345,6 +398,35 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         return InvalidRequest(
             f"Agent {self.name!r} reads {agent!r}, who left nothing in the state (there: {there}). {way_out}"
         )
+
+    def _tell_of(self, node: str, known: Sequence[LatentRef], agents: set[str], config: RunnableConfig) -> None:
+        """Says that nothing of a node beside it is there; LangGraph tells nobody whether that node has run."""
+        ids = {ref["id"] for ref in known}
+        strangers = sorted(agent for agent in agents - {self.name} if not _is_node(agent, config))
+        lost = any(parent not in ids for ref in known for parent in ref["parents"])
+        if not strangers and not lost:
+            logger.info("agent %r reads nothing of %r, who has not run", self.name, node)
+            return
+        self._missed.add(node)
+        logger.warning(
+            "Agent %r reads nothing of node %r, of which nothing is in the state. If that node has run, %s.",
+            *(self.name, node),
+            f"reads= takes the name of its agent instead (there: {', '.join(strangers)})"
+            if strangers
+            else "its reference was overwritten, as others were that were read: `latents` needs merge_latents",
+        )
+
+    def _warn_of_thoughts(self, known: Sequence[LatentRef], messages: Sequence[BaseMessage]) -> None:
+        """Says whose thoughts a run as text loses: those that nobody has read who spoke."""
+        spoken = {(message.response_metadata.get("latent_ref") or {}).get("id") for message in messages}
+        read = ancestry([ref for ref in known if ref["id"] in spoken], known)
+        left = {ref["agent"] for ref in known if ref["id"] not in read}
+        if unread := sorted(left if self.reads is None else left & set(self.reads)):
+            logger.warning(
+                "Agent %r runs as text and reads nothing of what was thought before in this thread, by: %s. Go on as "
+                "latent, or run these again as text.",
+                *(self.name, ", ".join(unread)),
+            )
 
     def _chat_model(self, plan: _Plan) -> ChatLatentMAS:
         # Kept, since LangChain describes every new model to its callbacks anew, which takes as long as a small tick.
@@ -370,15 +452,19 @@ def _service_of_the_run() -> Any:
 
 def _loses(channel: str, state: Any, config: RunnableConfig) -> bool:
     """Whether the graph around a run drops what it returns for a channel."""
-    if channel in state if isinstance(state, Mapping) else hasattr(state, channel):
+    if _has(state, channel):
         return False
-    # Only a StateGraph has a channel that leads to the node; tasks of the functional API return what they like.
-    here = node_path(config)[-1:]
-    return any(_has_channel(f"branch:to:{name}", config) for name in here) and not _has_channel(channel, config)
+    # Tasks of the functional API return what they like.
+    return any(_is_node(name, config) for name in node_path(config)[-1:]) and not _has_channel(channel, config)
+
+
+def _is_node(name: str, config: RunnableConfig) -> bool:
+    """Whether the graph that runs has a node; only a `StateGraph` has a channel that leads to it."""
+    return _has_channel(f"branch:to:{name}", config)
 
 
 def _has_channel(name: str, config: RunnableConfig) -> bool:
-    """Whether the graph that runs has a channel; a `StateGraph` has one that leads to each of its nodes."""
+    """Whether the graph that runs has a channel."""
     read = config.get("configurable", {}).get("__pregel_read")
     if read is None:
         return False
@@ -407,10 +493,8 @@ def field_of(state: Any, name: str) -> Any:
     return state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
 
 
-def _as_dict(state: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(state):  # with slots it has no `vars`
-        return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return dict(state if isinstance(state, Mapping) else vars(state))
+def _has(state: Any, name: str) -> bool:
+    return name in state if isinstance(state, Mapping) else hasattr(state, name)
 
 
 def _with_notes(messages: list[BaseMessage], notes: Sequence[AIMessage]) -> list[BaseMessage]:

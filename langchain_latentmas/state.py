@@ -36,7 +36,7 @@ class LatentRef(TypedDict):
 def merge_latents(left: Sequence[LatentRef] | None, right: Sequence[LatentRef] | None) -> list[LatentRef]:
     """Reducer of `LatentState.latents`: the union, in the order in which it was thought last.
 
-    A reference of the state that comes again stands for the same thought, thought again, and goes to the end: so it
+    A reference of the state that comes again stands for the same memory, thought again, and goes to the end: so it
     counts as new to those who read it before. But subgraphs and handoffs emit the whole state again: what they begin
     with in the order of the state stays where it is, unless it is one reference alone, as a node returns it. Merging
     the same again changes nothing. Pure, because LangGraph may call it twice.

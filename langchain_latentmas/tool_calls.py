@@ -3,11 +3,14 @@
 import json
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from langchain_core.messages import ToolCallChunk
 from langchain_core.messages.tool import tool_call_chunk
+from langchain_core.utils.function_calling import convert_to_openai_tool
+
+from .errors import InvalidRequest
 
 _HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)  # Qwen, Hermes
 _OPENINGS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
@@ -82,6 +85,21 @@ def _call(read: Any, index: int) -> ToolCallChunk:
     if not isinstance(read["name"], str) or not isinstance(arguments, dict):
         raise TypeError("a tool call needs a name and an object of arguments")
     return tool_call_chunk(name=read["name"], args=json.dumps(arguments), id=_call_id(), index=index)
+
+
+def described(tools: Sequence[Any]) -> list[dict[str, Any]]:
+    """OpenAI function descriptions of tools.
+
+    Raises:
+        InvalidRequest: If one is no function, such as a vendor's `{"type": "web_search"}`.
+    """
+    made = [convert_to_openai_tool(tool) for tool in tools]
+    if other := next((tool for tool in made if "function" not in tool), None):
+        raise InvalidRequest(
+            f"This model calls functions only, and a tool of type {other.get('type')!r} without a `function` is none; "
+            "give it a function, a class or a BaseTool instead."
+        )
+    return made
 
 
 def forcing_prefix(template: str, tool_choice: str | None, tools: list[dict[str, Any]]) -> str:

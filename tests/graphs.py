@@ -1,11 +1,11 @@
-"""A chain of three nodes on string fields, in pieces that tests replace."""
+"""A chain of three nodes on string fields, in pieces that tests replace, and a pair of nodes on messages."""
 
 from collections.abc import Callable
 from typing import Any
 
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import END, START, MessagesState, StateGraph
 from typing_extensions import TypedDict
 
 from langchain_latentmas import switch_edges
@@ -50,6 +50,21 @@ def chain(llm: Any, planner: Any = None, critic: Any = None, judger: Any = None,
     builder.add_edge(START, "planner")
     builder.add_edge("planner", "critic")
     builder.add_edge("critic", "judger")
+    builder.add_edge("judger", END)
+    return builder
+
+
+def answerer_of(llm: Any) -> Node:
+    return lambda state: {"messages": [llm.invoke(state["messages"])]}
+
+
+def team(planner: Any, judger: Any) -> StateGraph:
+    """planner -> judger, on messages."""
+    builder = StateGraph(MessagesState)
+    builder.add_node("planner", planner)
+    builder.add_node("judger", judger)
+    builder.add_edge(START, "planner")
+    builder.add_edge("planner", "judger")
     builder.add_edge("judger", END)
     return builder
 

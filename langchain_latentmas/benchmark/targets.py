@@ -12,6 +12,8 @@ class Target(NamedTuple):
     bound: float
     least: bool
     """Whether the bound is the least that the figure should be, and not the most."""
+    possible: float | None = None
+    """About how much there is to reach, where the work itself sets a limit."""
 
     @property
     def met(self) -> bool:
@@ -25,12 +27,13 @@ class Target(NamedTuple):
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Self:
         """What `row` made JSON of."""
-        return cls(*(row[name] for name in cls._fields))
+        return cls(**{name: row[name] for name in cls._fields if name in row})
 
     def cells(self) -> tuple[str, str, str]:
         """What was reached, what was wanted, and whether that is met, for a table of rich."""
         met = "[green]met[/]" if self.met else "[red]missed[/]"
-        return f"{self.value:.2f}", f"{'≥' if self.least else '≤'} {self.bound:g}", met
+        limit = "" if self.possible is None else f" [dim](ticks allow {self.possible:.2f})[/]"
+        return f"{self.value:.2f}", f"{'≥' if self.least else '≤'} {self.bound:g}{limit}", met
 
 
 def targets(result: Mapping[str, Any]) -> Iterator[Target]:
@@ -64,6 +67,6 @@ def targets(result: Mapping[str, Any]) -> Iterator[Target]:
     if cuda:
         for graph in result.get("graphs", ()):
             if graph["questions"] == 1:
-                yield Target(
-                    f"{graph['arrangement']} graph, text over latent", graph["text_over_latent"], 4, least=True
-                )
+                ticks = graph["text_ticks"] / graph["latent_ticks"]
+                name = f"{graph['arrangement']} graph, text over latent"
+                yield Target(name, graph["text_over_latent"], 4, least=True, possible=ticks)

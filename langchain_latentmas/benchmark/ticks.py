@@ -137,7 +137,7 @@ class Published:
     def __init__(self, model: LanguageModel, work: Work, past: KV) -> None:
         self.causal, self.alignment, self.thinks = model.model, model.alignment, work.what == "think"
         self.cache = _dynamic_cache(model, work.rows, past)
-        first = torch.randn(1, model.config.hidden_size, device=model.device).to(model.dtype)
+        first = _random((1, model.config.hidden_size), model.device).to(model.dtype)
         self.hidden = first.repeat(work.rows, 1)  # alike, as the rows of the engine are
         self.ids = torch.ones(work.rows, 1, dtype=torch.long, device=model.device)
 
@@ -210,7 +210,6 @@ class Measured:
             "full_lm_ratio_spread": [beside.min, beside.max],
             "full_lm_ms": 1000 * Spread.of(self.published).median,
             "generate_ms": generated and generated.median,
-            "ticks": len(self.engine),
             "cuda_graphs": self.cuda_graphs,
         }
 
@@ -273,9 +272,14 @@ def _attention_for(loop: Loop, model: LanguageModel) -> Iterator[None]:
 def _random_kv(model: LanguageModel, positions: int) -> KV:
     def filled(side: Side) -> Sequence[Tensor]:
         pairs = zip(side, model.kv_devices, strict=True)
-        return [torch.randn(layer.shape, device=device).to(layer.dtype) for layer, device in pairs]
+        return [_random(layer.shape, device).to(layer.dtype) for layer, device in pairs]
 
     return KV(*map(filled, model.blank_kv(positions)))
+
+
+def _random(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Not from torch's own generator, which older versions leave half in a recording of a CUDA graph that failed."""
+    return torch.randn(shape, device=device, generator=torch.Generator(device))
 
 
 def _dynamic_cache(model: LanguageModel, rows: int, past: KV) -> DynamicCache:

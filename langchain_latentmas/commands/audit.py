@@ -68,7 +68,7 @@ def audit(
     edge: Annotated[
         list[str] | None, typer.Option(help="Such as planner->critic; may be given again. All at once otherwise.")
     ] = None,
-    each: Annotated[bool, typer.Option("--each", help="Also every edge by itself.")] = False,
+    each: Annotated[bool, typer.Option("--each", help="Also every edge by itself; not with --edge.")] = False,
     conditions: Annotated[
         str, typer.Option(help="Of intact, swapped, zeroed, random, cut and text, with commas.")
     ] = "intact,swapped,zeroed,random,cut,text",
@@ -84,7 +84,7 @@ def audit(
     option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """What the content of latent edges is worth: a graph with its edges intact, swapped, zeroed, noisy, cut, as text.
+    """What the content of latent edges is worth: a graph with its edges intact, swapped, zeroed, random, cut, as text.
 
     Every answer is written down as it comes: the same command goes on where an interrupted one stopped.
     """
@@ -246,6 +246,8 @@ def _errors(document: dict[str, Any]) -> Iterator[str]:
 def _edges(named: Sequence[str] | None, each: bool) -> "list[Edge] | Literal['all', 'each']":
     if not named:
         return "each" if each else "all"
+    if each:
+        raise InvalidRequest("Edges that --edge names are audited by themselves anyway; leave --each out.")
     pairs = []
     for name in named:
         source, arrow, target = name.partition("->")

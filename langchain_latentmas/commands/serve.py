@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ import typer
 
 from ..errors import MissingExtra
 from .options import Options, named
-from .session import loading, reported, settled
+from .session import loading, reported, settled, show_downloads_only
 
 SWITCH_SECONDS = 0.0005
 
@@ -64,6 +64,7 @@ def serve(
         if option:
             flags["options"] = named(option)
         _require_extra()
+        from ..service.port import Port
         from ..service.serving import ServeSettings
 
         settings = ServeSettings.gather(config, flags)
@@ -71,12 +72,13 @@ def serve(
             # Tick and store let go of the interpreter all the time, and wait up to this long to have it back from the
             # event loop. 5 ms, as by default, is a whole tick of a small model.
             sys.setswitchinterval(SWITCH_SECONDS)
-            with loading(show=True):
-                from ..service.server import Server
+            with closing(Port(settings)) as taken:  # before the model is loaded, which can take minutes
+                with loading(show=True):
+                    from ..service.server import Server
 
-                server = Server(_service(settings), settings)
-            with settled():
-                server.run()
+                    server = Server(_service(settings), settings)
+                with settled():
+                    server.run(taken)
 
 
 def rotate_key(
@@ -125,11 +127,9 @@ def _json_lines(level: str) -> Iterator[None]:
 
 
 def _service(settings: Any) -> Any:
-    from transformers.utils import logging as transformers_logging
-
     from ..service.local import LocalService
 
-    transformers_logging.disable_progress_bar()  # the log is JSON lines
+    show_downloads_only()  # all else in the log is JSON lines
     own = {"device": settings.device, "dtype": settings.dtype, "store": settings.store}
     return LocalService.load(settings.model, **{**own, **settings.options})
 

@@ -3,14 +3,17 @@
 import gc
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, redirect_stderr
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import typer
 from rich.console import Console
+from rich.file_proxy import FileProxy
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.status import Status
 from rich.text import Text
 
 from ..errors import LatentMASError
@@ -42,11 +45,16 @@ def reported(as_json: bool) -> Iterator[None]:
 
 @contextmanager
 def loading(show: bool) -> Iterator[None]:
-    """A sign of life on stderr, since importing torch and transformers takes seconds by itself."""
-    if not show:
+    """A sign of life on a terminal, since importing torch and transformers takes seconds by itself.
+
+    It ends where a download begins, which shows how far it is.
+    """
+    console = Console(stderr=True)
+    if not (show and console.is_terminal):
         yield
         return
-    with Console(stderr=True).status("loading the model"):
+    status = console.status("loading the model")
+    with redirect_stderr(cast(TextIO, _Beside(status, console))), status:
         yield
 
 
@@ -86,10 +94,20 @@ def hush() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    show_downloads_only()
     own = logging.getLogger("langchain_latentmas")
     if not any(isinstance(handler, _OneLine) for handler in own.handlers):
         own.addHandler(_OneLine())
+
+
+def show_downloads_only() -> None:
+    """Of the bars that loading a model shows, leaves those of a download, which takes minutes, on a terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    if sys.stderr.isatty():
+        transformers_logging.set_tqdm_hook(lambda make, given, options: make(*given, **{**options, "disable": True}))
+    else:
+        transformers_logging.disable_progress_bar()  # and with it those of the hub
 
 
 def team(
@@ -144,6 +162,26 @@ def print_json(**document: Any) -> None:
     print(json.dumps(document, ensure_ascii=False, indent=2))
 
 
+class _Beside(FileProxy):
+    """stderr beside a spinner: lines go above it, and it ends with the first bar, which returns to begin its line."""
+
+    def __init__(self, spinner: Status, console: Console) -> None:
+        super().__init__(console, sys.stderr)
+        self.spinner, self.bars = spinner, False
+
+    def write(self, text: str) -> int:
+        if not self.bars and "\r" in text:
+            self.spinner.stop()
+            self.bars = True
+        return self.rich_proxied_file.write(text) if self.bars else super().write(text)
+
+    def flush(self) -> None:
+        if self.bars:
+            self.rich_proxied_file.flush()
+        else:
+            super().flush()
+
+
 class _Work(ProgressColumn):
     """Thoughts and tokens since a bar was opened."""
 
@@ -169,4 +207,7 @@ class _OneLine(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno == logging.WARNING:
-            Console(stderr=True).print(Text(printable(record.getMessage()), style="yellow"), soft_wrap=True)
+            console = Console(stderr=True)
+            with console.capture() as line:
+                console.print(Text(printable(record.getMessage()), style="yellow"), soft_wrap=True)
+            sys.stderr.write(line.get())  # where a spinner or bars are, above these

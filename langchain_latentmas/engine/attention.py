@@ -33,7 +33,7 @@ def attend(
         query: [rows, heads, new, head_dim].
         key: [rows, kv_heads, length, head_dim].
         value: The same shape, its own head_dim.
-        attention_mask: What is added to the scores, [rows, 1, new, length], or None.
+        attention_mask: What is added to the scores, [rows, 1, new, length], maybe `repeated` already, or None.
         dropout: Of the weights, 0 here.
         scaling: Of the scores; None takes 1 / sqrt(head_dim).
         **kwargs: What some models add.
@@ -50,16 +50,31 @@ def attend(
     groups = heads // key.shape[1]
     # What is compiled for one row does not ask how far it sees, or it would be compiled again and again.
     short = key.shape[2] <= SHORT and not torch.compiler.is_compiling()
-    if query.device.type == "cpu" and (new > 1 or short):
+    if not copies(query.device) and (new > 1 or short):
         out = F.scaled_dot_product_attention(
             query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=groups > 1
         )
         return out.transpose(1, 2).contiguous(), None
     packed = query.reshape(rows, key.shape[1], groups * new, dim)
-    if attention_mask is not None and new > 1:
-        attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    if attention_mask is not None and attention_mask.shape[2] == new:
+        attention_mask = repeated(attention_mask, groups)
     out = F.scaled_dot_product_attention(packed, key, value, attention_mask, dropout, scale=scaling)
     return out.reshape(rows, heads, new, value.shape[-1]).transpose(1, 2).contiguous(), None
+
+
+def copies(device: torch.device) -> bool:
+    """Whether torch would copy keys and values for each head of a group."""
+    return device.type != "cpu"
+
+
+def repeated(mask: Tensor, groups: int) -> Tensor:
+    """A mask for heads of a group that became positions of one head.
+
+    Args:
+        mask: [rows, 1, new, length]; of a single position it holds for all of them as it is.
+        groups: Heads of a group.
+    """
+    return mask.repeat(1, 1, groups, 1) if groups > 1 and mask.shape[2] > 1 else mask
 
 
 AttentionInterface.register(NAME, attend)

@@ -1,10 +1,14 @@
-"""The device: its free memory, how torch is set up for it, and how far the host may run ahead of it."""
+"""The device: its memory, how torch is set up for it, what is sent there, and how far the host may run ahead of it."""
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import psutil
 import torch
+from torch import Tensor
+
+from ..errors import EngineFailed, first_line
 
 
 def free_bytes(device: torch.device) -> int:
@@ -24,6 +28,39 @@ def free_bytes_for(devices: Sequence[torch.device]) -> int:
     return min(free_bytes(device) * len(devices) // parts for device, parts in Counter(devices).items())
 
 
+@contextmanager
+def memory_for(model: str, device: str | torch.device) -> Iterator[None]:
+    """Says what helps where a device has too little memory for a model.
+
+    Args:
+        model: Its name.
+        device: Where it is to lie; "auto" for all GPUs.
+
+    Raises:
+        EngineFailed: If torch runs out of the device's memory meanwhile.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        place = torch.device("cuda" if device == "auto" else device)
+        raise EngineFailed(
+            f"{model} does not fit on {place}, where {free_bytes(place) / 1e9:.1f} GB are free now "
+            f"({first_line(error)}). Free some there, or take a narrower dtype, quantization or a lower max_positions."
+        ) from error
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; to a GPU it goes from pinned memory, or else the host would wait for it.
+
+    Args:
+        numbers: Nobody may write into it any more.
+        device: Where it is needed.
+    """
+    if device.type == "cuda":
+        return numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.to(device)
+
+
 def prepare(device: torch.device) -> None:
     """Sets torch up for models on a device, in the whole process."""
     if device.type == "cuda":
@@ -36,7 +73,7 @@ def prepare(device: torch.device) -> None:
 class Pace:
     """Keeps the host at most two ticks ahead of a GPU.
 
-    Ticks of thinkers ask the GPU for nothing, so without this the host queues all steps of a thought at once: whoever
+    Ticks of thinkers ask the GPU for nothing, so without this the host queues all steps of a think at once: whoever
     comes meanwhile waits for all of them, steps are told that were not taken yet, and who leaves is noticed late.
     """
 

@@ -4,6 +4,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import NamedTuple, Self
 
 import torch
@@ -83,6 +84,7 @@ class Graphs:
 
     def _checked(self, compute: Compute, expected: Step) -> Compute | None:
         """A replay that gives what was expected; None where there is none."""
+        advice = ""
         try:
             replay = self.record(compute)
             for part in replay():
@@ -99,8 +101,9 @@ class Graphs:
                 self._pause = AGAIN
                 return None
             self.fault = why
+            advice = "; torch may keep something of a recording that failed: cleaner is a new start, cuda_graphs=False"
         self._recorded.clear()
-        logger.warning("CUDA graphs are off, every kernel is launched by itself: %s", self.fault)
+        logger.warning("CUDA graphs are off, every kernel is launched by itself: %s%s", self.fault, advice)
         return None
 
 
@@ -132,6 +135,9 @@ class Recorder:
                 # Other threads may go on with what they do on the device.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
                     step = compute()
+            except Exception:
+                self._leave_pool()
+                raise
             finally:
                 caller.wait_stream(self.stream)  # what was begun must not write where the next step does
         self._living.add(graph)
@@ -141,3 +147,14 @@ class Recorder:
             return step
 
         return replay
+
+    def _leave_pool(self) -> None:
+        """Does what `torch.cuda.graph` comes to only if a recording succeeds.
+
+        Until then torch's allocator takes one that failed for under way: it gives nothing back to the device, and asks
+        a graph that is gone at each allocation of the next one. `torch.cuda.use_mem_pool` ends with the same calls.
+        """
+        # The first one raises where nothing is under way; older versions of torch call it otherwise.
+        with suppress(AttributeError, RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.stream.device.index, self._pool)
+            torch._C._cuda_releasePool(self.stream.device.index, self._pool)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-LARGE = 1 << 20  # multiplications; below, a call of oneDNN costs more (10 µs against 2) than it saves
+LARGE = 1 << 20  # multiplications; below, a call of oneDNN costs more than it saves
 
 
 def _mkl_lags() -> bool:
@@ -49,8 +49,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     For float32 torch calls MKL, which uses the wide vectors of Intel's processors only. oneDNN, which comes with torch,
     asks the processor what it has: on an AMD EPYC with AVX-512 it reads a matrix for one row 2.4 times as fast, and
     multiplies many rows in 0.45 of the time. On an Intel Xeon, and on an AMD EPYC without AVX-512, the two are alike
-    for small matrices, but MKL takes 20 to 50 µs less a call, so these are left to it there; large ones oneDNN shares
-    out better among threads. For bfloat16 torch calls oneDNN itself.
+    for small matrices, but MKL takes less time to begin (on a first-generation EPYC 2 µs a call and not 50), so these
+    are left to it there; large ones oneDNN shares out better among threads. For bfloat16 torch calls oneDNN itself.
 
     Args:
         x: [..., in].

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .attention import attend
+from . import attention
 from .linear import Linear
 from .ragged import Cuts, Ragged, power_of_two, taken
 from .slots import SlotCache
@@ -42,6 +42,7 @@ class LlamaDecoder:
         source: Any = decoder
         self.layers = [Layer(layer, packed) for layer in source.layers]
         self.norm = Norm(source.norm)
+        self.groups: int = source.config.num_attention_heads // source.config.num_key_value_heads
         weight: Tensor = source.norm.weight
         cos, sin = source.rotary_emb(weight, torch.arange(positions, device=weight.device)[None])
         self.cos, self.sin = cos[0], sin[0, :, : sin.shape[-1] // 2].contiguous()  # both halves of a head are alike
@@ -69,7 +70,10 @@ class LlamaDecoder:
         """Last hidden states after the final norm; arguments and result as for `LanguageModel.hidden`."""
         ragged = cache.window.ragged
         cos, sin = (F.embedding(positions, angles)[:, None] for angles in (self.cos, self.sin))
-        x, queries = _padded(embeds), Queries(masks, ragged.cuts, ragged.spread, ragged.back)
+        repeated = masks
+        if attention.copies(embeds.device):  # for all layers at once
+            repeated = [attention.repeated(mask, self.groups) for mask in masks]
+        x, queries = _padded(embeds), Queries(repeated, ragged.cuts, ragged.spread, ragged.back)
         for layer, slots in zip(self.layers, cache.layers, strict=True):
             if last_only and layer is self.layers[-1]:
                 # Keys and values are needed of all positions; what the last layer makes of the others nobody reads.
@@ -82,7 +86,7 @@ class Queries(NamedTuple):
     """Which positions attend, and how they lie in runs; see `Ragged`."""
 
     masks: Sequence[Tensor]
-    """For each run [rows, 1, new, length]."""
+    """For each run [rows, 1, new, length], maybe `repeated`."""
     cuts: Cuts | None
     spread: Tensor | None
     back: Tensor | None
@@ -159,7 +163,7 @@ class Layer:
         """[rows * new, heads * head_dim] of queries [rows * new, heads, head_dim] of one run."""
         q = q.unflatten(0, (len(keys), -1)).transpose(1, 2)
         keys, values = (side[:, :, : mask.shape[3]] for side in (keys, values))
-        seen, _ = attend(self, q, keys, values, mask)
+        seen, _ = attention.attend(self, q, keys, values, mask)
         return seen.flatten(0, 1).flatten(1)
 
 

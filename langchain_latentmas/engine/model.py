@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..errors import ModelNotFound, ModelNotSupported, first_line
 from . import attention
 from .alignment import Alignment
-from .device import prepare
+from .device import memory_for, prepare
 from .kv import KV, of_each
 from .linear import Linear, packable
 from .llama import LlamaDecoder, hooks_of, is_altered
@@ -90,6 +90,7 @@ class LanguageModel:
 
         Raises:
             ModelNotSupported: If a latent step would not be exact; says why.
+            EngineFailed: If the device has too little memory.
         """
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -112,7 +113,7 @@ class LanguageModel:
             )
         if pack and (fault := LlamaDecoder.obstacle(self.decoder) or self._unpackable()):
             raise ModelNotSupported(f"{self.name}: pack=True has no use here, since {fault}; leave it out.")
-        with torch.inference_mode():
+        with torch.inference_mode(), memory_for(self.name, self.device):
             if (width := self.embed(self._probe_ids()).shape[-1]) != self.config.hidden_size:
                 raise ModelNotSupported(
                     f"{self.name}: its embeddings are {width} wide and its layers {self.config.hidden_size}; to be fed "
@@ -130,7 +131,8 @@ class LanguageModel:
         if self.rotary is None:
             logger.warning("%s: keys cannot be moved by a rotation; merged memories are rebuilt instead", self.name)
         self._changing = threading.RLock()
-        self._take_stock()
+        with memory_for(self.name, self.device):
+            self._take_stock()
 
     @classmethod
     def load(
@@ -166,9 +168,10 @@ class LanguageModel:
         Raises:
             ModelNotFound: If there is no such model, or it cannot be read.
             ModelNotSupported: See `LanguageModel`.
+            EngineFailed: Likewise.
             MissingExtra: If `quantization` is asked for and torchao is not installed.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or _device_at_hand()
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ModelNotSupported(f"{dtype!r} is no dtype of torch; take 'auto', 'bfloat16', 'float16' or 'float32'.")
@@ -182,14 +185,15 @@ class LanguageModel:
                 raise ModelNotSupported(f"{name}: its weights are quantized already; leave quantization=... out.")
             _checked_positions(config.get_text_config(decoder=True), name, max_positions)
             tokenizer = AutoTokenizer.from_pretrained(name, **source)
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=dtype,
-                device_map=device,
-                quantization_config=quantized,
-                output_loading_info=True,
-                **source,
-            )
+            with memory_for(name, device):
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    name,
+                    dtype=dtype,
+                    device_map=device,
+                    quantization_config=quantized,
+                    output_loading_info=True,
+                    **source,
+                )
         except ModelNotSupported:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
@@ -280,8 +284,12 @@ class LanguageModel:
         return self._scaled(self._head(hidden.to(self._head.weight.device)))
 
     def refresh(self) -> None:
-        """Computes alignment and fingerprint anew, for weights that were changed in place."""
-        with self._changing:
+        """Computes alignment and fingerprint anew, for weights that were changed in place.
+
+        Raises:
+            EngineFailed: If the device has too little memory; the next call of `refresh_if_changed` tries again.
+        """
+        with self._changing, memory_for(self.name, self.device):
             self._choose_forward()
             self._take_stock()
 
@@ -296,10 +304,11 @@ class LanguageModel:
         self._tracked = [weight for weight in self._weights if not weight.is_inference()]
         self._children, self._then = [m._modules for m in modules], [dict(m._modules) for m in modules]
         self._hooks, self._dicts = [hooks for m in modules for hooks in hooks_of(m)], [vars(m) for m in modules]
-        self._stock, self._alterations = self._look(), self._look_for_alterations()
+        stock, self._alterations = self._look(), self._look_for_alterations()
         self._altered = list(map(is_altered, modules))
         self.alignment = Alignment.of(self.model, self.realign)
         self.fingerprint = self._fingerprint()
+        self._stock = stock  # last: weights whose fingerprint could not be computed are still changed ones
 
     def refresh_if_changed(self) -> None:
         """Calls `refresh` if modules were put in, or out, or a weight was written (writes through `.data` hide).
@@ -338,9 +347,10 @@ class LanguageModel:
             for name, weight in (plain for each in whole for plain in plain_tensors(*each)):
                 digest.update(f"{name}{tuple(weight.shape)}".encode())
                 for part in weight.detach().flatten().split(HASHED_AT_ONCE):
+                    part = part.cpu()  # before it is widened: half as much to send, and no room for it on the device
                     narrow = part.float()
                     exact = part.dtype.itemsize <= 2 or torch.equal(narrow.to(part.dtype), part)
-                    digest.update((narrow if exact else part).contiguous().cpu().numpy())
+                    digest.update((narrow if exact else part).contiguous().numpy())
         digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
         return digest.hexdigest()[:32]
 
@@ -449,7 +459,7 @@ class LanguageModel:
                 self._choose_forward()
                 logger.warning("%s: decoded by transformers, since here %s", self.name, self._own_fault)
                 difference = self._difference_to_plain_forward(cache)
-        except ModelNotSupported:
+        except (ModelNotSupported, torch.OutOfMemoryError):
             raise
         except (
             AttributeError,
@@ -528,6 +538,15 @@ def _factor_between(given: Tensor, wanted: Tensor, cap: float | None) -> float:
         little = wanted.abs() < cap / 2  # what is bent further has lost its digits
         given, wanted = given[little], torch.atanh(wanted[little] / cap) * cap
     return float((given * wanted).sum() / (given * given).sum())
+
+
+def _device_at_hand() -> str:
+    """CUDA if there, else the CPU; aloud where torch was built for CUDA, since a large model would merely be slow."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.version.cuda:
+        logger.warning("no CUDA device can be used; running on the CPU. device='cuda' says why")
+    return "cpu"
 
 
 def _checked_positions(config: Any, name: str, wanted: int | None) -> int:

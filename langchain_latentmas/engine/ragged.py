@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .device import sent
+
 PADDED = 2  # times the positions of a run that its places may be
 
 
@@ -82,8 +84,8 @@ class Ragged:
             spread = [firsts[rows, None] + at.minimum(new[rows, None] - 1) for rows, at in places]
             indices.append(torch.cat([part.flatten() for part in spread]))
             indices.append(torch.cat([(at < new[rows, None]).flatten() for rows, at in places]).nonzero()[:, 0])
-        # In one, since each copy waits for the device.
-        found = torch.cat(indices).to(device).split([len(index) for index in indices])
+        # In one, since each copy is a call.
+        found = sent(torch.cat(indices), device).split([len(index) for index in indices])
         self.firsts, self.lasts, self.cells, owners, *others = found
         if not self.even:
             self.owners = owners

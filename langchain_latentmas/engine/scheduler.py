@@ -4,8 +4,9 @@ import logging
 import os
 import threading
 import traceback
+import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import cast
 
@@ -19,11 +20,16 @@ logger = logging.getLogger(__name__)
 PASSING = 8
 """Rows that may go before one that waits for more room than there is."""
 
+Bring = Callable[[Callable[[], None]], None]
+"""What `Scheduler.submit` takes."""
+
 
 class Scheduler:
     """Lets rows join between ticks, first come, first served, as long as slots and memory allow.
 
-    Rows behind one that does not fit may go before it, but only `PASSING` of them.
+    Rows behind one that does not fit may go before it, but only `PASSING` of them. So no more than these and the first
+    one are given the memories that they read, or as many as there are slots for: however many wait, the others hold no
+    room on the device.
 
     All calls of rows' callbacks come from its thread, which is started with the first row and sleeps while there is
     none.
@@ -36,7 +42,11 @@ class Scheduler:
     def __init__(self, ticker: Ticker) -> None:
         """Takes the ticker over; nobody else may call it from then on."""
         self.ticker, self.fault = ticker, ""
+        ticker.make_room = self._make_room
         self._waiting: deque[Row] = deque()
+        self._far: deque[tuple[Row, Bring]] = deque()  # behind those, without their memories
+        self._bringing = 0  # rows between the two
+        self._keepers: list[weakref.WeakMethod[Callable[[], object]]] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._joining: Row | None = None  # the last one taken from the queue
@@ -46,15 +56,29 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Rows that have not joined yet."""
-        return len(self._waiting)
+        return len(self._waiting) + self._bringing + len(self._far)
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
 
-    def submit(self, row: Row) -> None:
+    def when_full(self, give_up: Callable[[], object]) -> None:
+        """Has a method called where the device has no memory left, before it is tried again.
+
+        Args:
+            give_up: Frees a part of what its object keeps; forgotten with that.
+        """
+        self._keepers.append(weakref.WeakMethod(give_up))
+
+    def submit(self, row: Row, bring: Bring | None = None) -> None:
         """Queues a row.
+
+        Args:
+            row: The row.
+            bring: Has the memory brought that the row reads; called in the scheduler's thread, which must not wait for
+                it, once the row's turn is near. It submits the row again, without this, or tells it an error, and then
+                calls what it was given. None for a row that has its memory.
 
         Raises:
             ServiceClosed: If the scheduler was closed, or made before this process was forked.
@@ -73,7 +97,10 @@ class Scheduler:
                 thread = threading.Thread(target=self._run, name="latentmas-tick", daemon=True)
                 thread.start()  # may fail; then the next row tries again
                 self._thread = thread
-            self._waiting.append(row)
+            if bring is None:
+                self._waiting.append(row)
+            else:
+                self._far.append((row, bring))
             self._changed.notify()
 
     def close(self) -> None:
@@ -90,7 +117,8 @@ class Scheduler:
                 try:
                     while row := self._next():
                         self._join(row)
-                    self.ticker.step()
+                    if self.ticker.rows:
+                        self.ticker.step()
                 except Exception as error:
                     # Whatever raised may have left any row half-written, so none of them goes on.
                     logger.exception("the tick failed; %d rows are lost", len(self.ticker.rows))
@@ -99,6 +127,8 @@ class Scheduler:
                     if self._joining is not None and self._joining not in rows:
                         rows.append(self._joining)
                     _tell(rows, error)
+                    if isinstance(error, torch.OutOfMemoryError):
+                        self._make_room()  # or whoever tries again meets the same
                     self._renew()
             _tell((*self.ticker.clear(), *self._left()))
             with suppress(Exception):  # whoever keeps the service keeps neither slots nor recorded steps
@@ -112,6 +142,16 @@ class Scheduler:
             cause = cast(Exception, error.__cause__)
             traceback.clear_frames(cause.__traceback__)  # they hold parts of its memory
             _tell([row], cause)
+            if isinstance(cause, torch.OutOfMemoryError):
+                self._make_room()
+
+    def _make_room(self) -> None:
+        for keeper in self._keepers:
+            if (give_up := keeper()) is not None:
+                try:
+                    give_up()
+                except Exception:  # rows are still to be told, and slots to be renewed
+                    logger.exception("what is kept could not make room")
 
     def _renew(self) -> None:
         """Gets new slots; where the device has none any more, nothing is worked on from then on."""
@@ -126,14 +166,42 @@ class Scheduler:
     def _wait(self) -> bool:
         """Sleeps until there is work; False once there will be none."""
         with self._changed:
-            while not (self._closed or self.fault or self._waiting or self.ticker.rows):
+            while not (self._closed or self.fault or self._waiting or self.ticker.rows or self._is_one_near):
                 self._changed.wait()
             return not (self._closed or self.fault)
 
+    @property
+    def _is_one_near(self) -> bool:
+        """Whether the next one without its memory is so near its turn that it is brought. Asked under the lock."""
+        near, ticker = len(self._waiting) + self._bringing, self.ticker
+        if not self._far or near <= PASSING:
+            return bool(self._far)
+        rows, cells = len(ticker.rows) + near + 1, max(ticker.cache.capacity, self._far[0][0].end)
+        return rows <= ticker.max_rows and rows * cells * ticker.model.bytes_per_position <= ticker.live_bytes
+
+    def _bring(self) -> None:
+        """Has the memories brought of those whose turn is near; not under the lock, since `bring` may want others."""
+        while True:
+            with self._changed:
+                if not self._is_one_near:
+                    return
+                row, bring = self._far.popleft()
+                if row.cancelled:
+                    continue
+                self._bringing += 1
+            bring(self._brought)
+
+    def _brought(self) -> None:
+        with self._changed:
+            self._bringing -= 1
+            self._changed.notify()
+
     def _next(self) -> Row | None:
         """The first waiting row that fits."""
+        self._joining = None
+        self._bring()
         with self._changed:
-            self._joining, at = None, 0
+            at = 0
             while at < min(len(self._waiting), 1 + PASSING - self._passed):
                 row = self._waiting[at]
                 if not row.cancelled and not self.ticker.fits(row):
@@ -151,8 +219,9 @@ class Scheduler:
     def _left(self) -> list[Row]:
         """Takes all waiting rows out of the queue. Whoever is told of them must not be told under the lock."""
         with self._changed:
-            left = list(self._waiting)
+            left = [*self._waiting, *(row for row, _ in self._far)]
             self._waiting.clear()
+            self._far.clear()
             self._passed = 0
             return left
 

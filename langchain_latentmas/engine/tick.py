@@ -13,8 +13,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..errors import EngineFailed
-from .device import Pace
+from ..errors import EngineFailed, NotFinite
+from .device import Pace, sent
 from .feedback import Feedback
 from .graphs import Graphs
 from .kv import KV, Placed
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 PASS_COST = 128  # of a forward pass that pads, in positions that it could have prefilled
 CPU_PASS = 1024  # positions a prefill pass takes on a CPU; beyond them its intermediate results fall out of the caches
 GPU_PASS = 8192  # on a GPU; the memory that a pass takes, for its masks above all, grows with them
+NO_STATE = torch.zeros(0)  # of a row that has not prefilled anything; one for all, since to make one takes 70 µs
 
 
 class Spoken(NamedTuple):
@@ -97,7 +98,7 @@ class Row:
     position: int = field(init=False)  # the next one to be written
     ids: list[int] = field(init=False)  # what is left to prefill, 0 for thoughts
     embeds: Tensor | None = field(init=False, default=None)  # the same, [n, hidden]; None where there are no thoughts
-    hidden: Tensor = field(init=False, default_factory=lambda: torch.zeros(0))  # last hidden state, [hidden]
+    hidden: Tensor = field(init=False, default=NO_STATE)  # last hidden state, [hidden]
     thoughts: list[Tensor] = field(init=False, default_factory=list)
     tokens: list[int] = field(init=False, default_factory=list)
     prefilled: list[Tensor] = field(init=False, default_factory=list)
@@ -205,7 +206,8 @@ class Ticker:
         self._turns = count()
         self._drawn: list[Drawn] = []  # what the next step feeds
         self._left: dict[int, Row] = {}  # by slot, who has moved on from there and may not be finite
-        self._ended: list[tuple[Row, Result | EngineFailed]] = []
+        self._ended: list[tuple[Row, Result | NotFinite]] = []
+        self.make_room: Callable[[], object] = lambda: None  # called where there is no memory for what a row leaves
         self.cache = model.new_cache()
         self.renew()
 
@@ -343,7 +345,7 @@ class Ticker:
             )
             counts = [min(n, width) for n in counts]
         ids = [token for row, n in zip(rows, counts, strict=True) for token in row.ids[:n]]
-        embeds, ends = self.model.embed(torch.tensor(ids, device=self.model.device)), list(accumulate(counts))
+        embeds, ends = self.model.embed(sent(torch.tensor(ids), self.model.device)), list(accumulate(counts))
         for row, n, end in zip(rows, counts, ends, strict=True):
             row.ids = row.ids[n:]
             if row.embeds is not None:
@@ -422,9 +424,7 @@ class Ticker:
             if there == [(i, i) for i in range(len(tokens))]:
                 self.feedback.tokens[: len(tokens)] = tokens
             elif there:
-                # Pinned, since the host waits for a GPU where it copies anything else there.
-                pairs = torch.tensor(there, pin_memory=tokens.device.type == "cuda")
-                at, picked = pairs.to(tokens.device, non_blocking=True).unbind(1)
+                at, picked = sent(torch.tensor(there), tokens.device).unbind(1)
                 self.feedback.tokens[at] = tokens[picked]
 
     def _read(self, drawn: list[Drawn]) -> set[Row]:
@@ -464,7 +464,7 @@ class Ticker:
         the model's, and left in a slot it would reach the next row there: a weight of 0 times NaN is NaN.
         """
         self._leave(self.rows.index(row), blank=True)
-        error = EngineFailed(
+        error = NotFinite(
             f"The model made infinite numbers or NaN of this in {self.model.dtype}; take dtype='bfloat16' or "
             "'float32', or another prompt."
         )
@@ -476,7 +476,12 @@ class Ticker:
         thoughts = torch.stack(row.thoughts) if row.thoughts else row.hidden.new_zeros(0, row.hidden.shape[-1])
         # Here, where the device has just been waited for, and not where the result is taken, maybe on an event loop.
         thoughts = thoughts.cpu()
-        kv = self.cache.read(slot, row.start, row.position)
+        kv = None
+        with suppress(torch.OutOfMemoryError):
+            kv = self.cache.read(slot, row.start, row.position)
+        if kv is None:  # what is kept gives way to it now, and not only when this is kept
+            self.make_room()
+            kv = self.cache.read(slot, row.start, row.position)
         text = row.text.end() if row.sampling is not None else ""
         hidden = torch.cat(row.prefilled) if row.keep_hidden else None
         self._leave(slot)  # last, so that whatever raises before finds the row still there to be told

@@ -189,7 +189,7 @@ class LatentService(ABC):
             latents: The memories to read, merged in this order; one that another descends from counts once.
             steps: Latent steps; 0 hands over the prompt's KV alone.
             agent: Who thinks.
-            on_step: Called in the caller's thread with the number of each step taken; those of a thought that is still
+            on_step: Called in the caller's thread with the number of each step taken; those of a memory that is still
                 known, at once.
 
         Returns:
@@ -200,6 +200,7 @@ class LatentService(ABC):
             ContextTooLong: If memory, prompt and steps exceed the model's positions.
             InvalidReference: If a reference is tampered with, unknown, dropped, or of another model.
             StoreFull: If there is no room for the recipe; raised before the work starts.
+            NotFinite: If the model's numbers overflow in its dtype.
             EngineFailed: If the device fails; may be retried.
             ServiceClosed: If the service is closed.
         """
@@ -258,6 +259,7 @@ class LatentService(ABC):
             ContextTooLong: If memory and prompt leave no position to speak in.
             InvalidReference: If a reference is tampered with, unknown, dropped, or of another model.
             StoreFull: If there is no room for the recipe; raised before the work starts.
+            NotFinite: If the model's numbers overflow in its dtype.
             EngineFailed: If the device fails; may be retried.
             ServiceClosed: If the service is closed.
         """

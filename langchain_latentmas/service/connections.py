@@ -51,10 +51,10 @@ def reaching(url: str, server: str) -> Iterator[None]:
     """
     try:
         yield
-    except httpx.PoolTimeout:
+    except httpx.PoolTimeout as error:
         raise ServiceBusy(
             f"All connections to {url} are in use; raise max_connections or patience, or ask for less at once."
-        ) from None
+        ) from error
     except httpx.LocalProtocolError:
         # Its words quote what is wrong, and a header may hold a token.
         raise InvalidRequest(

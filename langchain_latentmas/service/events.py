@@ -4,9 +4,9 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
@@ -19,6 +19,7 @@ from .wire import EVENTS, PROBLEM, TENSORS, Problem
 logger = logging.getLogger(__name__)
 
 MAX_EVENT = 1 << 24  # characters of an event that a client reads
+A = TypeVar("A")
 
 
 class Event(NamedTuple):
@@ -73,7 +74,7 @@ class Reply(Response):
         )
         status = 499
         try:
-            if await _came_to_its_end(answer, receive):
+            if await _came_to_its_end(answer, hung_up(receive)):
                 status = answer.result()
         finally:
             due.cancel()
@@ -171,7 +172,7 @@ class Tensors(Response):
             ClientDisconnect: If the client hung up before the first piece.
         """
         sending = asyncio.ensure_future(self._send(send))
-        if await _came_to_its_end(sending, receive):
+        if await _came_to_its_end(sending, hung_up(receive)):
             self.ended(sending.result())
         elif self._begun:
             self.ended(499)
@@ -250,6 +251,24 @@ async def within(seconds: float) -> AsyncIterator[None]:
         ) from None
 
 
+async def unless(end: Coroutine[Any, Any, Any], error: Exception, work: Coroutine[Any, Any, A]) -> A:
+    """What comes of some work; it is cancelled when something else comes to its end first.
+
+    Raises:
+        Exception: `error`, if that did.
+    """
+    working = asyncio.ensure_future(work)
+    if not await _came_to_its_end(working, end):
+        raise error
+    return working.result()
+
+
+async def hung_up(receive: Receive) -> None:
+    """Comes to its end when the client hangs up; for a request that was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 def problem_of(status: int, content_type: str, body: bytes, retry_after: str | None) -> LatentMASError:
     """The error behind a reply that is no success; from a server or a proxy that knows no problem details, too."""
     if content_type.startswith(PROBLEM):
@@ -266,14 +285,14 @@ def _endless() -> ServiceUnreachable:
     return ServiceUnreachable(f"The server sent an event of more than {MAX_EVENT} characters.")
 
 
-async def _came_to_its_end(work: "asyncio.Future[Any]", receive: Receive) -> bool:
-    """Whether it did before the client hung up; what did not is cancelled."""
-    gone = asyncio.ensure_future(_hung_up(receive))
+async def _came_to_its_end(work: "asyncio.Future[Any]", other: Coroutine[Any, Any, Any]) -> bool:
+    """Whether it did before something else did; what did not is cancelled."""
+    end = asyncio.ensure_future(other)
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((work, end), return_when=asyncio.FIRST_COMPLETED)
         return work.done()
     finally:
-        await _cancelled(work, gone)
+        await _cancelled(work, end)
 
 
 async def _cancelled(*tasks: "asyncio.Future[Any]") -> None:
@@ -282,11 +301,6 @@ async def _cancelled(*tasks: "asyncio.Future[Any]") -> None:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-
-
-async def _hung_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _start(status: int, media_type: str, headers: list[tuple[bytes, bytes]]) -> Message:

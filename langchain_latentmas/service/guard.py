@@ -22,6 +22,9 @@ logger = logging.getLogger("langchain_latentmas.access")
 
 OPEN = ("/health", "/ready")
 STREAMED = ("/v1/memory/import",)  # counts its own bytes
+# Arrays and objects of a request: as Python objects, one of a few bytes takes hundreds. 4,096 messages with tool calls,
+# 1,024 references and 256 tools of ten arguments each have 26,000.
+MAX_NESTED = 1 << 15
 PIECE = 1 << 16  # bytes of a reply that are sent at a time
 FROM_ELSEWHERE = ("cross-site", "same-site")  # a browser's word for a page of another address, or another port
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?')  # without a way back, which takes memory for each character
@@ -69,7 +72,8 @@ class Guard:
             self._admit(scope, headers)
             if scope["path"] not in OPEN:
                 streamed = scope["path"] in STREAMED
-                self._announced(headers, self.settings.max_memory if streamed else self.settings.max_body)
+                most = self.settings.max_memory if streamed else self.settings.max_body
+                check_size(int(headers.get("content-length", "0")), most)  # the parser refuses all but whole numbers
                 receive = receive if streamed else await self._body(receive)
             await self.app(scope, receive, noted_send)
         except _HungUpError:
@@ -118,13 +122,6 @@ class Guard:
             raise AccessDenied("This server has no token, so it answers no pages of other addresses.")
         return ""
 
-    @staticmethod
-    def _announced(headers: Mapping[str, str], limit: int) -> None:
-        length = headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit()):
-            raise InvalidRequest("The header Content-Length must be a whole number.")
-        check_size(int(length), limit)
-
     async def _body(self, receive: Receive) -> Receive:
         """Reads the body, within its bounds, and returns what hands it on."""
         body, more = bytearray(), True
@@ -139,8 +136,13 @@ class Guard:
                     check_size(len(body), self.settings.max_body)
         except TimeoutError:
             raise InvalidRequest(f"The body did not come within {self.settings.body_seconds} s.") from None
-        if _nests_deeper(bytes(body), self.settings.max_depth):
+        whole = bytes(body)
+        if _nests_deeper(whole, self.settings.max_depth):
             raise RequestTooLarge(f"The request nests deeper than {self.settings.max_depth} arrays and objects.")
+        if _nests_more(whole, MAX_NESTED):
+            raise RequestTooLarge(
+                f"The request has more than {MAX_NESTED} arrays and objects; send fewer messages, references or tools."
+            )
         handed = False
 
         async def replay() -> Message:
@@ -148,7 +150,7 @@ class Guard:
             if handed:
                 return await receive()
             handed = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return {"type": "http.request", "body": whole, "more_body": False}
 
         return replay
 
@@ -197,12 +199,22 @@ def _nests_deeper(body: bytes, limit: int) -> bool:
     """Whether arrays and objects of a JSON text nest deeper than that; of a broken one, whether they might."""
     if body.count(b"[") + body.count(b"{") <= limit:
         return False
-    brackets = _STRING.sub(b"", body).translate(_ROUND, _NO_BRACKETS)
+    brackets = _brackets(body)
     for _ in range(limit):  # takes the innermost ones away
         if (fewer := brackets.replace(b"()", b"")) == brackets:
             return brackets.count(b"(") > limit
         brackets = fewer
     return b"(" in brackets
+
+
+def _nests_more(body: bytes, limit: int) -> bool:
+    """Whether a JSON text has more arrays and objects than that, at whatever depth."""
+    return body.count(b"[") + body.count(b"{") > limit and _brackets(body).count(b"(") > limit
+
+
+def _brackets(body: bytes) -> bytes:
+    """Those of a JSON text that stand in no string, all of them round."""
+    return _STRING.sub(b"", body).translate(_ROUND, _NO_BRACKETS)
 
 
 async def _send_problem(send: Send, problem: Problem) -> None:

@@ -87,7 +87,7 @@ class HTTPSettings(BaseSettings):
         token: What the server wants to be shown.
         deadline: Seconds after which the server gives a think or a speak up; None leaves that to the server.
         patience: Seconds, from its first failure, for which a call that can be repeated is: the queue was full, the
-            server is away or shutting down, the connection broke. As long, a call waits for a connection to be free.
+            server is away or shutting down, the connection broke. As long, and once, a call waits for a free one.
         connect_timeout: Seconds for a connection to be made.
         read_timeout: Seconds without a sign of life after which a connection counts as broken; the server gives one
             every 5 s while it thinks or speaks, and twice its `keep_alive` is waited for at least. What else takes its
@@ -633,7 +633,9 @@ class HTTPService(LatentService):
             logger.warning("%s Trying again for up to %g s.", error, self.settings.patience)
 
     def _may_be_mended(self, error: BaseException) -> bool:
-        return isinstance(error, (ServiceBusy, ServiceUnreachable, ServiceClosed)) and not self._closed
+        if self._closed or isinstance(error.__cause__, httpx.PoolTimeout):  # it has waited for as long as it may
+            return False
+        return isinstance(error, (ServiceBusy, ServiceUnreachable, ServiceClosed))
 
 
 class _Wait(wait_base):

@@ -30,6 +30,20 @@ B = TypeVar("B")
 _turns = threading.local()
 
 
+class _OnDevice(Budget[AnyKV]):
+    """KV on the device, which may have to make room for other things than KV."""
+
+    def halve(self) -> list[tuple[str, AnyKV]]:
+        """Forgets the half that was used least recently, and returns it."""
+        with self._lock:
+            forgotten, half = list[tuple[str, AnyKV]](), self.used // 2
+            while self.used > half:
+                forgotten.append(self._values.popitem(last=False))
+                self.used -= self._size(forgotten[-1][1])
+            self.evictions += len(forgotten)
+            return forgotten
+
+
 class KVPool:
     """Hands out the KV of whole memories, segment by segment, shared between all memories that contain them.
 
@@ -66,14 +80,14 @@ class KVPool:
             scheduler: Computes what is missing.
             lineage: Where the segments of a memory stand.
             recipe: Returns the recipe of an id, or raises.
-            limit: Bytes of KV to keep on the device; what is in use may exceed it.
+            limit: Bytes of KV to keep on the device. Beyond it is what rows near their turn are about to read.
             mode: What happens to segments that a merge moves.
             cpu_limit: Bytes of KV to keep in CPU memory besides.
             disk: Where KV goes that has no room there either.
             devices: Device of each layer.
             packed: Whether to keep KV in 8 bits. Then all readers get what the 8 bits say, wherever they were kept.
         """
-        self.kept: Budget[AnyKV] = Budget(limit, lambda kv: kv.nbytes)
+        self.kept = _OnDevice(limit, lambda kv: kv.nbytes)
         self.spilled: Budget[AnyKV] = Budget(cpu_limit, lambda kv: kv.nbytes)
         self.packed, self.mode, self.rebuilds = packed, mode, 0
         self.hits: Counter[str] = Counter()
@@ -82,6 +96,7 @@ class KVPool:
         self._coming: dict[str, Future[AnyKV]] = {}  # read from the disk, or rebuilt
         self._prefixes = Prefixes()  # prompts whose KV is in `kept`
         self._lock = threading.RLock()
+        scheduler.when_full(self.give_up)
 
     def keep(self, key: str, kv: AnyKV) -> AnyKV:
         """Takes in the KV of a new memory, or of one that came back; others may have to leave the device for it.
@@ -101,16 +116,31 @@ class KVPool:
             leaving = self.kept.put(key, kv)
             if not self.packed:  # what is computed anew on rounded keys would depend on who came before
                 self._prefixes.add(key, (recipe.model, *recipe.parents), recipe.segment.prompt_ids)
-            for old, _ in leaving:
-                self._prefixes.remove(old)
-            cpu = [torch.device("cpu")] * len(kv[0])
-            if self.spilled.limit:
-                leaving = [left for key, kv in leaving for left in self.spilled.put(key, kv.to(cpu))]
-            if self.disk is not None:
-                for old, gone in leaving:
-                    if old not in self.disk:
-                        self.disk.put(old, gone.to(cpu))  # a copy, so that what waits holds no room on the device
+            if leaving:
+                self._spill(leaving)
         return kept
+
+    def keeps_at_once(self, kv: KV) -> bool:
+        """Whether `keep` neither rounds nor copies anything: it may be called where nobody is to be held up."""
+        spills = self.spilled.limit or self.disk is not None
+        return not self.packed and not (spills and self.kept.used + kv.nbytes > self.kept.limit)
+
+    def give_up(self) -> None:
+        """Lets half of what is kept leave the device, since memory ran out there."""
+        with self._lock:
+            self._spill(self.kept.halve())
+
+    def _spill(self, leaving: Sequence[tuple[str, AnyKV]]) -> None:
+        """Finds another place for what has left the device, if there is one. Whoever calls holds the lock."""
+        cpu = [torch.device("cpu")] * len(self._devices)
+        for old, _ in leaving:
+            self._prefixes.remove(old)
+        if self.spilled.limit:
+            leaving = [left for key, kv in leaving for left in self.spilled.put(key, kv.to(cpu))]
+        if self.disk is not None:
+            for old, gone in leaving:
+                if old not in self.disk:
+                    self.disk.put(old, gone.to(cpu))  # a copy, so that what waits holds no room on the device
 
     def forget(self, key: str) -> None:
         """Removes the KV of a memory, wherever it is."""
@@ -143,7 +173,7 @@ class KVPool:
             lines = {piece.id: self._lineage.line(piece.id) for piece in layout}
             anew = {key for key, line in lines.items() if any(seen.start != starts[seen.id] for seen in line)}
         if not anew and (here := self._all_here(layout)) is not None:
-            return _done([_placed(kv, piece) for piece, kv in zip(layout, here, strict=True)])
+            return _done(here)
         # The last one first: its rebuild brings back the whole run before it.
         kvs = {piece.id: self._kv(piece) for piece in reversed(layout) if piece.id not in anew}
         placed: dict[str, Future[Placed]] = {}
@@ -156,18 +186,13 @@ class KVPool:
                 placed[piece.id] = _then(kvs[piece.id], partial(_placed, piece=piece))
         return _gather(list(placed.values()))
 
-    def has_all(self, layout: Layout) -> bool:
-        """Whether `place` has nothing to read, copy or compute: it may be called where nobody is to be held up."""
-        moved = self.mode == "rebuild" and any(piece.moved or piece.on_moved for piece in layout)
-        return not moved and all(piece.id in self.kept for piece in layout)
-
-    def _all_here(self, layout: Layout) -> list[AnyKV] | None:
-        """The KV of all segments, if all of it is on the device; what nearly everybody reads, and needs no futures."""
+    def _all_here(self, layout: Layout) -> list[Placed] | None:
+        """What `place` finds, if all of it is on the device; what nearly everybody reads, and needs no futures."""
         here = []
         for piece in reversed(layout):  # what others were made on is used last, and so leaves last
             if (kv := self.kept.get(piece.id)) is None:
                 return None
-            here.append(kv)
+            here.append(_placed(kv, piece))
         with self._lock:
             self.hits["device"] += len(here)
         return here[::-1]
@@ -203,7 +228,7 @@ class KVPool:
         key, reading = piece.id, disk.get(piece.id, piece.positions)
         future = self._coming[key] = Future[AnyKV]()
 
-        def follow(_: "Future[AnyKV]") -> None:
+        def follow(reading: "Future[AnyKV]") -> None:
             if reading.cancelled():
                 future.set_exception(ServiceClosed("The service was closed while it worked on this request."))
                 return
@@ -276,7 +301,7 @@ class KVPool:
 
             inputs = [part for recipe in leg for part in recipe.segment.inputs]
             row = Row(past=(), start=start, inputs=inputs, on_done=deliver, on_error=fail)
-            self.submit(row, past)
+            self._submit_with(row, past)
 
         def fail(error: BaseException) -> None:
             with self._lock:
@@ -306,29 +331,63 @@ class KVPool:
         whole = tuple(piece._replace(id=unaltered(piece.id), start=starts[piece.id]) for piece in line)
         return _then(self.place(whole), lambda placed: placed[-1])
 
-    def submit(self, row: Row, past: "Future[list[Placed]]", after: Sequence[str] | None = None) -> None:
-        """Queues a row as soon as the memory it reads is there; errors go to the row.
+    def submit(self, row: Row, layout: Layout, after: Sequence[str] | None = None) -> None:
+        """Queues a row; the memory it reads is placed when its turn is near. Errors go to the row.
 
         Args:
             row: The row.
-            past: From `place`.
+            layout: The memory, from `Lineage.layout`.
             after: The model and the memories that its prompt is read after: then what a kept prompt after the same
                 ones begins with alike is copied and not computed again. None computes all of it.
         """
+        try:
+            self._scheduler.submit(row, partial(self._bring, row, layout, after))
+        except Exception as closed:
+            row.on_error(closed)
+
+    def _bring(self, row: Row, layout: Layout, after: Sequence[str] | None, done: Callable[[], None]) -> None:
+        """Places a row's memory and submits it: at once, or if that takes longer, in a thread. No tick waits for it."""
+        moved = self.mode == "rebuild" and any(piece.moved or piece.on_moved for piece in layout)
+        if not moved and (here := self._all_here(layout)) is not None:
+            self._submit_on(row, here, after)
+            done()
+            return
+
+        def aside() -> None:
+            try:
+                self._submit_on(row, self.place(layout).result(), after)
+            except Exception as error:
+                row.on_error(error)
+            finally:
+                done()
+
+        try:
+            threading.Thread(target=aside, name="latentmas-place", daemon=True).start()
+        except RuntimeError as error:
+            row.on_error(EngineFailed(f"A memory could not be brought ({error}); the same call may succeed later."))
+            done()
+
+    def _submit_with(self, row: Row, past: "Future[list[Placed]]") -> None:
+        """Queues a row that computes a memory, once what it reads is there: before all that wait for theirs."""
 
         def ready(past: "Future[list[Placed]]") -> None:
             if (error := past.exception()) is not None:
                 row.on_error(error)
-            elif not row.cancelled:
-                row.past = past.result()
-                if after is not None:
-                    self._reuse(row, after)
-                try:
-                    self._scheduler.submit(row)
-                except Exception as closed:
-                    row.on_error(closed)
+            else:
+                self._submit_on(row, past.result())
 
         past.add_done_callback(ready)
+
+    def _submit_on(self, row: Row, past: Sequence[Placed], after: Sequence[str] | None = None) -> None:
+        if row.cancelled:
+            return
+        row.past = past
+        if after is not None:
+            self._reuse(row, after)
+        try:
+            self._scheduler.submit(row)
+        except Exception as closed:
+            row.on_error(closed)
 
     def _reuse(self, row: Row, after: Sequence[str]) -> None:
         """Lets a row have the KV of what its prompt and a kept one begin with."""
@@ -364,7 +423,7 @@ class KVPool:
                 on_done=lambda result: future.set_result(Placed(result.kv, piece.start)),
                 on_error=future.set_exception,
             )
-            self.submit(row, past)
+            self._submit_with(row, past)
 
         _gather(seen).add_done_callback(see)
         return future
@@ -427,7 +486,7 @@ def _then(future: "Future[A]", function: Callable[[A], B]) -> "Future[B]":
 def _gather(futures: "Sequence[Future[A]]") -> "Future[list[A]]":
     """All results, or the first error in their order, once all are done."""
     gathered: Future[list[A]] = Future()
-    left = len(futures)
+    waited, left = list(futures), len(futures)
     lock = threading.Lock()
 
     def count(_: "Future[A] | None") -> None:
@@ -439,11 +498,13 @@ def _gather(futures: "Sequence[Future[A]]") -> "Future[list[A]]":
         _in_turn(settle)
 
     def settle() -> None:
-        error = next((f.exception() for f in futures if f.exception() is not None), None)
+        ended = waited.copy()
+        waited.clear()  # they hold what they call, and else that would hold them, and KV, until garbage is collected
+        error = next((f.exception() for f in ended if f.exception() is not None), None)
         if error is not None:
             gathered.set_exception(error)
         else:
-            gathered.set_result([f.result() for f in futures])
+            gathered.set_result([f.result() for f in ended])
 
     if not futures:
         gathered.set_result([])

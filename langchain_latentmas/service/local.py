@@ -35,7 +35,7 @@ from .transfer import check_recipes, read_memory, write_memory
 from .units import Bytes
 
 LOADING = ("device", "dtype", "quantization", "revision", "trust_remote_code")  # go to `LanguageModel.load`
-KV_FRACTION = 0.4  # of the device memory that is free once the model is loaded
+KV_FRACTION = 0.35  # of the device memory that is free once the model is loaded
 LIVE_FRACTION = 1 / 3  # and a quarter of it more for a moment, whenever the slots grow
 CPU_FRACTION = 0.2
 
@@ -52,14 +52,15 @@ class LocalSettings(RecipeSettings):
         kv_dtype: "int8" keeps the KV of memories in 8 bits until somebody reads it, in every place where it is kept:
             about half of bfloat16's bytes or a quarter of float32's, rounded (docs/precision.md). "auto" keeps it as
             the model computed it.
-        kv_budget: Bytes of KV to keep on the device for later readers, a number or such as "4GiB"; None takes 40 % of
+        kv_budget: Bytes of KV to keep on the device for later readers, a number or such as "4GiB"; None takes 35 % of
             the free device memory.
         kv_cpu_budget: Bytes of KV to keep in CPU memory when there is no room on the device; None takes 20 % of what is
             free, and nothing where the CPU is the device.
         kv_disk_budget: Bytes of KV to keep on the disk when there is no room there either.
         kv_folder: Where that is; None takes the folder `kv` of a store that is a folder. One process at a time.
         live_budget: Bytes of slots for the rows that are at work; None takes a third of the free device memory,
-            whatever `kv_budget` is. Where slots grow up to it, a quarter more is in use for a moment.
+            whatever `kv_budget` is. Where slots grow up to it, a quarter more is in use for a moment, and what rows
+            leave when they end is a copy, which takes its own room until it is kept.
         max_rows: Most rows in a tick.
         prefill_chunk: Most positions of one row that a tick prefills.
         merge: "rotate" re-rotates the keys of moved segments, "rebuild" computes them anew; "auto" rotates where the
@@ -249,8 +250,9 @@ class LocalService(RecipeService):
         """See `LatentService.import_memory`."""
         model = self.model
         model.refresh_if_changed()
-        recipes = read_memory(Path(file), model.fingerprint, model.config.hidden_size, model.dtype)
-        check_recipes(recipes, model.config.vocab_size, model.max_positions)
+        width, most_positions = model.config.hidden_size, model.max_positions
+        recipes = read_memory(Path(file), model.fingerprint, width, model.dtype, most_positions)
+        check_recipes(recipes, model.config.vocab_size)
 
         def stored(recipe: Recipe, fresh: bool) -> None:
             if fresh:  # another process may have dropped what is still in memory here under this id
@@ -284,7 +286,7 @@ class LocalService(RecipeService):
             on_done=events.put,
             on_error=events.put,
         )
-        self._pool.submit(row, self._pool.place(seen))  # with all its hidden states, so that nothing is reused
+        self._pool.submit(row, seen)  # with all its hidden states, so that nothing is reused
         result = events.get()
         if isinstance(result, BaseException):
             raise result
@@ -384,10 +386,13 @@ class LocalService(RecipeService):
         return self._ended.is_set() or self._scheduler.closed
 
     def _start(self, row: Row, layout: Layout, after: Sequence[str]) -> None:
-        self._pool.submit(row, self._pool.place(layout), after)
+        self._pool.submit(row, layout, after)
 
     def _starts_at_once(self, layout: Layout) -> bool:
-        return self._pool.has_all(layout)
+        return True  # what takes longer waits until the row's turn is near
+
+    def _keeps_at_once(self, result: Result) -> bool:
+        return not self._store.in_memory or self._pool.keeps_at_once(result.kv)  # else what writes recipes keeps it
 
     def _keep(self, key: str, result: Result) -> None:
         self._pool.keep(key, result.kv)

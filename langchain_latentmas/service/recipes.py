@@ -225,6 +225,10 @@ class RecipeService(LatentService):
     def _keep(self, key: str, result: Result) -> None:
         """Keeps the KV of a finished row for its readers."""
 
+    def _keeps_at_once(self, result: Result) -> bool:
+        """Whether to keep a finished row takes so little time that an event loop may do it."""
+        return True
+
     def think(
         self,
         messages: LanguageModelInput,
@@ -240,7 +244,7 @@ class RecipeService(LatentService):
             return _as_if_new(known, on_step)
         for event in request.events(notify=on_step is not None):
             if isinstance(event, Result):
-                return request.kept(event, lambda ref: ref).result()
+                return request.thought(event).result()
             if on_step is not None and isinstance(event, int):
                 on_step(event)
         raise AssertionError("a request ends with a result or an error")
@@ -267,7 +271,9 @@ class RecipeService(LatentService):
         async with aclosing(request.aevents(notify=on_step is not None)) as events:
             async for event in events:
                 if isinstance(event, Result):
-                    return await Mailbox.arrival(request.kept(event, lambda ref: ref))
+                    quick = self._keeps_at_once(event)
+                    kept = request.thought(event) if quick else await asyncio.to_thread(request.thought, event)
+                    return await Mailbox.arrival(kept)
                 if on_step is not None and isinstance(event, int):
                     on_step(event)
         raise AssertionError("a request ends with a result or an error")
@@ -316,7 +322,9 @@ class RecipeService(LatentService):
                 if isinstance(event, Spoken):
                     yield Chunk(event.text, (event.token,))
                 elif isinstance(event, Result):
-                    yield await Mailbox.arrival(request.last_chunk(event))
+                    quick = self._keeps_at_once(event)
+                    last = request.last_chunk(event) if quick else await asyncio.to_thread(request.last_chunk, event)
+                    yield await Mailbox.arrival(last)
 
         return chunks()
 
@@ -335,7 +343,9 @@ class RecipeService(LatentService):
         async with aclosing(request.aevents(notify=False)) as events:
             async for event in events:
                 if isinstance(event, Result):
-                    return await Mailbox.arrival(request.last_chunk(event, whole=True))
+                    quick, last = self._keeps_at_once(event), request.last_chunk
+                    kept = last(event, whole=True) if quick else await asyncio.to_thread(last, event, whole=True)
+                    return await Mailbox.arrival(kept)
         raise AssertionError("a request ends with a result or an error")
 
     def _speaking(
@@ -637,6 +647,10 @@ class _Request:
             return then(self._ref(recipe.id))
 
         return self.service._store.put_soon(made, stored)
+
+    def thought(self, result: Result) -> "Future[LatentRef]":
+        """The reference of a thought, once its recipe is stored."""
+        return self.kept(result, lambda ref: ref)
 
     def room(self, counted: bool = False) -> AbstractContextManager[None]:
         """Holds room in the store for what comes of it; see `RecipeStore.room`.

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Container, Set
 from datetime import timedelta
 from graphlib import TopologicalSorter
 
@@ -13,12 +13,16 @@ from .store import DROPPED, PINNED, RECIPE, Header, RecipeStore
 
 logger = logging.getLogger(__name__)
 
+PORTION = 1 << 10  # recipes that are removed while others wait for the store
+PAUSE = 0.05  # seconds between two portions: a lock that is free for no time goes back to who had it
+
 
 class Retention:
     """Knows what every recipe of a store descends from, and removes what nobody can use any more.
 
     A recipe is removed when it was dropped or grew too old, and no recipe that stays descends from it; children before
-    their parents, so that a crash leaves no child without.
+    their parents, so that a crash leaves no child without, and a portion at a time, so that nobody waits long for the
+    store.
     """
 
     def __init__(self, store: RecipeStore, keep_for: timedelta | None = None) -> None:
@@ -89,7 +93,7 @@ class Retention:
             if key not in self._headers:
                 return []
             self.store.store.mset([(key + DROPPED, b"")])
-            return self._remove(other for other in self._headers if other != key and other + DROPPED not in names)
+        return self._remove(None)
 
     def collect(self) -> list[str]:
         """Removes what grew too old.
@@ -99,48 +103,63 @@ class Retention:
         """
         if self.keep_for is None:
             return []
-        since = time.time() - self.keep_for.total_seconds()
-        with self._reading:
-            names = self._read_new()
-            going = {key for key in self._headers if self._may_go(key, names, since)}  # nobody waits for the store yet
-            if not going:
-                return []
-            with self.store.locked():
-                names = self._read_new()
-                return self._remove(
-                    key for key in self._headers if key not in going or not self._may_go(key, names, since)
-                )
+        return self._remove(time.time() - self.keep_for.total_seconds())
 
-    def _may_go(self, key: str, names: Container[str], since: float) -> bool:
+    def _may_go(self, key: str, names: Container[str], since: float | None) -> bool:
         """Whether a recipe was dropped or, unless it is pinned, not used since."""
-        if key + DROPPED in names or key + PINNED in names:
+        if since is None or key + DROPPED in names or key + PINNED in names:
             return key + DROPPED in names
         try:
             return self.used(self._headers[key]) < since
         except UnknownReference:  # another process has just removed it
             return True
 
-    def _remove(self, staying: Iterable[str]) -> list[str]:
-        """Removes all but these, what they descend from, and what recipes that cannot be verified may."""
-        needed, stack = set[str](), [*staying, *self._spared]
+    def _remove(self, since: float | None) -> list[str]:
+        """Removes what was dropped or not used since, if there is such a time; others write between two portions of it.
+
+        Returns:
+            The ids of what was removed.
+        """
+        with self._reading:
+            names = self._read_new()
+            going = {key for key in self._headers if self._may_go(key, names, since)}  # nobody waits for the store yet
+            order = [key for keys in self._unneeded(going) for key in keys]
+        removed: list[str] = []
+        for start in range(0, len(order), PORTION):
+            if start:
+                time.sleep(PAUSE)
+            with self._reading, self.store.locked():
+                names = self._read_new()
+                there = self._headers.keys() & order[start : start + PORTION]
+                # Others may have used one, or thought on it.
+                for keys in self._unneeded({key for key in there if self._may_go(key, names, since)}):
+                    # A generation at a time: each call waits for the disk.
+                    self.store.store.mdelete([key + kind for key in keys for kind in (RECIPE, DROPPED, PINNED)])
+                    for key in keys:
+                        del self._headers[key]
+                    removed += keys
+        return removed[::-1]
+
+    def _unneeded(self, going: Set[str]) -> list[list[str]]:
+        """Those of them that no other recipe descends from, and none that cannot be verified may.
+
+        Returns:
+            Their generations, children before their parents.
+        """
+        needed, stack = set[str](), [*(self._headers.keys() - going), *self._spared]
         while stack:
             key = stack.pop()
             if key not in needed and key in self._headers:
                 needed.add(key)
                 stack += map(original, self._headers[key].parents)
-        parents = {key: map(original, self._headers[key].parents) for key in self._headers.keys() - needed}
+        parents = {key: map(original, self._headers[key].parents) for key in going - needed}
         order = TopologicalSorter(parents)
         order.prepare()
         generations = []
         while ready := order.get_ready():
             generations.append([key for key in ready if key in parents])
             order.done(*ready)
-        # A generation at a time: each call waits for the disk.
-        for keys in reversed(generations):
-            self.store.store.mdelete([key + kind for key in keys for kind in (RECIPE, DROPPED, PINNED)])
-            for key in keys:
-                del self._headers[key]
-        return [key for keys in generations for key in keys]
+        return generations[::-1]
 
     def _read_new(self) -> set[str]:
         """Takes note of recipes that came and of those that went; returns the names of all that is there."""

@@ -7,20 +7,12 @@ import math
 import socket
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    aclosing,
-    asynccontextmanager,
-    contextmanager,
-    suppress,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
@@ -38,16 +30,18 @@ from ..errors import (
     InvalidRequest,
     LatentMASError,
     RequestTooLarge,
+    ServiceClosed,
     StoreFull,
     TamperedReference,
 )
 from .base import Chunk
-from .events import Reply, Tensors, within
+from .events import Reply, Tensors, hung_up, unless, within
 from .guard import Guard, check_size
 from .identity import WireRef
 from .local import LocalService
 from .metrics import Metrics
-from .serving import ServeSettings, connections_that_fit
+from .port import Port
+from .serving import ServeSettings
 from .turns import Turns
 from .wire import (
     EVENTS,
@@ -74,6 +68,7 @@ from .wire import (
     ThinkRequest,
     Thought,
 )
+from .workers import Work, Workers, at_work
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +79,7 @@ SENT_BYTES = 1 << 18  # that the system keeps of a reply until its client takes 
 A = TypeVar("A")
 KV_EXPORTS = 2  # memories that a tenant exports with their KV at a time
 UPLOADS = 4  # memories that a tenant sends at a time; each is a file of up to `max_memory`
+WORK, EXPORT, IMPORT = "work", "export", "import"  # queues: for a turn, and for room before it
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": what, "content": {PROBLEM: {"schema": Problem.model_json_schema()}}}
@@ -92,6 +88,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         "5XX": "The server is at fault, or is shutting down (503).",
     }.items()
 }
+_UNWELL: dict[int | str, dict[str, Any]] = {503: {"model": Status}}  # for who watches, it is no problem document
 _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {"schema": {"type": "string"}}}}}
 
 
@@ -120,26 +117,34 @@ class Server:
         if settings.tokens:
             self._services = {"": service, **service.tenants(sorted(settings.tokens))}
         self.turns = Turns(settings.max_running, settings.max_waiting)
+        self.over = asyncio.Event()  # set when the drain is
         self._abandoned: set[asyncio.Task[None]] = set()  # threads that nobody waits for any more
         # As slow as those who take them, so that no tenant waits for those of another.
         self.exports = {tenant: Turns(KV_EXPORTS, settings.max_waiting) for tenant in self._services}
         # Memories that come in: as slow as their senders, so that no tenant waits for those of another.
         self.uploads = {tenant: Turns(UPLOADS, settings.max_waiting) for tenant in self._services}
-        self.metrics = Metrics(self.turns, lambda: [each.info() for each in self._services.values()])
+        self._queues = {WORK: dict.fromkeys(self._services, self.turns), EXPORT: self.exports, IMPORT: self.uploads}
+        self.metrics = Metrics(self._queues, lambda: [each.info() for each in self._services.values()])
         self.guard = Guard(self._routes(), settings, self.metrics)
         self.app = self.guard
         self.address = ""
         self._uvicorn: _Uvicorn | None = None
 
-    def run(self) -> None:
-        """Serves until SIGTERM or SIGINT, then drains, and closes the service."""
+    def run(self, port: Port | None = None) -> None:
+        """Serves until SIGTERM or SIGINT, then drains, and closes the service and the port.
+
+        Args:
+            port: Where; None takes that of the settings now.
+
+        Raises:
+            InvalidRequest: If nobody can listen there.
+        """
         settings = self.settings
         if not settings.loopback and settings.certificate is None:
             logger.warning("tokens travel unencrypted: set certificate and certificate_key, or put a TLS proxy before")
         config = uvicorn.Config(
             self.app,
-            host=settings.host,
-            port=settings.port,
+            loop="asyncio",  # another one takes connections from the system itself, and not from the sockets of `Port`
             log_config=None,
             access_log=False,
             server_header=False,
@@ -148,14 +153,14 @@ class Server:
             h11_max_incomplete_event_size=settings.max_headers,
             ws="none",
             lifespan="off",  # there is nothing to begin or end, and to break it off logs a traceback
-            limit_concurrency=connections_that_fit(settings.max_connections),
             timeout_graceful_shutdown=int(settings.drain + GRACE),
             ssl_certfile=settings.certificate,
             ssl_keyfile=settings.certificate_key,
         )
         try:
-            self._uvicorn = _Uvicorn(config, self)
-            self._uvicorn.run()
+            with closing(port or Port(settings)) as port:
+                self._uvicorn = _Uvicorn(config, self)
+                self._uvicorn.run(port.open())
         finally:
             self.service.close()
 
@@ -178,17 +183,17 @@ class Server:
         app.add_exception_handler(ClientDisconnect, _hung_up)
         app.add_exception_handler(Exception, _unexpected)
         routed: list[tuple[str, str, Callable[..., Any], dict[str, Any]]] = [
-            ("GET", "/health", self.health, {}),
-            ("GET", "/ready", self.ready, {}),
+            ("GET", "/health", self.health, {"responses": _UNWELL}),
+            ("GET", "/ready", self.ready, {"responses": _UNWELL}),
             ("GET", "/metrics", self.show_metrics, {"response_class": Response}),
             ("GET", "/v1/info", self.info, {}),
             ("POST", "/v1/think", self.think, {"response_model": Thought, "responses": _STREAMED}),
             ("POST", "/v1/speak", self.speak, {"response_model": SpokenChunk, "responses": _STREAMED}),
             ("POST", "/v1/lens", self.lens, {"response_model": LensReply}),
-            ("POST", "/v1/markers", self.marker, {}),
-            ("POST", "/v1/markers/take", self.take_markers, {}),
+            ("POST", "/v1/markers", self.marker, {"response_model": MarkerReply}),
+            ("POST", "/v1/markers/take", self.take_markers, {"response_model": MarkersReply}),
             ("GET", "/v1/references", self.references, {"response_model": StoredReply}),
-            ("POST", "/v1/references/pin", self.pin, {}),
+            ("POST", "/v1/references/pin", self.pin, {"response_model": Done}),
             ("POST", "/v1/references/drop", self.drop, {"response_model": Done}),
             ("POST", "/v1/memory/export", self.export_memory, {"response_class": Tensors, "status_code": 200}),
             ("POST", "/v1/memory/import", self.import_memory, {"openapi_extra": _TENSOR_BODY}),
@@ -268,14 +273,18 @@ class Server:
             )
         return self._once(request, lambda service: LensReply.of(service.lens(body.ref.ref, body.top_k)))
 
-    async def marker(self, request: Request, body: RefRequest) -> MarkerReply:
+    async def marker(self, request: Request, body: RefRequest) -> Reply:
         """Writes a reference as a short signed string."""
-        return MarkerReply(marker=await self._at_once(request, lambda service: service.marker(body.ref.ref)))
+        return self._once(request, lambda service: MarkerReply(marker=service.marker(body.ref.ref)))
 
-    async def take_markers(self, request: Request, body: TextRequest) -> MarkersReply:
+    async def take_markers(self, request: Request, body: TextRequest) -> Reply:
         """Takes the markers out of a text."""
-        text, refs = await self._at_once(request, lambda service: service.take_markers(body.text, body.left))
-        return MarkersReply(text=text, refs=[WireRef(**ref) for ref in refs])
+
+        def taken(service: LocalService) -> MarkersReply:
+            text, refs = service.take_markers(body.text, body.left)
+            return MarkersReply(text=text, refs=[WireRef(**ref) for ref in refs])
+
+        return self._once(request, taken)
 
     async def references(self, request: Request, after: str = "") -> Reply:
         """Everything of this tenant that can be read, the latest made first; `after` is the `next` of a page."""
@@ -286,10 +295,14 @@ class Server:
 
         return self._once(request, page)
 
-    async def pin(self, request: Request, body: PinRequest) -> Done:
+    async def pin(self, request: Request, body: PinRequest) -> Reply:
         """Keeps a reference, and all that it descends from, whatever its age; or no longer."""
-        await self._at_once(request, lambda service: service.pin(body.ref.ref, body.pinned))
-        return Done()
+
+        def pinned(service: LocalService) -> Done:
+            service.pin(body.ref.ref, body.pinned)
+            return Done()
+
+        return self._once(request, pinned)
 
     async def drop(self, request: Request, body: RefRequest) -> Reply:
         """Forgets a reference."""
@@ -314,9 +327,9 @@ class Server:
 
         async def pieces() -> AsyncGenerator[bytes, None]:
             # The turn is held to the last byte: until then, all of it is in memory.
-            async with AsyncExitStack() as held:
+            async with self._held() as held:
                 if body.kv:  # few at a time, since each has a copy of a whole memory
-                    await held.enter_async_context(self._room(self.exports, request))
+                    await self._enter(EXPORT, request, held)
                 file = await self._in_turn(request, held, begun)
                 while piece := await asyncio.to_thread(next, file, b""):
                     yield piece
@@ -327,19 +340,25 @@ class Server:
         """Takes in a memory that a service of the same model exported."""
         if request.headers.get("content-type") != TENSORS:
             raise InvalidRequest(f"A memory comes with the header Content-Type: {TENSORS}.")
-        taken = 0
-        async with within(self.settings.deadline), AsyncExitStack() as held:
-            await held.enter_async_context(self._room(self.uploads, request))
+        async with within(self.settings.deadline), self._held() as held:
+            await self._enter(IMPORT, request, held)
             held.enter_context(_enough_room())
-            temporary = tempfile.NamedTemporaryFile(prefix="latentmas-", suffix=".safetensors")  # noqa: SIM115
+            temporary = tempfile.TemporaryFile()  # noqa: SIM115  # has no name, so that a kill leaves nothing behind
             file = held.enter_context(temporary)
-            async for chunk in self._in_time(request.stream()):
-                taken += len(chunk)
-                check_size(taken, self.settings.max_memory)
-                await asyncio.to_thread(file.write, chunk)
-            await asyncio.to_thread(file.flush)
-            ref = await self._in_turn(request, held, lambda service: service.import_memory(Path(file.name)))
+            ending = ServiceClosed("The server shut down before the memory was here; it, or another one, may be back.")
+            await unless(self.over.wait(), ending, self._receive(request, file))
+            path = Path(f"/dev/fd/{file.fileno()}")
+            turn = self._in_turn(request, held, lambda service: service.import_memory(path))
+            ref = await unless(hung_up(request.receive), ClientDisconnect(), turn)
         return RefReply(ref=WireRef(**ref))
+
+    async def _receive(self, request: Request, file: BinaryIO) -> None:
+        taken = 0
+        async for chunk in self._in_time(request.stream()):
+            taken += len(chunk)
+            check_size(taken, self.settings.max_memory)
+            await asyncio.to_thread(file.write, chunk)
+        await asyncio.to_thread(file.seek, 0)  # some systems let who opens it by its number read on from here
 
     async def _in_time(self, body: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
         """A body too long to be waited for as a whole: each part of it has to come in time."""
@@ -366,7 +385,8 @@ class Server:
                 due = loop.call_later(PROGRESS, news.set)
 
         async def work() -> Thought:
-            async with self._turn(request):
+            async with self._held() as held:
+                await self._enter(WORK, request, held)
                 ref = await service.athink(
                     body.plain_messages,
                     body.refs,
@@ -419,7 +439,8 @@ class Server:
         def begun(service: LocalService) -> AsyncIterator[Chunk]:
             return service.aspeak(body.plain_messages, body.refs, **said)
 
-        async with self._turn(request):
+        async with self._held() as held:
+            await self._enter(WORK, request, held)
             if not (body.stream and body.progress):  # nobody has to be woken up for every token
                 yield "chunk", piece(await service.asay(body.plain_messages, body.refs, **said))
                 return
@@ -452,7 +473,7 @@ class Server:
         """The reply to what a thread does in a turn, since it takes long, and there are not many threads."""
 
         async def done() -> AsyncGenerator[tuple[str, BaseModel], None]:
-            async with AsyncExitStack() as held:
+            async with self._held() as held:
                 document = await self._in_turn(request, held, call)
             yield "done", document
 
@@ -467,38 +488,37 @@ class Server:
         return self._services[request.state.tenant]
 
     @asynccontextmanager
-    async def _turn(self, request: Request) -> AsyncIterator[None]:
-        asked = time.monotonic()
-        async with self.turns.turn(request.state.tenant, request.state.client):
-            request.state.queued = round(time.monotonic() - asked, 4)
-            self.metrics.queued.observe(request.state.queued)
-            yield
+    async def _held(self) -> AsyncIterator[AsyncExitStack]:
+        """A stack for what a request holds, its turn above all.
+
+        It is kept until the last thread that works for the request ends, though nobody may wait for that any more: else
+        that thread would be one more beside those that have a turn, and there are not many.
+        """
+        async with AsyncExitStack() as held:
+            with at_work() as working:
+                try:
+                    yield held
+                finally:
+                    if working:
+                        abandoned = asyncio.ensure_future(_ends(list(working), held.pop_all()))
+                        self._abandoned.add(abandoned)
+                        abandoned.add_done_callback(self._abandoned.discard)
+
+    async def _enter(self, queue: str, request: Request, held: AsyncExitStack) -> None:
+        """Waits in a queue; what it waited for is in `held` from then on."""
+        state, asked = request.state, time.monotonic()
+        await held.enter_async_context(self._queues[queue][state.tenant].turn(state.tenant, state.client))
+        seconds = time.monotonic() - asked
+        self.metrics.queued.labels(queue).observe(seconds)
+        state.queued = round(getattr(state, "queued", 0.0) + seconds, 4)
+
+    async def _in_turn(self, request: Request, held: AsyncExitStack, call: Callable[[LocalService], A]) -> A:
+        """What a thread does in a turn, which is in `held` from then on."""
+        await self._enter(WORK, request, held)
+        return await self._at_once(request, call)
 
     async def _at_once(self, request: Request, call: Callable[[LocalService], A]) -> A:
         return await asyncio.to_thread(call, self._service(request))
-
-    async def _in_turn(self, request: Request, held: AsyncExitStack, call: Callable[[LocalService], A]) -> A:
-        """What a thread does in a turn.
-
-        Args:
-            request: Whose turn.
-            held: Takes the turn, and has what else the thread needs. If nobody waits for the thread any more, its
-                content is kept until the thread ends, and `held` is empty.
-            call: What the thread does.
-        """
-        await held.enter_async_context(self._turn(request))
-        thread = asyncio.ensure_future(self._at_once(request, call))
-        try:
-            return await asyncio.shield(thread)
-        except asyncio.CancelledError:
-            abandoned = asyncio.ensure_future(_ends(thread, held.pop_all()))
-            self._abandoned.add(abandoned)
-            abandoned.add_done_callback(self._abandoned.discard)
-            raise
-
-    @staticmethod
-    def _room(turns: Mapping[str, Turns], request: Request) -> AbstractAsyncContextManager[None]:
-        return turns[request.state.tenant].turn(request.state.tenant, request.state.client)
 
     def _first(self, request: Request) -> None:
         if not hasattr(request.state, "first"):
@@ -574,7 +594,7 @@ class _Uvicorn(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         # Whoever is at work may have to wait for a disk; by itself, asyncio has few more threads than there are cores.
-        threads = ThreadPoolExecutor(self.server.settings.max_running + 4, "latentmas-serve")
+        threads = Workers(self.server.settings.max_running + 4, "latentmas-serve")
         asyncio.get_running_loop().set_default_executor(threads)
         await super().startup(sockets)
         for listening in (each for server in self.servers for each in server.sockets):
@@ -598,14 +618,13 @@ class _Uvicorn(uvicorn.Server):
         await asyncio.sleep(self.server.settings.drain)
         logger.warning("the drain is over", extra={"fields": {"running": self.server.turns.running}})
         # Whatever is left gets ServiceClosed, which clients may retry elsewhere.
+        self.server.over.set()
         await asyncio.to_thread(self.server.service.close)
 
 
-async def _ends(thread: "asyncio.Future[Any]", held: AsyncExitStack) -> None:
+async def _ends(working: Iterable[Work], held: AsyncExitStack) -> None:
     async with held:
-        await asyncio.wait([thread])
-        if not thread.cancelled():
-            thread.exception()  # nobody is there to be told
+        await asyncio.gather(*map(asyncio.wrap_future, working), return_exceptions=True)  # nobody is there to be told
 
 
 @contextmanager
@@ -636,7 +655,9 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = [str(part) for part in first["loc"] if part != "body"]
-    kind = TamperedReference if {"ref", "latents"} & set(where) else InvalidRequest
+    # How many there are, and a field that the request does not have, are no fault of a reference.
+    its_own = len(where) == 1 and (where == ["latents"] or first["type"] == "extra_forbidden")
+    kind = TamperedReference if where[:1] in (["ref"], ["latents"]) and not its_own else InvalidRequest
     return _document(request, kind(f"{'.'.join(where) or 'The request'}: {first['msg']}."))
 
 

@@ -87,7 +87,8 @@ class ServeSettings(BaseSettings):
         max_depth: Most nested arrays and objects in a request.
         max_headers: Most bytes of a request's headers.
         max_memory: Most bytes of a memory that is imported, or exported with its KV.
-        max_connections: Most connections at a time; fewer where the process may not open twice as many files.
+        max_connections: Most connections at a time; fewer where the process may not open twice as many files. One that
+            is too many is closed at once.
         body_seconds: Seconds within which a request's headers must have come, then its body, or the next part of a
             memory's, and within which a client must take something of what it is sent.
         log_level: "debug", "info", "warning" or "error".
@@ -111,7 +112,7 @@ class ServeSettings(BaseSettings):
     deadline: float = Field(600, gt=0)
     drain: float = Field(30, ge=0)
     keep_alive: float = Field(5, gt=0)
-    max_body: Bytes = Field(1 << 20, ge=1024)  # as Python objects, JSON can take 33 times its bytes
+    max_body: Bytes = Field(1 << 20, ge=1024)  # as Python objects, JSON can take 20 times its bytes
     max_depth: int = Field(32, ge=8)
     max_headers: Bytes = Field(1 << 15, ge=1024)
     max_memory: Bytes = 1 << 30

@@ -209,7 +209,10 @@ class FolderStore(BaseStore[str, bytes]):
             raise self._busy() from error
 
     def _busy(self) -> StoreBusy:
-        return StoreBusy(f"Another process has held {self.folder} for {LOCK_SECONDS:.0f} s; try again.")
+        return StoreBusy(
+            f"{self.folder} has been held for {LOCK_SECONDS:.0f} s, by another process or by other work of this one; "
+            "try again."
+        )
 
     def _flush(self, files: Sequence[BinaryIO]) -> None:
         mine, *parts = [files[i::FLUSHERS] for i in range(FLUSHERS)]

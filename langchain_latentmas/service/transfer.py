@@ -39,6 +39,11 @@ class _Segment(BaseModel):
     steps: Annotated[int, Field(ge=0)]
     spoken_ids: list[_Token]
 
+    @property
+    def positions(self) -> int:
+        """Those that it says it takes in a memory."""
+        return len(self.prompt_ids) + self.steps + len(self.spoken_ids)
+
 
 class _Header(BaseModel):
     """What the file says of itself, as JSON under "memory" in its metadata."""
@@ -106,7 +111,7 @@ def write_memory(recipes: Sequence[Recipe], memory: Memory | None) -> Iterator[b
         yield from _chunks(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def read_memory(path: Path, model: str, hidden_size: int, dtype: torch.dtype) -> list[Recipe]:
+def read_memory(path: Path, model: str, hidden_size: int, dtype: torch.dtype, most_positions: int) -> list[Recipe]:
     """The recipes in a file; a KV in it is not looked at, since nobody could tell whether it is theirs.
 
     Args:
@@ -114,6 +119,7 @@ def read_memory(path: Path, model: str, hidden_size: int, dtype: torch.dtype) ->
         model: Fingerprint of the model.
         hidden_size: Width of its thoughts.
         dtype: Likewise; thoughts are converted to it.
+        most_positions: That it can see; of a memory that says it has more, no thoughts are read.
 
     Returns:
         Of all segments, every one after those it was made on. `check_recipes` has to follow.
@@ -121,12 +127,13 @@ def read_memory(path: Path, model: str, hidden_size: int, dtype: torch.dtype) ->
     Raises:
         InvalidRequest: If it is no such file, or does not fit together.
         WrongModel: If it is of another model.
+        ContextTooLong: If it is too long.
     """
     about = _about(path)
     if about.model != model:
-        raise WrongModel(
-            f"The memory in {path.name} belongs to model {about.model}, but this service runs {model}; load that model."
-        )
+        raise WrongModel(f"This memory belongs to model {about.model}, but this service runs {model}; load that model.")
+    if sum(segment.positions for segment in about.segments) > most_positions:
+        raise ContextTooLong(f"The memory is longer than the model's {most_positions} positions.")
     recipes = []
     seen: set[str] = set()
     with _opened(path) as file:
@@ -146,17 +153,15 @@ def read_memory(path: Path, model: str, hidden_size: int, dtype: torch.dtype) ->
     return recipes
 
 
-def check_recipes(recipes: Sequence[Recipe], vocabulary: int, most_positions: int) -> None:
+def check_recipes(recipes: Sequence[Recipe], vocabulary: int) -> None:
     """Checks what came out of a file against a model.
 
     Args:
         recipes: Those of one memory.
         vocabulary: Tokens that the model knows.
-        most_positions: That it can see.
 
     Raises:
         InvalidRequest: If an id is not the digest of its recipe, or a token is not in the vocabulary.
-        ContextTooLong: If it is too long.
     """
     for recipe in recipes:
         own = recipe.segment
@@ -172,8 +177,6 @@ def check_recipes(recipes: Sequence[Recipe], vocabulary: int, most_positions: in
             raise InvalidRequest(f"The segment {recipe.id} is not what its id says; export the memory again.")
         if not own.prompt_ids or max((*own.prompt_ids, *own.spoken_ids)) >= vocabulary:
             raise InvalidRequest(f"The segment {recipe.id} has no prompt, or a token beyond the vocabulary.")
-    if sum(recipe.segment.positions for recipe in recipes) > most_positions:
-        raise ContextTooLong(f"The memory is longer than the model's {most_positions} positions.")
 
 
 def read_kv(path: Path) -> Memory:

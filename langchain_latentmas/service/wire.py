@@ -15,6 +15,7 @@ from ..errors import (
     InvalidReference,
     InvalidRequest,
     LatentMASError,
+    NotFinite,
     RequestTooLarge,
     ServiceBusy,
     ServiceClosed,
@@ -45,6 +46,7 @@ MAX_STOPS = 64
 _STATUS: Mapping[type[LatentMASError], int] = {  # the most special first
     RequestTooLarge: 413,
     InvalidRequest: 422,
+    NotFinite: 422,
     TamperedReference: 403,
     WrongModel: 409,
     UnknownReference: 404,
@@ -188,7 +190,7 @@ class Thought(_Wire):
     marker: str
     """The reference as a short signed string."""
     taken: int = 0
-    """With `progress`, the latent steps that were taken for it; none if it was known."""
+    """With `progress`, its latent steps, also where they were taken for somebody before."""
 
 
 class Step(_Wire):

@@ -57,7 +57,7 @@ def test_both_versions_answer_and_the_converted_one_says_less(name: str, bundled
             thought = fresh.info()["thoughts"]
         assert (thought > 0) is latent
     assert runs[1].output_tokens < runs[0].output_tokens
-    assert runs[0].right + runs[1].right >= 2  # of 6
+    assert min(each.right for each in runs) >= 2  # of 3
 
 
 @pytest.mark.parametrize("name", EDGES)

@@ -21,6 +21,8 @@ MODEL = str(PARITY / "qwen3-tied" / "model")
 QUESTION = "What is 12 plus 30 minus 5?"
 WORKER = """
 import sys
+import warnings
+warnings.filterwarnings("error", category=DeprecationWarning, module="langchain_latentmas")
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langchain_latentmas import LatentService
 from langchain_latentmas.teams import hierarchical
@@ -37,8 +39,8 @@ with LatentService.load(model, device="cpu", store=store) as service, SqliteSave
 
 
 def worker(what: str, tmp_path: Path, **environment: str) -> str:
-    """Runs a part of a graph in a process of its own, where any warning is an error."""
-    command = [sys.executable, "-W", "error::UserWarning", "-W", "error::DeprecationWarning:langchain_latentmas"]
+    """Runs a part of a graph in a process of its own, where user warnings and deprecations in this package raise."""
+    command = [sys.executable, "-W", "error::UserWarning"]
     arguments = [what, MODEL, str(tmp_path / "store"), str(tmp_path / "graph.sqlite")]
     done = subprocess.run(
         [*command, "-c", WORKER, *arguments],

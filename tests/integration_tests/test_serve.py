@@ -1,7 +1,6 @@
 """A real server process, and graphs that run against it as they run in process."""
 
 import inspect
-import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from langchain_latentmas.errors import InvalidRequest, ServiceUnreachable, Tampe
 from langchain_latentmas.service.identity import key_file
 from langchain_latentmas.service.serving import ServeSettings
 from langchain_latentmas.service.shared import shared_service
-from tests.served import Process, certificate, client, port_of
+from tests.served import TOKEN, Process, certificate, client, port_of
 from tests.support import say, wait_for
 
 QUESTION = "Tom has 12 apples and buys 30 more. How many apples does Tom have?"
@@ -109,12 +108,12 @@ def test_https(tmp_path: Path, bundled: LatentService) -> None:
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_work_end_and_exits_cleanly(tmp_path: Path, asked: signal.Signals) -> None:
-    with Process("--store", str(tmp_path)) as process, client(process, patience=0) as remote:
+    with Process("--store", str(tmp_path), "--drain", "300") as process, client(process, patience=0) as remote:
         # Thinking takes all of its steps, while a text may end at once.
         stop = lambda step: process.process.send_signal(asked) if step == 1 else None  # noqa: E731
         ref = remote.think("Count.", steps=1500, on_step=stop)
         assert ref["steps"] == 1500
-        assert process.process.wait(60) == 0
+        assert process.process.wait(300) == 0
         wait_for(lambda: process.log[-1]["message"] == "ended")
         assert [line["message"] for line in process.log[-3:-1]] == ["draining", "POST /v1/think"]
 
@@ -156,6 +155,7 @@ def test_settings_come_from_flag_environment_and_file(tmp_path: Path) -> None:
         (["--certificate", "/nowhere.pem"], {}, "needs both certificate and certificate_key"),
         (["--certificate", "/nowhere.pem", "--certificate-key", "/nowhere.pem"], {}, "certificate /nowhere.pem"),
         (["--model", "/nowhere"], {}, "nowhere"),
+        (["--host", "192.0.2.1", "--model", "/nowhere"], {"LATENTMAS_TOKEN": TOKEN}, "cannot be listened on"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(
@@ -167,7 +167,7 @@ def test_what_cannot_be_served_is_said_in_one_line(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    result = CliRunner().invoke(app, ["serve", "--store", str(tmp_path), *flags])
+    result = CliRunner().invoke(app, ["serve", "--store", str(tmp_path), "--port", "0", *flags])
     assert result.exit_code == 2
     assert why in result.output.replace("\n", " ")
 
@@ -207,4 +207,3 @@ def test_a_server_that_runs_takes_the_fresh_key(tmp_path: Path) -> None:
 def test_a_client_says_what_it_cannot_do(remote: LatentService) -> None:
     with pytest.raises(InvalidRequest, match="in this process"):
         remote.altered(remote.think(QUESTION, steps=1), "zeroed")
-    assert os.environ.get("LATENTMAS_TOKEN") is None

@@ -15,14 +15,17 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
 from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.runnables import RunnableLambda
 from langgraph.cache.memory import InMemoryCache as NodeCache
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.func import entrypoint, task
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import CachePolicy, interrupt
+from typer.testing import CliRunner
 
 from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, LatentState, audit, switch_edges
 from langchain_latentmas.auditing import aaudit, journal_head
+from langchain_latentmas.cli import app
 from langchain_latentmas.commands.audit import _pairs
 from langchain_latentmas.errors import (
     EdgeNotCrossed,
@@ -343,6 +346,30 @@ def test_another_graph_does_not_go_on_from_the_answers(service32: LatentService,
     assert len(set(heads)) == 4
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda node: node.with_config(tags=["judge"]),
+        lambda node: node.with_retry(),
+        lambda node: RunnableLambda(lambda state: state) | node,
+        lambda node: lambda state: node.invoke(state),
+    ],
+    ids=["with tags", "with retries", "in a chain", "called by a function"],
+)
+def test_an_agent_that_a_node_wraps_is_audited_as_one_that_is_the_node(service32: LatentService, wrapped: Any) -> None:
+    def built(**judging: Any) -> StateGraph:
+        builder = team(service32, ["planner"])
+        builder.add_node("critic", LatentAgentNode("critic", "Check.", service=service32, steps=1))
+        judger = LatentAgentNode("judger", "Judge.", service=service32, speak=True, max_tokens=2, **judging)
+        builder.add_node("judge", wrapped(judger))
+        return builder.add_edge("planner", "critic").add_edge("critic", "judge")
+
+    heads = [journal_head(built(temperature=temperature), [], 0) for temperature in (0.0, 0.5, 0.5)]
+    assert heads[0]["graph"] != heads[1]["graph"] == heads[2]["graph"]
+    with pytest.raises(InvalidEdge, match="'judger' reads planner only"):
+        audit(built(reads=["planner"]), asked(), lambda state, i: True, edges=[("critic", "judger")])
+
+
 def test_examples_stay_the_same_when_a_graph_has_given_their_messages_ids(service32: LatentService) -> None:
     builder = team(service32)
     examples: list[Any] = [({"messages": [HumanMessage("What is 12 plus 30?")]}, i) for i in range(2)]
@@ -631,3 +658,18 @@ def test_a_line_of_examples_ends_at_a_newline_only(tmp_path: Path) -> None:
     path, asked = tmp_path / "examples.jsonl", "1\u2028\u2029\x85"
     path.write_text(json.dumps({"input": asked, "answer": "1"}, ensure_ascii=False) + "\r\n\n", encoding="utf-8")
     assert _pairs(path, 1, 0) == [({"messages": [("human", asked)]}, "1")]
+
+
+def test_the_command_audits_every_edge_by_itself(
+    fresh_service: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("langchain_latentmas.commands.audit.load", lambda *_: fresh_service(dtype="float32"))
+    asked = ["audit", "--task", "words", "--n", str(N), "--steps", "1", "--max-tokens", "2", "--conditions", "cut"]
+    told = CliRunner().invoke(app, [*asked, "--each", "--out", str(tmp_path), "--json"])
+    assert told.exit_code == 0, told.output
+    names = [edge["edge"] for edge in json.loads(told.stdout)["edges"]]
+    assert names == ["all edges", "planner->critic", "critic->refiner", "refiner->judger"]
+    shown = CliRunner().invoke(app, [*asked, "--each", "--out", str(tmp_path)])
+    lines = [line.strip() for line in shown.stdout.splitlines()]
+    assert [line for line in lines if line in names] == names
+    assert "What is said of one edge holds while the others stay as they are." in " ".join(lines)

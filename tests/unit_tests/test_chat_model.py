@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core import globals as of_langchain
 from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.load import dumps, load, loads
 from langchain_core.messages import (
     AIMessage,
@@ -19,7 +21,8 @@ from langchain_core.messages import (
 )
 from langchain_core.messages.ai import add_ai_message_chunks
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import ConfigurableField, RunnableLambda
+from langchain_core.tools import Tool
 from langchain_tests.unit_tests import ChatModelUnitTests, chat_models
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import START, MessagesState, StateGraph
@@ -106,6 +109,23 @@ def test_tokens_are_counted_as_the_model_reads_them(llm: ChatLatentMAS, service3
     assert llm.get_num_tokens_from_messages([]) == 0
 
 
+def test_a_conversation_is_trimmed_where_the_template_takes_no_part_of_it_backwards(fresh_service: Any) -> None:
+    wants_a_question = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('no question') }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    llm = ChatLatentMAS(service=fresh_service(dtype="float32", chat_template=wants_a_question))
+    talk = [HumanMessage("Hello"), AIMessage("Hi there."), HumanMessage("More?"), AIMessage("No.")]
+    most = sum(len(llm.get_token_ids(message.text)) for message in talk[2:])
+    assert trim_messages(talk, max_tokens=most, token_counter=llm, strategy="last") == talk[2:]
+    assert llm.get_num_tokens_from_messages(talk) > llm.get_num_tokens_from_messages(talk[::-1]) > most
+    picture = HumanMessage([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}])
+    with pytest.raises(InvalidRequest, match="holds more than text"):
+        llm.get_num_tokens_from_messages([talk[1], picture])
+    with pytest.raises(InvalidRequest, match="presents no tools"):
+        llm.get_num_tokens_from_messages(talk, tools=[Add])
+
+
 def test_chunks_add_up_to_the_message(llm: ChatLatentMAS) -> None:
     chunks = [chunk for chunk in llm.stream("Hello") if isinstance(chunk, AIMessageChunk)]
     whole = llm.invoke("Hello")
@@ -114,6 +134,27 @@ def test_chunks_add_up_to_the_message(llm: ChatLatentMAS) -> None:
     assert added.text == whole.text
     assert added.usage_metadata == whole.usage_metadata
     assert added.response_metadata["latent_ref"] == whole.response_metadata["latent_ref"]
+
+
+def test_a_model_with_configurable_fields_streams_too(llm: ChatLatentMAS) -> None:
+    model = llm.configurable_fields(max_tokens=ConfigurableField("max_tokens"))
+    chunks = list(model.stream("Hello", {"configurable": {"max_tokens": 12}}))
+    assert len(chunks) > 4
+    assert "".join(chunk.text for chunk in chunks) == llm.invoke("Hello", max_tokens=12).text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_whether_a_call_streams_may_be_bound(llm: ChatLatentMAS, stream: bool) -> None:
+    heard: list[Any] = []
+
+    class Listener(BaseCallbackHandler):
+        def on_llm_new_token(self, token: Any, **_: Any) -> None:
+            heard.append(token)
+
+    bound = llm.bind(stream=stream)
+    said = bound.invoke("Hello", {"callbacks": [Listener()]}).text
+    assert said == "".join(chunk.text for chunk in bound.stream("Hello")) == llm.invoke("Hello").text
+    assert (len(heard) > 1) == stream
 
 
 async def test_the_async_ways_say_the_same(llm: ChatLatentMAS) -> None:
@@ -279,6 +320,22 @@ def test_a_choice_of_none_presents_no_tools(scripted: Any) -> None:
     assert message.usage_metadata == llm.invoke("Add 3.").usage_metadata
 
 
+@pytest.mark.parametrize(
+    ("tool", "kind"),
+    [
+        ({"type": "web_search"}, "web_search"),
+        ({"type": "function", "name": "Add"}, "function"),
+        (Tool("grep", lambda line: line, "Greps.", metadata={"type": "custom_tool"}), "custom"),
+    ],
+    ids=["a vendor's", "flat", "custom"],
+)
+def test_a_tool_that_is_no_function_is_refused(llm: ChatLatentMAS, tool: Any, kind: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"a tool of type '{kind}'"):
+        llm.bind_tools([Add, tool])
+    with pytest.raises(InvalidRequest, match=f"a tool of type '{kind}'"):
+        llm.get_num_tokens_from_messages([HumanMessage("Add 3.")], tools=[tool])
+
+
 @pytest.mark.parametrize("choice", ["Sub", {"type": "function", "function": {"name": "Sub"}}, {}])
 def test_a_choice_that_names_no_tool_is_refused(llm: ChatLatentMAS, choice: Any) -> None:
     with pytest.raises(InvalidRequest, match="is none of the tools: Add"):
@@ -397,11 +454,32 @@ def test_clients_of_one_server_are_one_to_a_cache(fresh_service: Any) -> None:
     assert json.dumps(one.address) in strings[0]  # which is what `load` takes
 
 
-def test_a_cache_tells_models_apart_that_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("everywhere", [False, True], ids=["of the model", "of all models"])
+async def test_a_cache_is_asked_for_what_a_loaded_model_says_and_nothing_else(
+    service32: LatentService, monkeypatch: pytest.MonkeyPatch, everywhere: bool
+) -> None:
+    """Nobody could ever hit what a thought writes, nor what is written under no identity."""
+    asked: list[str] = []
+
+    class Watched(InMemoryCache):
+        def lookup(self, prompt: str, llm_string: str) -> Any:
+            asked.append("lookup")
+            return super().lookup(prompt, llm_string)
+
+        def update(self, prompt: str, llm_string: str, return_val: Any) -> None:
+            asked.append("update")
+            super().update(prompt, llm_string, return_val)
+
+    cache = Watched()
+    monkeypatch.setattr(of_langchain, "_llm_cache", cache if everywhere else None)
     monkeypatch.setattr(shared, "_services", {})
-    monkeypatch.setattr(LatentService, "load", lambda *_, **__: pytest.fail("nobody has called it"))
-    models = [ChatLatentMAS(model=model, device=device) for model in ("a", "b") for device in ("cpu", "cuda")]
-    assert len({model._get_llm_string() for model in models}) == 4
+    monkeypatch.setattr(LatentService, "load", lambda *_, **__: service32)
+    llm = ChatLatentMAS(max_tokens=2, cache=None if everywhere else cache)
+    said = await llm.ainvoke("Hello")  # which loads it
+    assert llm.invoke("Hello", steps=1).text == (await llm.ainvoke("Hello", steps=1)).text
+    assert asked == []
+    assert [llm.invoke("Hello").text, (await llm.ainvoke("Hello")).text] == [said.text] * 2
+    assert asked == ["lookup", "update", "lookup"]
 
 
 def test_a_cache_tells_calls_with_steps_that_think_from_those_that_speak(service32: LatentService) -> None:

@@ -1,8 +1,12 @@
 """What the command line says before it loads anything, and how it loads."""
 
 import gc
+import html
 import json
+import re
+import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,15 +15,50 @@ import pytest
 from typer.testing import CliRunner
 
 from langchain_latentmas import LatentService, __version__
+from langchain_latentmas.bundled import EXPERTS, SEQUENTIAL
 from langchain_latentmas.cli import app
+from langchain_latentmas.commands.demo import MODES
 from langchain_latentmas.commands.options import named
 from langchain_latentmas.commands.picture import _ready
 from langchain_latentmas.commands.session import load, settled
+from langchain_latentmas.commands.terminal import lens_strip, printable
 from langchain_latentmas.errors import InvalidRequest
 from langchain_latentmas.service.identity import key_file
 from langchain_latentmas.service.serving import ServeSettings
 
 from ..conftest import Fresh
+
+Called = Callable[..., str]
+
+
+@pytest.fixture
+def called(fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch) -> Called:
+    """What a command prints on a small model that was trained to nothing."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+    def call(command: str, *arguments: str) -> str:
+        monkeypatch.setattr(f"langchain_latentmas.commands.{command}.load", lambda *_: fresh_service())
+        result = CliRunner().invoke(app, [command, *arguments, "--model", "another"])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return call
+
+
+def squeezed(text: str) -> str:
+    """Without the blanks, however lines were broken."""
+    return "".join(text.split())
+
+
+def test_the_help_and_the_tasks_need_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "import langchain_latentmas.bundled.tasks\n"
+        "from langchain_latentmas.cli import app; app(['--help'])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert "pass latent memory instead of text" in shown.stdout
 
 
 def test_the_version_is_that_of_the_package() -> None:
@@ -78,6 +117,7 @@ def test_as_json_an_error_is_json_too() -> None:
         (["picture", "steps", "a.svg", "--task", "words", "--grader", "exact"], "'words' has a grader of its own"),
         (["picture", "thoughts", "a.svg", "--task", "no.jsonl"], "no.jsonl cannot be read"),
         (["picture", "thoughts", "a.svg", "--task", "no.jsonl", "--grader", "taste"], "There is no grader 'taste'"),
+        (["audit", "--task", "words", "--each", "--edge", "planner->critic"], "by themselves anyway; leave --each out"),
     ],
 )
 def test_what_cannot_be_asked_is_told_before_a_model_is_loaded(
@@ -216,3 +256,52 @@ def test_another_model_is_told_by_lens_what_it_is_told_by_ask(
         told[command] = prompts
     assert len(told["ask"]) == 4
     assert told["lens"] == told["ask"]
+
+
+@pytest.mark.parametrize(
+    ("arrangement", "edges", "steps"),
+    [("sequential", "latent", 3), ("hierarchical", "latent", 0), ("sequential", "text", 3)],
+)
+def test_ask_shows_what_every_agent_thought_or_said(called: Called, arrangement: str, edges: str, steps: int) -> None:
+    asked = ["ask", "Name three rivers.", "--arrangement", arrangement, "--edges", edges]
+    asked += ["--steps", str(steps), "--max-tokens", "4"]
+    told, shown = json.loads(called(*asked, "--json")), squeezed(called(*asked))
+    thinkers = SEQUENTIAL if arrangement == "sequential" else EXPERTS
+    assert [turn["agent"] for turn in told["agents"]] == [*thinkers, "judger"]
+    assert [turn["text"] is None for turn in told["agents"]] == [edges == "latent"] * 3 + [False]
+    for turn in told["agents"]:
+        content = lens_strip(turn["lens"]).plain or "no latent steps: its prompt's KV alone"
+        content = content if turn["text"] is None else printable(turn["text"])
+        assert squeezed(f"{turn['agent']} {content}") in shown
+    tokens, thought = sum(turn["output_tokens"] for turn in told["agents"]), 3 * steps if edges == "latent" else 0
+    assert squeezed(f"{arrangement}, {edges} edges") in shown
+    assert squeezed(f"{tokens} tokens decoded, {thought} latent steps") in shown
+    assert told.pop("seconds") > 0
+    assert told.pop("model")["name"]
+    assert told | {"agents": []} == {
+        "question": "Name three rivers.",
+        "arrangement": arrangement,
+        "edges": edges,
+        "answer": told["agents"][-1]["text"],
+        "agents": [],
+        "output_tokens": tokens,
+        "latent_steps": thought,
+        "latent_steps_read": thought,
+    }
+
+
+def test_demo_prints_its_scores_and_draws_what_it_prints(called: Called, tmp_path: Path) -> None:
+    asked, drawn = ["demo", "--n", "2", "--steps", "3", "--max-tokens", "4"], tmp_path / "new" / "demo.svg"
+    told, shown = json.loads(called(*asked, "--json")), called(*asked, "--svg", str(drawn))
+    lines = [line.split() for line in shown.splitlines()]
+    assert [(score["arrangement"], score["mode"]) for score in told["scores"]] == [
+        (arrangement, mode) for arrangement in ("sequential", "hierarchical") for mode in MODES
+    ]
+    for score in told["scores"]:
+        steps = 9 if score["mode"] == "latent" else 0  # with its edge cut, the judger reads none of them
+        row = f"{MODES[score['mode']]} {score['right']} of 2 {score['output_tokens']:.1f} {steps}".split()
+        assert row in [line[: len(row)] for line in lines]
+    ratios = [line[3] for line in lines if line[:3] == ["text", "/", "latent"]]
+    assert ratios == [f"{ratio['output_tokens']:.1f}×" for ratio in told["ratios"].values()]
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn.read_text())
+    assert squeezed(html.unescape("".join(texts))) == squeezed(f"latentmas demo {shown}")

@@ -26,7 +26,7 @@ from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.engine.ragged import bucket
 from langchain_latentmas.engine.sampling import Sampling
 from langchain_latentmas.engine.tick import Result, Row, Ticker
-from langchain_latentmas.errors import EngineFailed
+from langchain_latentmas.errors import NotFinite
 
 from ..conftest import load_parts
 from ..support import kv_difference, relative
@@ -200,6 +200,7 @@ def test_a_replay_that_differs_is_not_used_and_said(model: LanguageModel, caplog
         found = run(model, graphs)
     assert graphs.fault == "a replayed step differs by 1.0e-02"
     assert "CUDA graphs are off" in caplog.text
+    assert "a new start" not in caplog.text
     assert [r.tokens for r in found] == [r.tokens for r in run(model, None)]
 
 
@@ -221,7 +222,7 @@ def test_a_row_that_overflows_neither_turns_them_off_nor_reaches_the_slots_in_ex
             if "five" not in ends and "four" in ends and len(tick.rows) == 2:
                 ends["five"] = None
                 join("five", [[13, 14, 15]], 8)
-    assert isinstance(ends["three"], EngineFailed)
+    assert isinstance(ends["three"], NotFinite)
     assert graphs.fault is None
     for name, ids, steps in (("one", [5, 6, 7], 12), ("five", [13, 14, 15], 8)):
         alone = Ticker(model, max_rows=1, live_bytes=1 << 40)
@@ -300,6 +301,47 @@ def test_who_could_not_record_goes_on_behind_what_was_begun(monkeypatch: pytest.
     record(lambda: Step(torch.zeros(1), torch.zeros(1)))  # the next one gets its turn
 
 
+@pytest.mark.parametrize("begun", [True, False], ids=["half recorded", "not begun"])
+def test_torch_is_not_left_in_a_recording_that_failed(monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    """Its allocator knows what is recorded into, and `torch.cuda.graph` tells it of the end only where that worked."""
+    under_way, used, cuda = set[tuple[int, int]](), {1: 0}, stand_in()
+
+    class Graph:
+        def __init__(self, graph: object, pool: int, stream: Any, **_: Any) -> None:
+            self.begins = stream.device.index, pool
+
+        def __enter__(self) -> None:
+            under_way.add(self.begins)
+            used[self.begins[1]] += 1
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end(device: int, pool: int) -> None:
+        if (device, pool) not in under_way:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        under_way.remove((device, pool))
+
+    def release(device: int, pool: int) -> None:
+        used[pool] -= 1
+
+    cuda.graph, cuda.graph_pool_handle.return_value, cuda.Stream.return_value.device = Graph, 1, torch.device("cuda:3")
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release)
+    passes = iter([2, 1] if begun else [])  # two, before anything is recorded
+
+    def compute() -> Step:
+        if next(passes, None) is None:
+            raise RuntimeError("operation not permitted")
+        return Step(torch.zeros(1), torch.zeros(1))
+
+    with pytest.raises(RuntimeError, match="previous error" if begun else "not permitted"):
+        CudaRecorder(torch.device("cuda:3"))(compute)
+    assert not under_way
+    assert used == {1: 0}
+
+
 def test_memory_that_is_short_for_a_while_does_not_turn_them_off(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -361,13 +403,16 @@ def test_without_them_a_gpu_meets_few_lengths_too(model: LanguageModel, monkeypa
         ("", "RuntimeError"),
     ],
 )
-def test_a_step_that_cannot_be_recorded_is_computed(model: LanguageModel, said: str, fault: str) -> None:
+def test_a_step_that_cannot_be_recorded_is_computed(
+    model: LanguageModel, caplog: pytest.LogCaptureFixture, said: str, fault: str
+) -> None:
     def refuse(compute: Compute) -> Compute:
         raise RuntimeError(said)
 
     graphs = Graphs(refuse, tolerance=1e-8)
     assert [r.tokens for r in run(model, graphs)] == [r.tokens for r in run(model, None)]
     assert graphs.fault == fault
+    assert "a new start, cuda_graphs=False" in caplog.text
 
 
 def test_there_are_none_on_a_cpu(model: LanguageModel) -> None:

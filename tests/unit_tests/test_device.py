@@ -13,6 +13,7 @@ from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.engine.tick import Row, Ticker
 
 from ..conftest import load_parts
+from ..support import PARITY
 
 CUDA = torch.device("cuda:1")
 
@@ -52,6 +53,17 @@ def test_a_model_prepares_its_device_before_it_computes(monkeypatch: pytest.Monk
     monkeypatch.setattr(LanguageModel, "hidden", computes)
     LanguageModel(*load_parts("qwen3-tied", "float64"))
     assert done[:2] == [torch.device("cpu"), "computed"]
+
+
+@pytest.mark.parametrize(("built", "device", "said"), [("12.6", None, 1), ("12.6", "cpu", 0), (None, None, 0)])
+def test_a_torch_built_for_cuda_says_that_it_finds_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, built: str | None, device: str | None, said: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    model = LanguageModel.load(str(PARITY / "qwen3-tied" / "model"), device=device)
+    assert model.device == torch.device("cpu")
+    assert caplog.text.count("no CUDA device can be used") == said
 
 
 def test_the_host_waits_for_the_tick_before_the_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import json
 import operator
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_text_run_of_a_switched_graph_equals_the_graph_as_it_was(llm: ChatLate
 def test_single_edges_go_back_to_text_for_a_call(llm: ChatLatentMAS) -> None:
     graph = switch_edges(chain(llm), "*", steps=3).compile()
     out = graph.invoke(ASKED, {"configurable": {"edges": {"planner->critic": "text"}}})
-    assert "[latent" not in out["plan"]
+    assert out["plan"] == chain(llm).compile().invoke(ASKED)["plan"]
     assert is_latent(out["critique"], "critic")
     out = graph.invoke(ASKED, {"configurable": {"edges": {"critic->judger": "text", "planner->critic": "latent"}}})
     assert is_latent(out["plan"], "planner")
@@ -80,7 +81,7 @@ def test_an_unknown_mode_is_refused(llm: ChatLatentMAS, edges: Any) -> None:
         graph.invoke(ASKED, {"configurable": {"edges": edges}})
 
 
-@pytest.mark.parametrize("key", ["planner", "planner->", "->critic", PLANNER, 3])
+@pytest.mark.parametrize("key", ["planner", "planner->", "->critic", "planner -> ", PLANNER, 3])
 def test_a_mode_for_what_is_no_edge_is_refused(llm: ChatLatentMAS, key: Any) -> None:
     graph = switch_edges(chain(llm), "*").compile()
     with pytest.raises(InvalidRequest, match=r"names edges as 'source->target', and .* is none"):
@@ -149,19 +150,22 @@ def test_events_are_json_and_stream_in_both_modes(llm: ChatLatentMAS) -> None:
 
     graph = switch_edges(chain(llm), "*", steps=3).compile()
     kinds = ["custom", "messages", "updates", "values", "checkpoints", "tasks"]
-    said = {}
+    said, unmarked = {}, {}
     told = [{"agent": agent, "step": n, "steps": 3} for agent in ("planner", "critic") for n in (1, 2, 3)]
     for mode in ("latent", "text", "latent"):
         events = list(graph.stream({"question": "6*7?"}, {"configurable": {"edges": mode}}, stream_mode=kinds))
         for event in events:
             json.dumps(event, default=plain)
         steps = [event for kind, event in events if kind == "custom"]
-        nodes = [data["langgraph_node"] for kind, (_, data) in ((k, e) for k, e in events if k == "messages")]
-        said[mode] = {node: nodes.count(node) for node in nodes}
+        chunks = [event for kind, event in events if kind == "messages"]
+        spoken = [(chunk.text, data["langgraph_node"]) for chunk, data in chunks]
+        said[mode] = Counter(node for _, node in spoken)
+        unmarked[mode] = {node for text, node in spoken if "[latent " not in text}
         assert steps == ([] if mode == "text" else told)  # the second time, of thoughts that are known
     assert said["text"]["planner"] > 1
     assert said["latent"]["planner"] == 1
     assert said["latent"]["judger"] > 1
+    assert unmarked == {"latent": {"judger"}, "text": {"planner", "critic", "judger"}}
 
 
 # Ways through a graph
@@ -244,9 +248,11 @@ def test_a_router_that_reads_text_keeps_all_edges_of_its_node_text(llm: ChatLate
     builder = chain(llm)
     builder.add_conditional_edges("planner", lambda state: "critic", ["critic"])
     assert latent(builder) == {CRITIC}
-    with pytest.raises(InvalidEdge, match="its router reads the text of 'planner'"):
+    with pytest.raises(InvalidEdge, match="its router reads the text of 'planner'; pass router_reads_text=False"):
         switch_edges(builder, [PLANNER])
-    assert latent(builder, router_reads_text=False) == {PLANNER, CRITIC}
+    assert "[latent" not in switch_edges(builder, "*", steps=3).compile().invoke(ASKED)["plan"]
+    out = switch_edges(builder, "*", router_reads_text=False, steps=3).compile().invoke(ASKED)
+    assert is_latent(out["plan"], "planner")
 
 
 def test_sends_carry_markers_to_workers_and_theirs_to_the_judger(llm: ChatLatentMAS) -> None:
@@ -281,6 +287,8 @@ def test_a_command_carries_a_marker(llm: ChatLatentMAS) -> None:
     builder.add_node("judger", judger_of(llm))
     builder.add_edge(START, "planner").add_edge("critic", "judger")
     assert latent(builder) == {CRITIC}
+    with pytest.raises(InvalidEdge, match="the node that returns Command reads the text of 'planner'"):
+        switch_edges(builder, [PLANNER])
     out = switch_edges(builder, "*", router_reads_text=False, steps=3).compile().invoke(ASKED)
     assert is_latent(out["plan"], "planner")
     assert out["latent_steps"] == 6
@@ -445,7 +453,9 @@ def test_edges_flip_back_one_by_one(llm: ChatLatentMAS) -> None:
     both = switch_edges(builder, "*", steps=3)
     one = switch_edges(both, [PLANNER], to="text")
     assert latent(one, []) == {CRITIC}
-    assert "[latent" not in one.compile().invoke(ASKED)["plan"]
+    out = one.compile().invoke(ASKED)
+    assert "[latent" not in out["plan"]
+    assert is_latent(out["critique"], "critic")
     none = switch_edges(one, "*", to="text")
     assert latent(none, []) == set()
     assert shape(none) == shape(builder)
@@ -476,6 +486,7 @@ def test_explaining_changes_nothing_and_names_every_edge(llm: ChatLatentMAS) -> 
         EdgeReport(*CRITIC, "text", "not switched"),
         EdgeReport("judger", END, "text", "not switched"),
     }
+    assert all(why for _, why in modes(builder).values())
     assert shape(builder) == before
     assert str(reports).splitlines() == [
         "__start__ -> planner  text    not switched",

@@ -31,6 +31,7 @@ from ..graphs import (
     latent,
     modes,
     planner_of,
+    team,
 )
 
 
@@ -200,16 +201,6 @@ def test_a_switched_graph_draws_its_subgraphs(llm: ChatLatentMAS) -> None:
     plain = builder.compile().get_graph(xray=True).draw_mermaid()
     assert "finder" in plain
     assert switch_edges(builder, "*").compile().get_graph(xray=True).draw_mermaid() == plain
-
-
-def team(planner: Any, judger: Any) -> StateGraph:
-    builder = StateGraph(MessagesState)
-    builder.add_node("planner", planner)
-    builder.add_node("judger", judger)
-    builder.add_edge(START, "planner")
-    builder.add_edge("planner", "judger")
-    builder.add_edge("judger", END)
-    return builder
 
 
 class Noisy(AgentMiddleware):

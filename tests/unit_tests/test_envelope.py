@@ -1,8 +1,14 @@
+import hashlib
+import hmac
+import json
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import torch as safetensors
+from torch import Tensor
 
 from langchain_latentmas.errors import StoreCorrupted
 from langchain_latentmas.service.envelope import OVERHEAD, Envelope, Kind
@@ -10,6 +16,13 @@ from langchain_latentmas.service.identity import RetiredKey, Signer
 
 SIGNER = Signer(b"k" * 32)
 FILE = b"".join(Envelope(Kind.RECIPE, b'{"id": "x"}', b"payload").sealed(SIGNER))
+
+
+def parts(file: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file, read as docs/store-format.md says, and not by what wrote them."""
+    header, payload = struct.unpack_from("<IQ", file, 12)
+    end = 24 + header
+    return json.loads(file[24:end]), safetensors.load(file[end : end + payload])
 
 
 @given(st.sampled_from(Kind), st.binary(max_size=200), st.binary(max_size=200))
@@ -66,4 +79,7 @@ def test_the_layout_is_that_of_the_page_on_the_format() -> None:
     """docs/store-format.md states these offsets; whoever changes one changes the version."""
     assert FILE[:24] == b"LATENTMS" + bytes([1, 0, 1, 0, 11, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0])
     assert FILE[24:42] == b'{"id": "x"}payload'
-    assert len(FILE) == 42 + 64
+    assert FILE[42:74] == hashlib.sha256(FILE[:42]).digest()
+    assert FILE[74:] == hmac.digest(b"k" * 32, b'{"sha256":"%s"}' % FILE[42:74].hex().encode(), "sha256")
+    spilled = b"".join(Envelope(Kind.KV, b"{}", b"").sealed(SIGNER))
+    assert spilled[:12] == b"LATENTMS" + bytes([1, 0, 2, 0])

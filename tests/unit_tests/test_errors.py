@@ -5,6 +5,8 @@ from langgraph.types import RetryPolicy
 
 import langchain_latentmas
 from langchain_latentmas import errors
+from langchain_latentmas.evaluation.journal import is_mended
+from langchain_latentmas.service.wire import Problem
 
 ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
 MENDED_BY_A_RETRY = {
@@ -28,6 +30,12 @@ def test_langgraph_retries_only_what_a_retry_can_mend(kind: type[Exception]) -> 
     retried = RetryPolicy().retry_on
     assert callable(retried)
     assert retried(kind("why")) is (kind in MENDED_BY_A_RETRY)
+
+
+def test_numbers_that_overflow_are_no_failure_of_the_engine() -> None:
+    """The same request overflows again: neither a client nor an evaluation should repeat it."""
+    assert Problem.of(errors.NotFinite("why")).status == 422
+    assert not is_mended("NotFinite: why")
 
 
 def test_a_reference_of_another_model_is_an_invalid_reference() -> None:

@@ -2,11 +2,11 @@ import errno
 import json
 import logging
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -267,13 +267,17 @@ def test_a_server_that_is_gone_ends_the_run_and_the_answers_are_kept(fresh: Loca
 def test_what_waits_for_its_grader_when_a_run_ends_is_kept_and_graded(fresh: LocalService, tmp_path: Path) -> None:
     class Slow(Gone):
         def grade(self, text: str, question: Question) -> bool:
-            time.sleep(2)
-            return True
+            return both_kept.wait(60)
 
-    path = tmp_path / "answers.jsonl"
+    def on_answer(mode: str, arrangement: str, done: int, questions: int) -> None:
+        if done == 2:
+            both_kept.set()
+
+    path, both_kept = tmp_path / "answers.jsonl", Event()
     one_by_one = {**QUICK, "batch": 1, "modes": ["single"]}
     with pytest.raises(ServiceUnreachable):
-        Evaluation(fresh, Slow(), **one_by_one).run(path)
+        Evaluation(fresh, Slow(), **one_by_one).run(path, on_answer)
+    assert both_kept.is_set()
     kept = {line["id"]: line["text"] for line in lines(path)[2:]}
     assert sorted(kept) == ["words-0-0", "words-0-1"]
     assert all(kept.values())

@@ -3,12 +3,16 @@
 import asyncio
 import json
 import math
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import httpx
 import pytest
 from langchain_core.messages import HumanMessage
 
@@ -17,16 +21,21 @@ from langchain_latentmas.errors import (
     EngineFailed,
     InvalidRequest,
     LatentMASError,
+    ModelNotFound,
+    ServiceBusy,
     ServiceClosed,
     ServiceUnreachable,
 )
 from langchain_latentmas.service import Chunk
+from langchain_latentmas.service.connections import Connections
+from langchain_latentmas.service.events import Event, EventReader
 from langchain_latentmas.service.identity import WireRef
 from langchain_latentmas.service.server import Server
 from langchain_latentmas.service.wire import EVENTS, SpeakRequest, SpokenChunk
 
-from ..served import TOKEN, client, serving
-from ..support import messages
+from ..conftest import Fresh
+from ..served import TOKEN, certificate, client, serving
+from ..support import Gate, messages
 
 PROMPT = messages("What is 12 plus 30?")
 TOKENS = 6
@@ -115,13 +124,16 @@ def hang_up(server: Server) -> None:
 
 @contextmanager
 def stranger(replies: dict[str, tuple[int, dict[str, str], str]]) -> Iterator[tuple[str, list[str]]]:
-    """Another server, with these replies by path; yields its address, and the paths that were asked for."""
+    """Another server, with these replies by path; yields its address, and the paths that were asked for.
+
+    Behind each of them is the password that came with it.
+    """
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             path = self.path.partition("?")[0]
-            asked.append(path)
+            asked.append(path + self.headers.get("Authorization", ""))
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, headers, body = replies.get(path, (404, {}, ""))
             self.send_response(status)
@@ -231,13 +243,32 @@ def test_after_the_last_chunk_nothing_is_missing(hear: Hear) -> None:
 # Where it goes.
 
 
-async def test_a_proxy_of_the_environment_is_not_heeded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that is not there, and a password for all servers of these tests."""
     for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password secret\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(netrc))
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_proxy_of_the_environment_is_not_heeded(server: Server) -> None:
     with client(server, patience=0) as remote:
         assert remote.think(PROMPT, steps=1) == await remote.athink(PROMPT, steps=1)
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(("kind", "path"), [("", "/v1/info"), ("vllm+", "/v1/models")])
+def test_neither_is_a_password_of_netrc_nor_are_they_by_the_client_of_vllm(kind: str, path: str) -> None:
+    with stranger({}) as (url, asked), pytest.raises(LatentMASError):
+        LatentService.load(kind + url, patience=0)
+    assert asked == [path]
 
 
 @pytest.mark.parametrize("status", [302, 307])
@@ -323,6 +354,43 @@ def test_an_audit_is_refused_with_what_to_do_instead(remote: LatentService) -> N
         audit(teams.sequential(remote, steps=1, max_tokens=1), examples, lambda state, _: True)
 
 
+# How long it waits for a connection.
+
+
+def test_who_has_waited_for_a_free_connection_does_not_wait_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    with client(server, max_connections=1, patience=0.1) as remote:
+        http: httpx.Client = remote._client  # type: ignore[attr-defined]
+        stream = http.stream
+        monkeypatch.setattr(http, "stream", lambda *to, **more: (asked.append(to[1]), stream(*to, **more))[1])
+        speaking = remote.speak(PROMPT, max_tokens=TOKENS)
+        next(speaking)
+        with pytest.raises(ServiceBusy, match="max_connections or patience"):
+            remote.think(PROMPT)
+        assert asked == ["/v1/speak", "/v1/think"]
+        assert len(list(speaking)) > 1
+
+
+async def test_nor_does_who_waits_in_an_event_loop(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    handle = Connections.handle_async_request
+
+    async def noted(self: Connections, request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        return await handle(self, request)
+
+    monkeypatch.setattr(Connections, "handle_async_request", noted)
+    with client(server, max_connections=1, patience=0.1) as remote:
+        speaking = remote.aspeak(PROMPT, max_tokens=TOKENS)
+        await anext(speaking)
+        with pytest.raises(ServiceBusy, match="max_connections or patience"):
+            await remote.athink(PROMPT)
+        assert asked == ["/v1/speak", "/v1/think"]
+        assert len([chunk async for chunk in speaking]) > 1
+
+
 # Settings.
 
 
@@ -338,3 +406,81 @@ def test_the_token_of_the_environment_is_shown(fresh_service: Any, monkeypatch: 
         monkeypatch.setenv("LATENTMAS_TOKEN", TOKEN)
         with client(server) as remote:
             assert remote.think(PROMPT, steps=1)
+
+
+NUMBERS = ("DEADLINE", "PATIENCE", "CONNECT_TIMEOUT", "READ_TIMEOUT", "MAX_CONNECTIONS")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_the_environment_says_what_no_argument_does(server: Server, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    field = name.lower()
+    for given, taken in ({}, 77), ({field: 55}, 55):
+        monkeypatch.setenv(f"LATENTMAS_{name}", "77")
+        with LatentService.load(server.address, **given) as remote:
+            assert getattr(remote.settings, field) == taken  # type: ignore[attr-defined]
+    monkeypatch.setenv(f"LATENTMAS_{name}", "-1")
+    with pytest.raises(InvalidRequest, match=f"^Setting {field}: "):
+        LatentService.load(server.address)
+
+
+def test_the_authority_of_the_environment_is_trusted(
+    fresh_service: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = certificate(tmp_path)
+    with serving(fresh_service(), **files) as server:
+        with pytest.raises(ServiceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
+            LatentService.load(server.address, patience=0)
+        monkeypatch.setenv("LATENTMAS_CA", str(files["certificate"]))
+        with LatentService.load(server.address, patience=0) as remote:
+            assert remote.think(PROMPT, steps=1)
+
+
+def test_a_client_of_vllm_heeds_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*NUMBERS, "CA"):
+        monkeypatch.setenv(f"LATENTMAS_{name}", "-1")
+    with stranger({}) as (url, asked), pytest.raises(ModelNotFound, match="no vLLM server"):
+        LatentService.load(f"vllm+{url}", patience=0)
+    assert asked == ["/v1/models"]
+
+
+# How far a thought is.
+
+
+def thinking(server: Server, question: str, **more: Any) -> Iterator[Event]:
+    body = {"messages": [{"role": "user", "content": question}], "steps": 40, "stream": True, **more}
+    reader = EventReader()
+    with httpx.stream("POST", f"{server.address}/v1/think", json=body, timeout=60) as reply:
+        for data in reply.iter_bytes():
+            yield from reader.feed(data)
+
+
+def test_nobody_is_told_of_steps_who_did_not_ask(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("langchain_latentmas.service.server.PROGRESS", 0)
+    [done] = list(thinking(server, "What is 2 plus 40?"))
+    assert (done.name, json.loads(done.data)["taken"]) == ("done", 0)
+
+
+def test_steps_are_told_four_times_a_second_at_the_most(fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = fresh_service()
+    gate, ticks, step = Gate(), count(), service._ticker.step
+
+    def held() -> None:
+        if next(ticks) == 20:
+            gate.wait()
+        step()
+
+    monkeypatch.setattr(service._ticker, "step", held)
+    told = []
+    with serving(service) as server:
+        begun = time.monotonic()
+        for event in thinking(server, "What is 2 plus 40?", progress=True):
+            gate.open()
+            told.append((event.name, json.loads(event.data)))
+        seconds = time.monotonic() - begun
+    *steps, (name, done) = told
+    assert {name for name, _ in steps} == {"step"}
+    numbers = [data["step"] for _, data in steps]
+    assert numbers == sorted(set(numbers))
+    assert 0 < numbers[0] < 40
+    assert len(numbers) <= 4 * seconds
+    assert (name, done["taken"]) == ("done", 40)

@@ -1,3 +1,5 @@
+import hashlib
+import hmac
 import os
 import stat
 import time
@@ -31,8 +33,26 @@ def ref(signer: Signer) -> LatentRef:
     return made
 
 
-def test_the_same_ingredients_give_the_same_id() -> None:
-    assert memory_id(**MADE_FROM) == memory_id(**MADE_FROM)
+def test_an_id_is_the_digest_of_its_ingredients_in_canonical_json() -> None:
+    """Whoever changes this gives other names to all memories that there are."""
+    written = (
+        '["latentmas-1","00000000000000000000000000000000","realign",'
+        '["lat_11111111111111111111111111111111"],[5,6],4,[7]]'
+    )
+    assert memory_id(**MADE_FROM) == "lat_" + hashlib.sha256(written.encode()).hexdigest()[:32]
+
+
+def test_a_signature_is_the_hmac_of_the_fields_in_canonical_json() -> None:
+    """Whoever changes this refuses all references that there are."""
+    signer = Signer(b"k" * 32)
+    fields = {**ref(signer), "agent": "é"}
+    written = (
+        b'{"agent":"\\u00e9","id":"lat_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa","model":"bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",'
+        b'"parents":[],"positions":9,"steps":3}'
+    )
+    assert signer.sign(fields) == hmac.digest(b"k" * 32, written, "sha256").hex()
+    of_a_tenant = hmac.digest(b"k" * 32, "tenant\0Zoë".encode(), "sha256")
+    assert signer.derived("Zoë").sign(fields) == hmac.digest(of_a_tenant, written, "sha256").hex()
 
 
 @pytest.mark.parametrize(
@@ -119,12 +139,20 @@ def test_a_fresh_key_belongs_to_whom_the_old_one_did(tmp_path: Path, monkeypatch
     assert fresh == replaced != path
 
 
-def test_a_key_file_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    path.write_text("not hex")
-    path.chmod(0o600)
-    with pytest.raises(InvalidRequest, match="no signing key"):
-        key_file(path)
+def test_a_key_file_is_that_of_the_page_on_the_format(tmp_path: Path) -> None:
+    path, fields = tmp_path / "key", {"a": 1}
+    path.touch(mode=0o600)
+    lines = ["0a" * 32, "0b" * 32 + " 4102444800", "0c" * 32 + " 0"]  # the one in use, until 2100, and no more
+    path.write_text("\n".join(lines))
+    ring = key_ring(path)
+    signed = [{**fields, "mac": Signer(bytes([n]) * 32).sign(fields)} for n in (10, 11, 12)]
+    assert ring.sign(fields) == signed[0]["mac"]
+    assert [ring.matches(each) for each in signed] == [True, True, False]
+    assert [ring.timeless().matches(each) for each in signed] == [True, True, True]
+    rotate_key(path, keep=0)
+    fresh, *old = path.read_text().split("\n")
+    assert bytes.fromhex(fresh) == key_file(path)
+    assert old == ["0a" * 32 + " 0", *lines[1:]]
 
 
 def test_a_short_key_is_refused() -> None:

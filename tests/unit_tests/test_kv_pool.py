@@ -1,6 +1,7 @@
 """Rules 7 and 8: merged and rebuilt memories, against plain transformers and against what never was lost."""
 
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread, current_thread
@@ -15,13 +16,14 @@ from transformers import DynamicCache
 
 from langchain_latentmas import LatentRef
 from langchain_latentmas.engine.kv import KV
+from langchain_latentmas.engine.scheduler import PASSING
 from langchain_latentmas.errors import EngineFailed, StoreCorrupted, UnknownReference
 from langchain_latentmas.service.budget import Budget
 from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.memory import Memory, Recipe
 
 from ..conftest import Fresh, load_parts
-from ..support import Gate, at_once, kv_copy, kv_difference, messages, say
+from ..support import Gate, at_once, kv_copy, kv_difference, messages, say, wait_for
 
 EXACT = 1e-8  # relative, in float64
 TURNED = 1e-3  # the same, where transformers' float32 angles come in
@@ -375,6 +377,84 @@ def test_the_budget_holds_and_nothing_is_answered_otherwise(fresh_service: Fresh
     assert run(small) == run(fresh_service())
     assert small.info()["kv_bytes"] <= budget
     assert small.info()["evictions"] > 0
+
+
+def test_rows_that_wait_hold_few_memories_however_many_they_are(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = fresh_service(max_rows=1)
+    refs = [service.think(messages(f"Number {i}."), steps=2) for i in range(40)]
+    one = max(ref["positions"] for ref in refs) * service.info()["kv_bytes_per_position"]
+    ids = {ref["id"] for ref in refs}
+    service._pool.kept.limit = 2 * one
+    service._pool.kept.clear()
+    made, held = list[tuple[weakref.ref[Any], int]](), list[int]()
+    keep, step = service._pool.keep, service._ticker.step
+
+    def noted(key: str, kv: Any) -> Any:
+        if key in ids:
+            made.append((weakref.ref(kv.keys), kv.nbytes))
+        return keep(key, kv)
+
+    def watched() -> None:
+        held.append(sum(nbytes for there, nbytes in made if there() is not None))
+        step()
+
+    monkeypatch.setattr(service._pool, "keep", noted)
+    monkeypatch.setattr(service._ticker, "step", watched)
+    said = at_once([lambda ref=ref: say(service, QUESTION, [ref], max_tokens=2) for ref in refs])  # type: ignore[misc]
+    assert [each.usage["positions_read"] for each in said] == [ref["positions"] for ref in refs]
+    assert len(made) == 40
+    assert 0 < max(held) <= service._pool.kept.limit + (2 + PASSING) * one
+
+
+@pytest.mark.parametrize("cpu", [0, "1GiB"])
+def test_where_memory_ran_out_half_of_what_is_kept_leaves_the_device(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch, cpu: Any
+) -> None:
+    service = fresh_service(kv_cpu_budget=cpu)
+    refs = [service.think(messages(f"Number {i}."), steps=2) for i in range(8)]
+    before = [kv_copy(service.memory(ref)) for ref in refs]
+    kept = service.info()["kv_bytes"]
+
+    def full(*_: object) -> Any:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.model, "hidden", full)
+        with pytest.raises(EngineFailed, match="no memory is left"):
+            say(service, QUESTION, refs)
+    wait_for(lambda: service.info()["kv_bytes"] == kept // 2)
+    wait_for(lambda: service.info()["kv_cpu_bytes"] == (kept // 2 if cpu else 0))
+    assert all(kv_difference(service.memory(ref), kv) < EXACT for ref, kv in zip(refs, before, strict=True))
+    assert service.info()["rebuilds"] == (0 if cpu else 4)
+
+
+def test_who_waits_is_told_what_keeps_the_memory_from_being_placed(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = fresh_service()
+    ref, start = service.think(messages("Plan."), steps=2), Thread.start
+    service._pool.kept.clear()
+
+    def gone(layout: object) -> Any:
+        raise StoreCorrupted("gone")
+
+    def none_left(thread: Thread) -> None:
+        if thread.name == "latentmas-place":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service._pool, "place", gone)
+        with pytest.raises(StoreCorrupted, match="gone"):
+            say(service, QUESTION, [ref])
+    with monkeypatch.context() as patch:
+        patch.setattr(Thread, "start", none_left)
+        with pytest.raises(EngineFailed, match="can't start new thread"):
+            say(service, QUESTION, [ref])
+    wait_for(lambda: service.info()["waiting"] == 0)
+    assert say(service, QUESTION, [ref]).usage["positions_read"] == ref["positions"]
 
 
 def test_recipes_that_left_the_cache_are_read_from_the_store_again(fresh_service: Fresh) -> None:

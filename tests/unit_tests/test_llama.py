@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from langchain_latentmas.engine import attention, llama
 from langchain_latentmas.engine import linear as linear_module
-from langchain_latentmas.engine import llama
 from langchain_latentmas.engine.linear import LARGE, Linear, linear, packable
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.engine.ragged import Ragged
@@ -88,6 +88,20 @@ def test_the_last_position_of_each_row_can_be_asked_for(kind: str, lengths: list
     assert relative(found[1], found[0][torch.tensor(lengths).cumsum(0) - 1]) < 1e-12
     for row, length in enumerate(lengths):
         assert kv_difference(caches[0].read(row, 0, length), caches[1].read(row, 0, length)) < 1e-12
+
+
+@pytest.mark.parametrize("lengths", [[6, 6, 6], [6, 1, 4], [140, 3, 150]])
+def test_where_heads_become_positions_masks_are_repeated_once_a_pass(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int]
+) -> None:
+    model = wrapped("qwen3", torch.float64, **dict(KIN)["qwen3"])
+    monkeypatch.setattr(attention, "copies", lambda device: True)  # as on a GPU
+    made, repeat = list[Tensor](), Tensor.repeat
+    monkeypatch.setattr(Tensor, "repeat", lambda tensor, *times: made.append(tensor) or repeat(tensor, *times))
+    ours, theirs = both(model, lengths)
+    assert relative(ours, theirs) < 1e-12
+    runs = [run for run in Ragged(lengths, [0, 0, 0], model.device).runs if run.new > 1]
+    assert len(made) == len(runs)  # whatever the number of layers; none where rows decode
 
 
 @pytest.mark.parametrize(("kind", "config"), [("gemma", {"head_dim": 32}), ("phi3", {}), ("gpt2", GPT2)])

@@ -1,9 +1,8 @@
-import json
-import textwrap
+import hmac
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from langchain_latentmas import LatentRef, LatentService
@@ -12,7 +11,6 @@ from langchain_latentmas.service.identity import Signer
 from langchain_latentmas.service.marker import MAX_LEFT, MAX_MARKERS, Marker, take_markers
 
 SIGNER = Signer(b"k" * 32)
-names = st.text(min_size=1, max_size=40).filter(lambda s: s.isprintable() and s.strip() == s and "  " not in s)
 
 
 def marker(agent: str = "planner", steps: int = 20) -> Marker:
@@ -20,26 +18,13 @@ def marker(agent: str = "planner", steps: int = 20) -> Marker:
     return Marker.of(ref, SIGNER)
 
 
-@given(names, st.integers(0, 10**8))
-def test_any_agent_comes_back_from_its_marker(agent: str, steps: int) -> None:
-    made = marker(agent, steps)
-    assert str(made).isascii()
-    assert take_markers(f"Before {made} after.") == ("Before  after.", [made])
-    assert made.genuine(SIGNER)
-
-
-@given(names)
-def test_a_marker_survives_json_and_wrapping(agent: str) -> None:
-    made = marker(agent)
-    assert take_markers(json.loads(json.dumps({"plan": str(made)}))["plan"])[1] == [made]
-    assert take_markers(json.dumps([str(made)]))[1] == [made]
-    wrapped = textwrap.fill(f"The plan is {made} and so on.", 60, break_long_words=False, break_on_hyphens=False)
-    assert take_markers(wrapped)[1] == [made]
-
-
-def test_markers_come_in_order_and_leave_what_is_asked() -> None:
-    one, two = marker("one"), marker("two")
-    assert take_markers(f"{one}, {two}", "[…]") == ("[…], […]", [one, two])
+def test_a_marker_is_written_as_those_in_the_messages_that_there_are() -> None:
+    """Threads keep them as text: whoever changes this refuses theirs."""
+    written = (
+        b'{"agent":"Pl\\u00e4nner one","marker":"lat_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa","model":"bbbbbbbb","steps":20}'
+    )
+    mac = hmac.digest(b"k" * 32, written, "sha256").hex()[:32]
+    assert str(marker("Plänner one")) == f"[latent Pl%C3%A4nner+one 20 steps lat_{'a' * 32}.bbbbbbbb.{mac}]"
 
 
 def test_a_text_grows_by_no_more_than_is_stated() -> None:
@@ -74,13 +59,9 @@ def test_another_spelling_of_the_same_is_an_edit(written: str, edited: str) -> N
 
 
 @given(st.text(alphabet=st.characters(exclude_characters="\0")))
+@example("[[]]")
 def test_ordinary_text_is_left_alone(text: str) -> None:
     assume("lat_" not in text)
-    assert take_markers(text) == (text, [])
-
-
-@pytest.mark.parametrize("text", ["[latent space]", "the [latent diffusion] takes 20 steps", "plates lat_ [x]", "[[]]"])
-def test_words_like_latent_and_brackets_are_text(text: str) -> None:
     assert take_markers(text) == (text, [])
 
 

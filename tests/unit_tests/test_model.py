@@ -17,8 +17,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from langchain_latentmas import LatentService
+from langchain_latentmas.engine.alignment import Alignment
 from langchain_latentmas.engine.model import LanguageModel
-from langchain_latentmas.errors import InvalidRequest, ModelNotFound, ModelNotSupported, WrongModel
+from langchain_latentmas.errors import EngineFailed, InvalidRequest, ModelNotFound, ModelNotSupported, WrongModel
 from langchain_latentmas.service.local import LocalService
 
 from ..conftest import Fresh, load_parts
@@ -236,6 +237,16 @@ def test_a_tokenizer_without_chat_template_is_refused_and_one_can_be_given(copie
         )
 
 
+def test_template_args_are_passed_to_the_chat_template(fresh_service: Fresh) -> None:
+    template = "{{ 'Be quick.' if enable_thinking is false else 'Think.' }} {{ messages[0]['content'] }}"
+    read = []
+    for args in ({}, {"enable_thinking": False}):
+        service = fresh_service(chat_template=template, template_args=args)
+        (segment,) = service.memory(service.think("What is 1 plus 2?", steps=0)).segments
+        read.append(service.model.tokenizer.decode(list(segment.prompt_ids)))
+    assert read == ["Think. What is 1 plus 2?", "Be quick. What is 1 plus 2?"]
+
+
 @pytest.mark.parametrize("name", ["no/such-model", "/no/such/folder", "no such model", "ftp://example.com/model"])
 def test_an_unknown_model_is_not_found(name: str) -> None:
     with pytest.raises(ModelNotFound, match=r"(?i)give .*a hub id"):
@@ -260,6 +271,24 @@ def test_weights_of_another_shape_than_the_configuration_says_are_not_found(copi
     (copied / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
     with pytest.raises(ModelNotFound, match="Give a hub id, a folder"):
         LatentService.load(str(copied))
+
+
+def no_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the manual.")
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [(AutoModelForCausalLM, "from_pretrained"), (LanguageModel, "hidden"), (Alignment, "of")],
+    ids=["weights", "check", "alignment"],
+)
+def test_a_device_with_too_little_memory_is_named_with_what_helps(
+    monkeypatch: pytest.MonkeyPatch, owner: type, step: str
+) -> None:
+    monkeypatch.setattr(owner, step, no_memory)
+    with pytest.raises(EngineFailed, match=r"model does not fit on cpu, where \d+\.\d GB are free now") as failed:
+        LatentService.load(str(QWEN), device="cpu")
+    assert "(CUDA out of memory. Tried to allocate 2.00 GiB.). Free some there, or take" in str(failed.value)
 
 
 def test_an_unknown_dtype_is_refused() -> None:
@@ -307,6 +336,18 @@ def test_a_fingerprint_stays_what_it_was() -> None:
         "float32": "f8b64f40fdae78d893d5e4f32db680fa",
         "bfloat16": "b9136eb82702b2c810058fc8bc0f30c2",
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_leave_their_device_as_they_lie_there(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """To hash them; wider ones would take room on a GPU, and twice as long to come from there."""
+    model, tokenizer = load_parts("qwen3-tied", str(dtype).removeprefix("torch."))
+    loaded, sent, cpu = LanguageModel(model, tokenizer), list[torch.dtype](), torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: sent.append(tensor.dtype) or cpu(tensor))
+    fingerprint = loaded.fingerprint
+    loaded.refresh()
+    assert set(sent) == {dtype}
+    assert loaded.fingerprint == fingerprint
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -391,6 +432,19 @@ def test_a_changed_embedding_changes_the_alignment_at_once(writable: LocalServic
     torch.testing.assert_close(writable.memory(ref).segments[0].thoughts.norm(dim=1), norm.detach().expand(2))
 
 
+def test_weights_that_could_not_be_hashed_are_still_changed_ones(
+    writable: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = writable.think(messages("Hi"), steps=2)
+    with torch.no_grad():
+        next(iter(writable.model.model.parameters())).mul_(1.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Alignment, "of", no_memory)
+        with pytest.raises(EngineFailed, match="does not fit on cpu"):
+            writable.think(messages("Hi"), steps=2)
+    assert writable.think(messages("Hi"), steps=2)["model"] != old["model"]
+
+
 def test_weights_put_back_are_the_model_they_were(writable: LocalService) -> None:
     old = writable.think(messages("Hi"), steps=2)
     weight = next(iter(writable.model.model.parameters()))
@@ -415,3 +469,16 @@ def test_a_checkpoint_with_weights_missing_is_not_served_with_random_ones(copied
     save_file(weights, copied / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelNotFound, match=r"lacks 1 weights .* such as model\.layers\.1\.mlp\.up_proj\.weight"):
         LatentService.load(str(copied))
+
+
+def test_a_model_that_overflows_float16_in_the_check_at_load_is_refused() -> None:
+    model, tokenizer = load_parts("qwen3-tied", "float32")
+    large = deepcopy(model)
+    with torch.no_grad():
+        for projection in (large.model.layers[0].mlp.up_proj, large.model.layers[0].mlp.down_proj):
+            projection.weight.mul_(1e4)
+    assert LanguageModel(large, tokenizer).fingerprint
+    half = large.half()
+    assert all(weight.isfinite().all() for weight in half.parameters())
+    with pytest.raises(ModelNotSupported, match="off by nan"):
+        LanguageModel(half, tokenizer)

@@ -20,6 +20,7 @@ def config(edges: Any) -> Any:
         (config("text"), ["text", "text"]),
         (config({}), ["latent", "latent"]),
         (config({"critic->judger": "text"}), ["latent", "text"]),
+        (config({" critic -> judger": "text"}), ["latent", "text"]),  # as reports print it
     ],
 )
 def test_each_edge_has_a_mode(asked: Any, expected: list[str]) -> None:
@@ -39,6 +40,7 @@ def test_a_node_runs_as_text_under_any_of_its_names() -> None:
     assert not runs_as_text(mapped)
     assert runs_as_text(mapped, "agent", "planner")
     assert not runs_as_text(mapped, "critic", "judger")
+    assert runs_as_text(config({"planner -> critic": "text"}), "planner")
 
 
 @pytest.mark.parametrize("bad", ["Text", None, 1, ["text"], {"a->b": "off"}, {"a->b": None}])

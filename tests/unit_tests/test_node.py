@@ -1,25 +1,24 @@
 import dataclasses
 import operator
-import subprocess
-import sys
 from typing import Annotated, Any
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
 from langgraph.cache.memory import InMemoryCache
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.func import entrypoint, task
-from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.graph import END, START, MessagesState, StateGraph, add_messages
 from langgraph.types import CachePolicy, Send
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
 from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentRef, LatentService, LatentState, merge_latents
-from langchain_latentmas.errors import InvalidRequest
+from langchain_latentmas.errors import InvalidRequest, WrongModel
 from langchain_latentmas.service import shared
 
+from ..conftest import Fresh
 from ..support import PARITY
 
 ASKED = {"messages": [HumanMessage("What is 1 plus 2?", id="q")], "latents": []}
@@ -186,6 +185,84 @@ def test_messages_of_a_state_that_are_none_are_refused(service32: LatentService)
         node.invoke({"messages": [5], "latents": [], "topic": "Hi"})
 
 
+@pytest.mark.parametrize(
+    "given",
+    ["2+3?", [HumanMessage("2+3?")], HumanMessage("2+3?"), {"topic": "sums"}],
+    ids=["a text", "messages", "a message", "other fields"],
+)
+async def test_an_input_of_which_a_prompt_of_words_reads_nothing_is_refused(
+    service32: LatentService, given: Any
+) -> None:
+    node = LatentAgentNode("worker", "Work.", service=service32, steps=1)
+    said = "with neither `messages` nor `latents`"
+    with pytest.raises(InvalidRequest, match=said):
+        node.invoke(given)
+    with pytest.raises(InvalidRequest, match=said):
+        await node.ainvoke(given)
+    builder = StateGraph(LatentState).add_node("worker", node)
+    builder.add_conditional_edges(START, lambda state: [Send("worker", given)], ["worker"])
+    with pytest.raises(InvalidRequest, match=said):
+        builder.compile().invoke(ASKED)
+    assert node.invoke({"latents": []})["latents"]  # which is told all that it is to know
+
+
+@pytest.mark.parametrize("given", ["sums", [HumanMessage("sums")]], ids=["a text", "messages"])
+def test_an_input_that_fills_no_template_is_refused(service32: LatentService, given: Any) -> None:
+    node = LatentAgentNode("worker", ChatPromptTemplate([("human", "{topic}")]), service=service32, steps=1)
+    with pytest.raises(InvalidRequest, match="'worker' is filled from the fields of its input"):
+        node.invoke(given)
+
+
+async def test_a_setting_that_is_given_to_a_run_is_refused(service32: LatentService) -> None:
+    node = LatentAgentNode("planner", "Plan.", service=service32, steps=1)
+    with pytest.raises(InvalidRequest, match="'planner' takes no steps, seed"):
+        node.bind(steps=40).invoke(ASKED, seed=1)
+    with pytest.raises(InvalidRequest, match="takes no max_tokens"):
+        await node.ainvoke(ASKED, max_tokens=512)
+
+
+def test_thoughts_that_a_run_as_text_does_not_read_are_named(
+    service32: LatentService, caplog: pytest.LogCaptureFixture
+) -> None:
+    builder = StateGraph(LatentState)
+    builder.add_node("planner", LatentAgentNode("planner", "Plan.", service=service32, steps=1, max_tokens=2))
+    builder.add_node("judger", LatentAgentNode("judger", "Judge.", service=service32, speak=True, max_tokens=2))
+    builder.add_edge(START, "planner").add_edge("planner", "judger")
+    graph = builder.compile(InMemorySaver(), interrupt_before=["judger"])
+
+    def turn(thread: str, planned: str, judged: str) -> None:
+        given: Any = ASKED
+        for edges in (planned, judged):
+            graph.invoke(given, {"configurable": {"thread_id": thread, "edges": edges}})
+            given = None
+
+    turn("1", "latent", "latent")
+    turn("1", "text", "text")  # what was thought in the turn before, the judger has put into words
+    assert not caplog.messages
+    turn("2", "latent", "text")
+    [said] = caplog.messages
+    assert said.startswith("Agent 'judger' runs as text and reads nothing")
+    assert "by: planner." in said
+
+
+def test_agents_on_two_services_hand_over_text(service32: LatentService, fresh_service: Fresh) -> None:
+    other = fresh_service("llama-untied", dtype="float32")
+
+    def pair(reads: list[str] | None = None) -> Any:
+        builder = StateGraph(LatentState)
+        for name, service, read in (("a", service32, None), ("b", other, reads)):
+            node = LatentAgentNode(name, f"You are {name}.", service=service, speak=True, max_tokens=4, reads=read)
+            builder.add_node(name, node)
+        return builder.add_edge(START, "a").add_edge("a", "b").compile()
+
+    with pytest.raises(WrongModel, match=r"""{"edges": {"a->b": "text"}}}; or give 'b' reads=\[...\] without 'a'"""):
+        pair().invoke(ASKED)
+    as_text = {"configurable": {"edges": {"a->b": "text"}}}
+    for state in (pair().invoke(ASKED, as_text), pair(reads=[]).invoke(ASKED)):
+        _, said, answer = state["messages"]
+        assert said.text in text_of(other, answer.response_metadata["latent_ref"])
+
+
 QUESTION_ONLY = ChatPromptTemplate([("system", "Check."), ("human", "{question}")])
 
 
@@ -318,7 +395,9 @@ def test_reads_that_names_nobody_is_refused(service32: LatentService, edges: str
 
 
 @pytest.mark.parametrize("edges", ["latent", "text"])
-def test_of_a_node_that_has_not_run_nothing_is_read(service32: LatentService, edges: Any) -> None:
+def test_of_a_node_that_has_not_run_nothing_is_read(
+    service32: LatentService, edges: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     how: dict[str, Any] = {"service": service32, "steps": 1, "max_tokens": 2}
     config: Any = {"configurable": {"edges": edges}}
     branches = StateGraph(LatentState)
@@ -353,6 +432,40 @@ def test_of_a_node_that_has_not_run_nothing_is_read(service32: LatentService, ed
     lost.add_edge(START, "math").add_edge("math", "judger")
     with pytest.raises(InvalidRequest, match="'maths'"):
         lost.compile().invoke(ASKED, config)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("edges", ["latent", "text"])
+def test_a_node_that_is_named_for_its_agent_is_said_to_be_none(
+    service32: LatentService, edges: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    builder = StateGraph(LatentState)
+    builder.add_node("planner", LatentAgentNode("plan_agent", "Plan.", service=service32, steps=1, max_tokens=2))
+    judger = LatentAgentNode("judger", "Judge.", service=service32, speak=True, max_tokens=2, reads=["planner"])
+    builder.add_node("judger", judger).add_edge(START, "planner").add_edge("planner", "judger")
+    for _ in range(2):
+        builder.compile().invoke(ASKED, {"configurable": {"edges": edges}})
+    [said] = caplog.messages
+    assert said.startswith("Agent 'judger' reads nothing of node 'planner'")
+    assert "(there: plan_agent)" in said
+
+
+def test_a_state_whose_references_overwrite_each_other_is_said_to_lack_its_reducer(
+    service32: LatentService, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Overwritten(TypedDict):
+        messages: Annotated[list[AnyMessage], add_messages]
+        latents: list[LatentRef]
+
+    builder = StateGraph(Overwritten)
+    for name, reads in (("planner", []), ("critic", ["planner"]), ("judger", ["planner", "critic"])):
+        builder.add_node(name, LatentAgentNode(name, f"You are {name}.", service=service32, steps=1, reads=reads))
+    builder.add_edge(START, "planner").add_edge("planner", "critic").add_edge("critic", "judger")
+    asked: Any = ASKED
+    builder.compile().invoke(asked)
+    [said] = caplog.messages
+    assert said.startswith("Agent 'judger' reads nothing of node 'planner'")
+    assert "`latents` needs merge_latents" in said
 
 
 @pytest.mark.parametrize(
@@ -619,15 +732,6 @@ def test_the_service_may_come_from_the_environment(monkeypatch: pytest.MonkeyPat
     ref = LatentAgentNode("planner", "Plan.", steps=1).invoke(ASKED)["latents"][0]
     assert ref["model"] == shared.shared_service().info()["fingerprint"]
     shared.shared_service().close()
-
-
-def test_the_state_imports_no_torch() -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from langchain_latentmas import LatentRef, LatentState, merge_latents\n"
-        "import langchain_latentmas.state, langchain_latentmas.bundled.tasks"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("reads", [None, ["planner"]])

@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from langchain_latentmas import LatentService
+from langchain_latentmas.cli import app
 from langchain_latentmas.errors import InvalidRequest, MissingExtra
 from langchain_latentmas.evaluation.cloud import Cloud, coverage, overlap
 from langchain_latentmas.evaluation.lens_page import lens_page
 from langchain_latentmas.evaluation.pictures import check_path, draw_bars, draw_bench, draw_steps, draw_thoughts
+from langchain_latentmas.evaluation.run import Evaluation
 from langchain_latentmas.evaluation.steps import Point
+from langchain_latentmas.evaluation.task import Relay
 
 from .test_worth import audit, edge
 
@@ -81,6 +86,25 @@ def test_every_picture_is_drawn_and_says_what_it_shows(tmp_path: Path, suffix: s
                 assert phrase in words(path)
             function(path)
             assert path.read_bytes() == first  # the same figures give the same file
+
+
+def test_a_picture_of_steps_shows_what_text_reaches(
+    bundled: LatentService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    picture = tmp_path / "steps.svg"
+    few = ["--n", "4", "--at", "2", "--arrangements", "sequential", "--model", "bundled"]
+    shown = CliRunner().invoke(app, ["picture", "steps", str(picture), *few])
+    assert shown.exit_code == 0, shown.output
+    reached = [
+        Evaluation(bundled, Relay(), modes=[mode], arrangements=["sequential"], n=4, steps=2).run().rows[0].accuracy
+        for mode in ("latent", "text")
+    ]
+    rows = [line.split()[:2] for line in shown.stdout.splitlines()]
+    assert [row for row in rows if row[:1] in (["2"], ["text"])] == [
+        [name, f"{accuracy:.1f}"] for name, accuracy in zip(("2", "text"), reached, strict=True)
+    ]
+    assert "sequential, text" in words(picture)
 
 
 @pytest.mark.parametrize("name", ["audit.pdf", "audit", "audit.png.txt"])

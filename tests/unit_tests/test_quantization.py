@@ -1,5 +1,7 @@
 """Weights in 8 bits: exact in themselves, and never mistaken for the model that they were made of."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,14 @@ def test_float64_cannot_be_quantized() -> None:
 def test_other_kinds_are_refused(kind: Any) -> None:
     with pytest.raises(ModelNotSupported, match="'int8' or 'fp8'"):
         load(quantization=kind)
+
+
+def test_weights_that_are_quantized_already_are_not_quantized_again(tmp_path: Path) -> None:
+    folder = shutil.copytree(PARITY / "qwen3-tied" / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ModelNotSupported, match=r"quantized already; leave quantization=\.\.\. out"):
+        LatentService.load(str(folder), device="cpu", dtype="float32", quantization="int8")
 
 
 def test_a_loaded_model_is_not_quantized_by_a_setting() -> None:

@@ -1,8 +1,12 @@
 """Rows of different lengths, one behind the other: every position attends once, and comes back to its place."""
 
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from langchain_latentmas.engine.ragged import PADDED, Ragged, bucket, taken
 
@@ -63,3 +67,22 @@ def test_prompts_that_differ_little_attend_together() -> None:
 def test_rows_that_are_even_are_not_copied() -> None:
     even = planned([(5, 0), (5, 85)])
     assert even.spread is even.back is even.owners is None
+
+
+def test_a_plan_goes_to_a_gpu_once_and_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else the host would wait for all that the GPU has to do."""
+    pinned, sent = list[int](), list[tuple[str, Any]]()
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(id(tensor))
+        return tensor
+
+    def to(tensor: Tensor, device: torch.device, **how: Any) -> Tensor:
+        assert id(tensor) in pinned
+        sent.append((device.type, how))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    planned([(6, 0), (1, 70), (4, 3)], torch.device("cuda"))
+    assert sent == [("cuda", {"non_blocking": True})]

@@ -18,6 +18,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.stores import InMemoryByteStore
 
 from langchain_latentmas import LatentRef, LatentService
+from langchain_latentmas.engine.kv import AnyKV
 from langchain_latentmas.engine.text import TextStream
 from langchain_latentmas.errors import (
     EngineFailed,
@@ -28,6 +29,7 @@ from langchain_latentmas.errors import (
     TamperedReference,
     UnknownReference,
 )
+from langchain_latentmas.service import recipes
 from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.memory import Layout
 
@@ -188,6 +190,34 @@ async def test_an_event_loop_asks_no_thread_for_a_memory_that_is_here(
     monkeypatch.setattr(asyncio, "to_thread", lambda *_: pytest.fail("a thread costs as much as all else here"))
     ref = await service.athink([HumanMessage("Plan.")], steps=2)
     assert (await service.athink([HumanMessage("Next.")], [ref], steps=1))["steps"] == 1
+
+
+SLOW_TO_KEEP: list[dict[str, Any]] = [
+    {"kv_dtype": "int8"},
+    {"kv_budget": 1, "kv_cpu_budget": "1GiB"},
+    {"kv_budget": 1, "kv_disk_budget": "1GiB"},
+]
+
+
+@pytest.mark.parametrize("settings", SLOW_TO_KEEP, ids=str)
+async def test_an_event_loop_neither_rounds_nor_copies_what_is_kept(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    service, threads = fresh_service(kv_folder=tmp_path, **settings), list[int]()
+    keep = service._pool.keep
+
+    def noted(key: str, kv: AnyKV) -> AnyKV:
+        threads.append(threading.get_ident())
+        return keep(key, kv)
+
+    monkeypatch.setattr(service._pool, "keep", noted)
+    await service.athink(PROMPT, steps=2)
+    said = await service.asay(PROMPT, max_tokens=3)
+    heard = [chunk async for chunk in service.aspeak(messages("Next."), max_tokens=3)]
+    assert said.ref is not None
+    assert heard[-1].ref is not None
+    assert len(threads) == 3
+    assert threading.get_ident() not in threads
 
 
 def test_cancelling_a_row_that_waits_lets_the_next_one_pass(
@@ -365,6 +395,17 @@ def test_a_value_of_another_type_does_not_reach_the_engine(fresh_service: Fresh,
     with pytest.raises(InvalidRequest):
         service.speak(PROMPT, **{"temperature": 0.5, **wrong})
     assert service.info()["ticks"] == 0
+
+
+def test_more_memories_than_one_request_reads_are_refused(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = fresh_service()
+    refs = [service.think(PROMPT, steps=steps) for steps in range(3)]
+    monkeypatch.setattr(recipes, "MAX_PARENTS", 2)
+    assert service.think(PROMPT, refs[:2], steps=1)["parents"] == [ref["id"] for ref in refs[:2]]
+    with pytest.raises(InvalidRequest, match="at most 2 memories, not 3"):
+        service.think(PROMPT, refs, steps=1)
 
 
 def test_a_template_that_writes_nothing_is_refused(fresh_service: Fresh) -> None:

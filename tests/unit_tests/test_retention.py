@@ -4,9 +4,11 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 from langchain_core.stores import InMemoryByteStore
 
 from langchain_latentmas.errors import DroppedReference, InvalidRequest, UnknownReference
+from langchain_latentmas.service import retention as module
+from langchain_latentmas.service import store as stores
 from langchain_latentmas.service.identity import Signer
 from langchain_latentmas.service.retention import Retention
 from langchain_latentmas.service.store import DROPPED, PINNED, RECIPE, FolderStore, Header, RecipeStore
@@ -23,6 +27,8 @@ from ..support import at_once
 from .test_store import HIDDEN, recipe, recipe_store, refuse, shelve
 
 DAY = 86400.0
+
+Meanwhile = Callable[[Callable[[], object]], None]
 
 
 def family(store: RecipeStore) -> dict[str, str]:
@@ -93,6 +99,44 @@ def test_many_go_with_few_calls_of_the_store(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(store.store, "mdelete", lambda keys: (removed.append(list(keys)), delete(keys)))
     assert set(Retention(store, timedelta(days=1)).collect()) == set(made.values())
     assert [len(keys) // 3 for keys in removed] == [1, 2, 2]  # each waits for the disk; children before their parents
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
+    """Has recipes removed one by one, and something done after the first of them."""
+    monkeypatch.setattr(module, "PORTION", 1)
+    monkeypatch.setattr(stores, "LOCK_SECONDS", 0.05)
+
+    def at_the_first_pause(call: Callable[[], object]) -> None:
+        calls = [call]
+        pause = SimpleNamespace(time=time.time, sleep=lambda _: calls.pop()() if calls else None)
+        monkeypatch.setattr(module, "time", pause)
+
+    return at_the_first_pause
+
+
+def test_while_many_go_others_write_and_what_they_need_stays(tmp_path: Path, meanwhile: Meanwhile) -> None:
+    store, other = recipe_store(tmp_path), recipe_store(tmp_path)  # as of two processes
+    made, retention = family(store), Retention(store, timedelta(days=30))
+    for key in made.values():
+        os.utime(tmp_path / (key + RECIPE), (0, 0))
+
+    def think_and_read() -> None:
+        shelve(other, recipe(9, parents=(made["aside"],)))
+        other.check([made["loner"]])
+
+    meanwhile(think_and_read)
+    assert set(retention.collect()) == {made["answer"], made["critique"]}
+    assert left(store, made) == {"plan", "aside", "loner"}
+
+
+def test_what_is_thought_again_while_others_go_stays(tmp_path: Path, meanwhile: Meanwhile) -> None:
+    store, other = recipe_store(tmp_path), recipe_store(tmp_path)
+    made, retention = family(store), Retention(store)
+    assert retention.drop(made["critique"]) == []
+    meanwhile(lambda: shelve(other, store.get(made["critique"])))
+    assert retention.drop(made["answer"]) == [made["answer"]]
+    store.check([made["critique"]])
 
 
 def test_what_stays_is_looked_at_while_others_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,8 +352,10 @@ class Crash(Exception):
 
 @given(st.data())
 def test_whenever_it_is_stopped_every_recipe_that_is_left_has_its_parents(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    monkeypatch: pytest.MonkeyPatch, data: st.DataObject
 ) -> None:
+    monkeypatch.setattr(module, "PORTION", data.draw(st.sampled_from([1, 3, 100])))
+    monkeypatch.setattr(module, "PAUSE", 0)
     store = recipe_store()
     ids: list[str] = []
     for steps in range(data.draw(st.integers(1, 8))):

@@ -4,7 +4,8 @@ import gc
 import multiprocessing
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,22 @@ from ..support import wait_for
 
 def row(ends: list[Any], steps: int = 2) -> Row:
     return Row(past=(), start=0, inputs=[[5, 6, 7]], steps=steps, on_done=ends.append, on_error=ends.append)
+
+
+class Keeper:
+    """Who keeps something that the device has no room for."""
+
+    full = True
+
+    def give_up(self) -> None:
+        self.full = False
+
+
+class Stuck(Keeper):
+    """Who cannot give it up."""
+
+    def give_up(self) -> None:
+        broken()
 
 
 @pytest.fixture
@@ -162,6 +179,139 @@ def test_an_error_that_is_kept_keeps_no_slots(scheduler: Scheduler, monkeypatch:
         wait_for(lambda: all(slot() is None for slot in slots))
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_where_memory_ran_out_what_is_kept_makes_room_before_the_next_try(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    keeper, stuck, ends, step = Keeper(), Stuck(), list[Any](), scheduler.ticker.step
+    renew, renewed = scheduler.ticker.renew, list[bool]()
+    for each in (stuck, keeper):
+        scheduler.when_full(each.give_up)
+
+    def full() -> None:
+        if not ends:
+            raise error("no memory is left")
+        step()
+
+    def noted() -> None:
+        renewed.append(keeper.full)
+        renew()
+
+    monkeypatch.setattr(scheduler.ticker, "step", full)
+    monkeypatch.setattr(scheduler.ticker, "renew", noted)
+    for n in (1, 2):
+        scheduler.submit(row(ends))
+        wait_for(lambda n=n: len(ends) == n)  # type: ignore[misc]
+    assert isinstance(ends[0], EngineFailed)
+    assert len(ends[1].thoughts) == 2
+    assert renewed == [error is RuntimeError]
+
+
+def test_a_row_that_could_not_join_for_want_of_memory_has_room_made_too(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper, ends, enter = Keeper(), list[Any](), Row.enter
+    scheduler.when_full(keeper.give_up)
+
+    def full(row: Row, model: LanguageModel) -> None:
+        if keeper.full:
+            raise torch.OutOfMemoryError("no memory is left")
+        enter(row, model)
+
+    monkeypatch.setattr(Row, "enter", full)
+    for n in (1, 2):
+        scheduler.submit(row(ends))
+        wait_for(lambda n=n: len(ends) == n)  # type: ignore[misc]
+    assert isinstance(ends[0], EngineFailed)
+    assert len(ends[1].thoughts) == 2
+
+
+def test_what_is_kept_gives_way_to_what_a_row_leaves(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper, gone, ends, cache = Keeper(), Keeper(), list[Any](), scheduler.ticker.cache
+    for each in (gone, keeper):
+        scheduler.when_full(each.give_up)
+    del gone, each
+    read = cache.read
+
+    def full(*where: int) -> KV:
+        if keeper.full:
+            raise torch.OutOfMemoryError("no memory is left")
+        return read(*where)
+
+    monkeypatch.setattr(cache, "read", full)
+    with scheduler._changed:
+        for _ in range(3):
+            scheduler.submit(row(ends))
+    wait_for(lambda: len(ends) == 3)
+    assert [end.kv.positions for end in ends] == [5] * 3
+
+
+def test_only_those_near_their_turn_are_given_their_memories(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought, joined, ends, most = list[Row](), list[Row](), list[Any](), 0
+    rows, join = [row(ends) for _ in range(40)], scheduler.ticker.join
+
+    def bring(each: Row, done: Callable[[], None]) -> None:
+        nonlocal most
+        brought.append(each)
+        most = max(most, len(brought) - len(joined))
+        scheduler.submit(each)
+        done()
+
+    def noted(each: Row) -> None:
+        joined.append(each)
+        join(each)
+
+    monkeypatch.setattr(scheduler.ticker, "join", noted)
+    with scheduler._changed:
+        for each in rows:
+            scheduler.submit(each, partial(bring, each))
+        for each in rows[1::2]:
+            each.cancelled = True
+        assert scheduler.waiting == 40
+    wait_for(lambda: len(ends) == 20)
+    assert brought == joined == rows[::2]  # first come, first served
+    assert 4 < most <= 1 + PASSING
+    assert scheduler.waiting == 0
+
+
+def test_a_memory_that_takes_long_holds_up_nobody(scheduler: Scheduler) -> None:
+    slow, others, coming = list[Any](), list[Any](), list[Callable[[], None]]()
+    late = row(slow)
+    scheduler.submit(late, coming.append)
+    wait_for(lambda: bool(coming))
+    ticks = scheduler.ticker.ticks
+    for n in range(1, 2 * PASSING):
+        scheduler.submit(row(others))
+        wait_for(lambda n=n: len(others) == n)  # type: ignore[misc]
+    assert not slow
+    assert scheduler.waiting == 1
+    assert scheduler.ticker.ticks - ticks == 2 * len(others)
+    scheduler.submit(late)
+    coming[0]()
+    wait_for(lambda: bool(slow))
+    assert scheduler.waiting == 0
+
+
+@pytest.mark.parametrize(("max_rows", "slots", "near"), [(4, 20, 1 + PASSING), (16, 20, 16), (16, 12, 12)])
+def test_closing_tells_those_without_their_memories_too(
+    scheduler: Scheduler, max_rows: int, slots: int, near: int
+) -> None:
+    ticker, ends, coming = scheduler.ticker, list[Any](), list[Callable[[], None]]()
+    ticker.max_rows, ticker.live_bytes = max_rows, slots * 128 * ticker.model.bytes_per_position
+    rows = [row(ends) for _ in range(20)]
+    with scheduler._changed:
+        for each in rows:
+            scheduler.submit(each, coming.append)
+    wait_for(lambda: len(coming) == near)
+    scheduler.close()
+    assert len(coming) == near
+    assert [type(end) for end in ends] == [ServiceClosed] * (20 - near)
+    with pytest.raises(ServiceClosed):
+        scheduler.submit(rows[0])
 
 
 def test_closing_tells_without_the_lock(scheduler: Scheduler) -> None:

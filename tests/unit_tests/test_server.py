@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -40,6 +40,7 @@ from langchain_latentmas.errors import (
 from langchain_latentmas.service import Chunk, connections, patience
 from langchain_latentmas.service.events import Event
 from langchain_latentmas.service.http import _Said, _Told
+from langchain_latentmas.service.identity import MAX_PARENTS
 from langchain_latentmas.service.local import LocalService
 from langchain_latentmas.service.logs import JSONLines
 from langchain_latentmas.service.server import KV_EXPORTS, Server
@@ -326,6 +327,11 @@ def test_on_the_wire_they_are_problem_details(server: Server) -> None:
         (("POST", "/v1/think", {"json": {"messages": [{"role": "tool"}]}}), 422),
         (("POST", "/v1/think", {"json": {"messages": [call_of("[" * 10**5)]}}), 422),
         (("POST", "/v1/think", {"json": {"messages": [call_of("nonsense")]}}), 422),
+        (("POST", "/v1/think", {"json": {**BODY, "latents": {}}}), 422),
+        (("POST", "/v1/think", {"json": {**BODY, "ref": {}}}), 422),
+        (("POST", "/v1/speak", {"json": {"messages": [{"role": "user", "content": "hi", "ref": 1}]}}), 422),
+        (("POST", "/v1/markers", {"json": {"ref": {}}}), 403),
+        (("POST", "/v1/markers", {"json": {"ref": "lat_"}}), 403),
     ],
 )
 def test_whatever_is_asked_there_is_a_problem_document(server: Server, request_: Any, status: int) -> None:
@@ -334,6 +340,15 @@ def test_whatever_is_asked_there_is_a_problem_document(server: Server, request_:
     assert reply.status_code == status
     assert reply.headers["content-type"] == PROBLEM
     assert reply.json()["status"] == status
+
+
+def test_one_reference_too_many_is_no_forged_one(server: Server, remote: LatentService) -> None:
+    genuine = [remote.think(PROMPT, steps=1)] * (MAX_PARENTS + 1)
+    reply = httpx.post(f"{server.address}/v1/think", json={**BODY, "latents": genuine})
+    assert reply.status_code == 422
+    assert reply.json()["type"].endswith(":InvalidRequest")
+    extended = httpx.post(f"{server.address}/v1/think", json={**BODY, "latents": [{**genuine[0], "path": ""}]})
+    assert extended.status_code == 403
 
 
 def test_what_the_server_did_not_expect_says_nothing_of_its_inside(
@@ -600,13 +615,45 @@ def test_also_one_that_hangs_up_while_it_sends_a_memory(fresh_service: Any, capl
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-@pytest.mark.parametrize("path", ["/v1/memory/export", "/v1/lens", "/v1/references", "/v1/references/drop"])
+def test_also_one_that_hangs_up_when_its_memory_is_there(fresh_service: Any, gate: Any) -> None:
+    service = fresh_service()
+    with serving(service, max_running=1) as server, client(server) as remote, ThreadPoolExecutor(1) as threads:
+        held = gate(service)
+        first = threads.submit(remote.think, PROMPT, steps=2)
+        wait_for(lambda: server.turns.running == 1)
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 5) as raw:
+            raw.sendall(upload(host) + b"x" * 49)
+            wait_for(lambda: server.turns.waiting == 1)
+        try:
+            wait_for(lambda: server.turns.waiting == server.uploads[""].running == 0, 30)
+            counted = server.metrics.requests.labels("/v1/memory/import", 499)._value
+            wait_for(lambda: counted.get() == 1)
+        finally:
+            held.open()
+        assert first.result(60)["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/memory/export",
+        "/v1/lens",
+        "/v1/markers",
+        "/v1/markers/take",
+        "/v1/references",
+        "/v1/references/pin",
+        "/v1/references/drop",
+    ],
+)
 def test_also_one_that_hangs_up_while_it_waits_for_what_a_memory_holds(
     fresh_service: Any, gate: Any, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = fresh_service()
     with serving(service, max_running=1) as server, client(server) as remote, ThreadPoolExecutor(1) as threads:
-        body = {"ref": remote.think(PROMPT, steps=1)}
+        body: dict[str, Any] = {"ref": remote.think(PROMPT, steps=1)}
+        if path == "/v1/markers/take":
+            body = {"text": "none"}
         held = gate(service)
         first = threads.submit(remote.think, PROMPT, steps=2)
         wait_for(lambda: server.turns.running == 1)
@@ -638,6 +685,29 @@ def test_one_that_hangs_up_keeps_its_turn_as_long_as_its_thread_works(fresh_serv
         assert remote.lens(body["ref"])
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/think", BODY), ("/v1/speak", {**BODY, "stream": True}), ("/v1/speak", BODY)],
+    ids=["think", "speak", "say"],
+)
+def test_so_does_one_whose_prompt_is_still_read(
+    fresh_service: Any, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    service, held = fresh_service(), Gate()
+    encode = service.encode
+    monkeypatch.setattr(service, "encode", lambda *args: (held.wait(), encode(*args))[1])
+    with serving(service, max_running=1) as server:
+        try:
+            with asking(server, path, body):
+                assert held.entered.wait(60)
+            counted = server.metrics.requests.labels(path, 499)._value
+            wait_for(lambda: counted.get() == 1)
+            assert server.turns.running == 1
+        finally:
+            held.open()
+        wait_for(lambda: server.turns.running == 0)
+
+
 def test_the_deadline_is_told_while_a_thread_works_and_what_it_needs_is_kept(
     fresh_service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -649,13 +719,16 @@ def test_the_deadline_is_told_while_a_thread_works_and_what_it_needs_is_kept(
             there.append(path.exists())
         raise InvalidRequest("too late")
 
-    for name in ("lens", "page", "drop", "export_memory", "import_memory"):
+    for name in ("lens", "marker", "take_markers", "page", "pin", "drop", "export_memory", "import_memory"):
         monkeypatch.setattr(service, name, slow)
     with serving(service) as server, client(server) as remote:
         ref = {"ref": remote.think(PROMPT, steps=1)}
         requests: list[tuple[str, str, dict[str, Any]]] = [
             ("POST", "/v1/lens", {"json": ref}),
+            ("POST", "/v1/markers", {"json": ref}),
+            ("POST", "/v1/markers/take", {"json": {"text": "none"}}),
             ("GET", "/v1/references", {}),
+            ("POST", "/v1/references/pin", {"json": ref}),
             ("POST", "/v1/references/drop", {"json": ref}),
             ("POST", "/v1/memory/export", {"json": {**ref, "kv": True}}),
             ("POST", "/v1/memory/import", {"content": b"x", "headers": {"content-type": TENSORS}}),
@@ -667,7 +740,7 @@ def test_the_deadline_is_told_while_a_thread_works_and_what_it_needs_is_kept(
                     deadline *= 3
                     monkeypatch.setattr(server.settings, "deadline", deadline)
                     assert http.request(method, path, **sent).status_code == 504
-        assert (server.turns.running, server.exports[""].running, server.uploads[""].running) == (5, 1, 1)
+        assert (server.turns.running, server.exports[""].running, server.uploads[""].running) == (len(requests), 1, 1)
         leave.set()
         wait_for(lambda: server.turns.running == server.exports[""].running == server.uploads[""].running == 0)
     assert there == [True]
@@ -730,6 +803,7 @@ def test_memories_that_come_slowly_hold_up_nobody_but_their_tenant(
             assert anne.think(PROMPT, steps=2)["steps"] == 2
             with pytest.raises(ServiceBusy):
                 anne.import_memory(file)
+            assert server.metrics.registry.get_sample_value("latentmas_refused_total", {"queue": "import"}) == 1
         anne.close()
         bert.close()
 
@@ -748,7 +822,7 @@ def test_a_folder_for_memories_that_come_in_may_be_full(
             self.write(b"")  # what is left in the buffer
 
     (tmp_path / "memory").write_bytes(b"x")
-    monkeypatch.setattr("langchain_latentmas.service.server.tempfile.NamedTemporaryFile", Full)
+    monkeypatch.setattr("langchain_latentmas.service.server.tempfile.TemporaryFile", Full)
     with pytest.raises(StoreFull, match="TMPDIR"):
         remote.import_memory(tmp_path / "memory")
 
@@ -784,17 +858,42 @@ def test_connections_without_a_whole_head_are_closed(fresh_service: Any) -> None
                 wait_for(partial(hung_up, raw, begun), 30)
 
 
+@pytest.mark.parametrize("secured", [False, True], ids=["http", "https"])
+def test_a_connection_too_many_is_closed_at_once(
+    fresh_service: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, secured: bool
+) -> None:
+    files = certificate(tmp_path) if secured else {}
+    verify = ssl.create_default_context(cafile=files["certificate"]) if secured else True
+    with serving(fresh_service(), max_connections=2, **files) as server, ExitStack() as connected:
+        host, port = server.address.partition("://")[2].split(":")
+
+        def connect() -> socket.socket:
+            return connected.enter_context(socket.create_connection((host, int(port)), 10))
+
+        def answered() -> bool:
+            with suppress(httpx.TransportError):
+                return httpx.get(f"{server.address}/ready", verify=verify).status_code == 200
+            return False
+
+        first, _ = connect(), connect()  # which say nothing, and take their time for a handshake
+        for _ in range(3):
+            assert connect().recv(1) == b""
+        assert sum("the most there may be" in message for message in caplog.messages) == 1
+        first.close()
+        wait_for(answered)
+
+
 def test_who_waits_for_a_reply_is_not_cut_off(fresh_service: Any, gate: Any) -> None:
     service = fresh_service()
     held = gate(service)
     with (
-        serving(service, body_seconds=0.3) as server,
+        serving(service, body_seconds=2) as server,
         client(server, patience=0) as remote,
         ThreadPoolExecutor(1) as threads,
     ):
         thought = threads.submit(remote.think, PROMPT, steps=2)
         wait_for(lambda: server.turns.running == 1)
-        time.sleep(1)
+        time.sleep(2.5)  # whatever was expected of the client within `body_seconds` is due
         held.open()
         assert thought.result(30)["steps"] == 2
 
@@ -1050,6 +1149,18 @@ def test_when_the_drain_is_over_the_rest_is_told(fresh_service: Any, slow: Any) 
             list(spoken)
 
 
+def test_a_memory_that_still_comes_in_then_may_be_sent_elsewhere(fresh_service: Any) -> None:
+    with serving(fresh_service(), drain=0.1) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 60) as raw:
+            raw.sendall(upload(host))
+            wait_for(lambda: server.uploads[""].running == 1)
+            server.drain()
+            reply = b"".join(iter(partial(raw.recv, 4096), b""))
+    assert b" 503 " in reply
+    assert b"ServiceClosed" in reply
+
+
 # Security.
 
 
@@ -1108,8 +1219,9 @@ def test_metrics_are_for_who_runs_the_server(fresh_service: Any) -> None:
         shown = httpx.get(f"{server.address}/metrics", headers=headers).text
         assert "latentmas_thoughts_total 3.0" in shown
         assert 'latentmas_requests_total{route="/v1/think",status="200"} 1.0' in shown
-        for name in ("queue_length", "live_rows", "ticks_total", "tokens_total", "kv_bytes", "kv_hits_total"):
+        for name in ("live_rows", "ticks_total", "tokens_total", "kv_bytes", "kv_hits_total"):
             assert f"latentmas_{name} " in shown
+        assert 'latentmas_queue_seconds_count{queue="work"} 1.0' in shown
         for name in ("kv_rebuilds_total", "kv_evictions_total", "request_seconds_bucket", "first_event_seconds_bucket"):
             assert f"latentmas_{name}" in shown
         other = httpx.get(f"{server.address}/metrics", headers={"authorization": f"Bearer anne {TOKEN}"})
@@ -1149,6 +1261,14 @@ def test_a_body_that_announces_too_much_is_not_waited_for(fresh_service: Any) ->
             with socket.create_connection((host, int(port)), 5) as raw:
                 raw.sendall(f"{head}\r\n\r\nx".encode())
                 assert expected in raw.recv(4096)
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "1.5", "1, 2", "9" * 30])
+def test_a_length_that_is_no_whole_number_is_refused(server: Server, length: str) -> None:
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 5) as raw:
+        raw.sendall(f"POST /v1/think HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\nx".encode())
+        assert b" 400 " in raw.recv(4096)
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])

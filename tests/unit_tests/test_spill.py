@@ -23,6 +23,7 @@ from langchain_latentmas.service.spill import Spill
 
 from ..conftest import Fresh
 from ..support import at_once, kv_copy, kv_equal, messages, say
+from .test_envelope import parts
 
 SIGNER = Signer(b"k" * 32)
 MADE_FOR = {"model": "0" * 32, "dtype": "float32", "merge": "rotate"}
@@ -312,6 +313,39 @@ def test_a_spilled_kv_gives_the_same_words_without_a_rebuild(
     assert info["rebuilds"] == info["kv_hits"] == 0
     assert info["kv_cpu_hits"] + info["kv_disk_hits"] > 0
     assert info["kv_cpu_bytes"] <= info["kv_cpu_budget"]
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_a_kv_is_written_as_the_page_on_the_format_says(fresh_service: Fresh, tmp_path: Path, kv_dtype: str) -> None:
+    service = fresh_service(
+        dtype="float32", store=tmp_path, kv_budget=0, kv_disk_budget="1GiB", kv_dtype=kv_dtype, merge="rotate"
+    )
+    plan, critique, _ = refs_of(service)
+    assert service._pool.disk is not None
+    service._pool.disk.flush()
+    header, tensors = parts((tmp_path / "kv" / f"{critique['id']}.kv").read_bytes())
+    own = critique["positions"] - plan["positions"]
+    made_for = {"model": critique["model"], "dtype": "float32", "merge": "rotate"}
+    if kv_dtype == "int8":
+        made_for["kv_dtype"] = "int8"
+    assert header == {"id": critique["id"], "positions": own, **made_for}
+    config, whole = service.model.config, torch.float32
+    heads, width = config.num_key_value_heads, config.head_dim
+    named = {"keys": (whole, (heads, own, width)), "values": (whole, (heads, own, width))}
+    if kv_dtype == "int8":
+        codes = (torch.int8, (heads, own, width))
+        scales = {"key_scales": (whole, (heads, 1, width)), "value_scales": (whole, (heads, own, 1))}
+        named = {"key_codes": codes, "value_codes": codes, **scales}
+    layers = range(config.num_hidden_layers)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
+        f"{name}.{i}": shape for name, shape in named.items() for i in layers
+    }
+    memory = service.memory(critique)
+    for i in layers:
+        for side, read in (("key", memory.keys[i]), ("value", memory.values[i])):
+            if kv_dtype == "int8":
+                tensors[f"{side}s.{i}"] = tensors[f"{side}_codes.{i}"] * tensors[f"{side}_scales.{i}"]
+            assert torch.equal(tensors[f"{side}s.{i}"], read[:, -own:])
 
 
 def test_a_spilled_memory_is_bit_by_bit_what_it_was(fresh_service: Fresh, tmp_path: Path) -> None:

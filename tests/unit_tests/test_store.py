@@ -22,9 +22,10 @@ from langchain_latentmas.errors import UnknownReference as Unknown
 from langchain_latentmas.service import store as module
 from langchain_latentmas.service.identity import Signer, memory_id
 from langchain_latentmas.service.memory import Recipe, Segment
-from langchain_latentmas.service.store import DROPPED, RECIPE, FolderStore, RecipeStore
+from langchain_latentmas.service.store import DROPPED, PINNED, RECIPE, FolderStore, RecipeStore
 
 from ..support import Gate, at_once, wait_for
+from .test_envelope import parts
 
 HIDDEN = 4
 
@@ -68,6 +69,46 @@ def test_a_recipe_comes_back_as_it_was(steps: int, spoken: list[int]) -> None:
     assert (got.id, got.model, got.alignment, got.parents) == (put.id, put.model, put.alignment, put.parents)
     assert (got.segment.agent, got.segment.prompt_ids, got.segment.spoken_ids) == ("planner", (5, 6, 7), tuple(spoken))
     assert torch.equal(got.segment.thoughts, put.segment.thoughts)
+
+
+def test_a_recipe_is_written_as_the_page_on_the_format_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever changes one of these names cannot read the stores that there are."""
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.5)
+    store, parent = recipe_store(tmp_path), recipe()
+    put = recipe(steps=2, spoken=(8, 9), parents=(parent.id,))
+    for each in (parent, put):
+        shelve(store, each)
+    header, tensors = parts((tmp_path / f"{put.id}.recipe").read_bytes())
+    assert header == {
+        "id": put.id,
+        "agent": "planner",
+        "model": "00000000000000000000000000000000",
+        "alignment": "realign",
+        "parents": [parent.id],
+        "prompt": 3,
+        "steps": 2,
+        "spoken": 2,
+        "made": 1_800_000_000.5,
+    }
+    assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in tensors.items()} == {
+        "prompt_ids": (torch.int32, [5, 6, 7]),
+        "thoughts": (torch.float32, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        "spoken_ids": (torch.int32, [8, 9]),
+    }
+    assert parts((tmp_path / f"{parent.id}.recipe").read_bytes())[1].keys() == {"prompt_ids", "thoughts"}
+    for mark in ("pinned", "dropped"):
+        (tmp_path / f"{put.id}.{mark}").touch()
+    assert [store.marked(put.id, mark) for mark in (PINNED, DROPPED)] == [True, True]
+
+
+def test_a_recipe_too_large_to_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, small = recipe_store(tmp_path), recipe()
+    shelve(store, small)
+    monkeypatch.setattr(module, "MAX_VALUE", store.size_of(small.id))
+    with pytest.raises(InvalidRequest, match="take fewer latent steps"):
+        shelve(store, recipe(steps=9))
+    assert store.ids() == {small.id}
+    assert store.get(small.id).id == small.id
 
 
 def test_a_recipe_that_is_not_there_is_unknown() -> None:
@@ -350,7 +391,7 @@ def test_a_lock_that_another_process_holds_ends_in_a_typed_error(
 ) -> None:
     monkeypatch.setattr(module, "LOCK_SECONDS", 0.05)
     store, other = FolderStore(tmp_path), FolderStore(tmp_path)
-    with store.locked(), store.locked(), pytest.raises(StoreBusy, match="Another process"):
+    with store.locked(), store.locked(), pytest.raises(StoreBusy, match="by another process"):
         other.mset([("a", b"1")])
     other.mset([("a", b"1")])
 

@@ -17,7 +17,7 @@ from langchain_latentmas.engine.kv import KV, Placed
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.engine.sampling import Sampling
 from langchain_latentmas.engine.tick import Result, Row, Spoken, Ticker
-from langchain_latentmas.errors import EngineFailed
+from langchain_latentmas.errors import NotFinite
 
 from ..conftest import load_parts
 from ..support import kv_difference, relative
@@ -464,7 +464,7 @@ def test_what_overflows_ends_alone_and_leaves_nothing(model: LanguageModel, samp
         tick.step()
         tick.join(after.row())
     finish(tick)
-    assert [type(error) for error in broken.errors] == [EngineFailed]
+    assert [type(error) for error in broken.errors] == [NotFinite]
     assert "infinite numbers or NaN" in str(broken.errors[0])
     assert not broken.results
     for request in (beside, after):
@@ -488,7 +488,7 @@ def test_a_speaker_that_overflows_on_the_way_ends_there(temperature: float) -> N
             tick.join(request.row())
     finish(tick)
     assert [token for token, _ in broken.spoken] == spoken[: spoken.index(last) + 1]
-    assert [type(error) for error in broken.errors] == [EngineFailed]
+    assert [type(error) for error in broken.errors] == [NotFinite]
     assert "infinite numbers or NaN" in str(broken.errors[0])
     assert not broken.results
     assert tick.spoken == len(broken.spoken)
@@ -509,7 +509,7 @@ def test_what_overflows_and_is_moved_leaves_nothing_where_it_was(model: Language
         assert first.results
         tick.join(after.row())  # where that was before, and its keys in sight
     finish(tick)
-    assert [type(error) for error in broken.errors] == [EngineFailed]
+    assert [type(error) for error in broken.errors] == [NotFinite]
     assert_same(after.results[0], alone(model, Request(after.inputs, steps=9)))
 
 
@@ -524,7 +524,7 @@ def test_what_overflows_and_trades_places_leaves_nothing_there(model: LanguageMo
         for _ in range(5):
             tick.step()
     finish(tick)
-    assert [type(error) for error in long.errors] == [EngineFailed]
+    assert [type(error) for error in long.errors] == [NotFinite]
     assert_same(short.results[0], alone(model, Request(short.inputs, steps=30)))
 
 

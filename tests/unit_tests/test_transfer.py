@@ -1,6 +1,7 @@
 """A memory that comes from outside is what its id says, or nothing of it is kept."""
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from langchain_latentmas import LatentService
 from langchain_latentmas.errors import ContextTooLong, InvalidRequest, WrongModel
+from langchain_latentmas.service import transfer
 from langchain_latentmas.service.identity import memory_id
+from langchain_latentmas.service.server import Server
 
 from ..conftest import Fresh
+from ..support import say
 
 VOCABULARY = 384
 UNKNOWN = "lat_" + "0" * 32
@@ -41,6 +45,64 @@ def opened(path: Path) -> tuple[About, Tensors]:
 
 def write(path: Path, about: About, tensors: Tensors) -> None:
     safetensors.save_file(tensors, path, {"memory": json.dumps(about)})
+
+
+def test_a_memory_is_written_as_the_page_on_serving_says(fresh_service: Fresh, tmp_path: Path) -> None:
+    """Whoever changes one of these names cannot read the files that there are."""
+    service, path = fresh_service(), tmp_path / "memory"
+    plan = service.think("Plan.", steps=3, agent="planner")
+    said = say(service, "Answer.", [plan], max_tokens=4, agent="judger")
+    path.write_bytes(b"".join(service.export_memory(said.ref, kv=True)))
+    about, tensors = opened(path)
+    memory, config = service.memory(said.ref), service.model.config
+    planned, answered = ([list(ids) for ids in (part.prompt_ids, part.spoken_ids)] for part in memory.segments)
+    assert len(answered[1]) == said.usage["output_tokens"]
+    assert about == {
+        "format": "latentmas-memory",
+        "version": 1,
+        "model": plan["model"],
+        "hidden_size": config.hidden_size,
+        "merge": "none",
+        "segments": [
+            {
+                "id": plan["id"],
+                "agent": "planner",
+                "alignment": "realign",
+                "parents": [],
+                "prompt_ids": planned[0],
+                "steps": 3,
+                "spoken_ids": [],
+            },
+            {
+                "id": said.ref["id"],
+                "agent": "judger",
+                "alignment": "realign",
+                "parents": [plan["id"]],
+                "prompt_ids": answered[0],
+                "steps": 0,
+                "spoken_ids": answered[1],
+            },
+        ],
+    }
+    layers = range(config.num_hidden_layers)
+    assert tensors.keys() == {"thoughts.0", *(f"{side}.{i}" for side in ("keys", "values") for i in layers)}
+    assert torch.equal(tensors["thoughts.0"], memory.segments[0].thoughts)
+    for i in layers:
+        assert torch.equal(tensors[f"keys.{i}"], memory.keys[i])
+        assert torch.equal(tensors[f"values.{i}"], memory.values[i])
+
+
+def test_a_memory_whose_header_nobody_would_read_is_not_written(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = fresh_service()
+    ref = service.think("Plan.", steps=3)
+    header = len(next(service.export_memory(ref))) - 8
+    monkeypatch.setattr(transfer, "MAX_HEADER", header)
+    assert b"".join(service.export_memory(ref))
+    monkeypatch.setattr(transfer, "MAX_HEADER", header - 1)
+    with pytest.raises(InvalidRequest, match=f"too long to be exported: its header has {header} bytes"):
+        next(service.export_memory(ref))
 
 
 def with_id(about: About, **changed: Any) -> None:
@@ -163,6 +225,17 @@ def test_a_memory_longer_than_the_model_can_see_is_refused(fresh_service: Fresh,
     assert service.references() == []
 
 
+def test_of_a_memory_that_says_it_is_too_long_no_thoughts_are_read(fresh_service: Fresh, exported: Path) -> None:
+    about, _ = opened(exported)
+    about["segments"][1]["steps"] = 2**50
+    write(exported, about, {})  # there are none, and nobody finds out
+    service = fresh_service()
+    with pytest.raises(ContextTooLong, match=f"longer than the model's {service.max_positions} positions"):
+        service.import_memory(exported)
+    with pytest.raises(WrongModel):
+        fresh_service("llama-untied").import_memory(exported)
+
+
 def test_a_memory_of_another_model_is_refused(fresh_service: Fresh, bundled: LatentService, exported: Path) -> None:
     """Also of one whose thoughts have another width."""
     for service in (fresh_service("llama-untied"), bundled):
@@ -170,3 +243,22 @@ def test_a_memory_of_another_model_is_refused(fresh_service: Fresh, bundled: Lat
         with pytest.raises(WrongModel, match=r"memory belongs to model [0-9a-f]{32}.*load that model"):
             service.import_memory(exported)
         assert service.references() == known
+
+
+def test_a_memory_that_comes_in_lies_in_no_folder_where_a_kill_would_leave_it(
+    server: Server, remote: LatentService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary, file = tmp_path / "temporary", tmp_path / "memory"
+    temporary.mkdir()
+    file.write_bytes(b"as it was sent")
+    there: list[tuple[bytes, list[Path]]] = []
+
+    def look(path: Path) -> None:
+        there.append((path.read_bytes(), list(temporary.iterdir())))
+        raise InvalidRequest("seen")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(server.service, "import_memory", look)
+    with pytest.raises(InvalidRequest, match="seen"):
+        remote.import_memory(file)
+    assert there == [(b"as it was sent", [])]

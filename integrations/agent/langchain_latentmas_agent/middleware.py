@@ -50,7 +50,9 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
             steps: Latent steps that it takes instead of speaking, its message is a marker; None lets it speak. An agent
                 that thinks can have no tools, since calling one is speaking.
             reads: Agents whose memories it reads, in the order in which they are merged: those it has not read yet, or
-                if there are none, those it read last. None reads every tip by agent name, and so all of a conversation.
+                if there are none, those it read last. All of them have to have run: the agent does not see the graph
+                around it, in which one may be yet to come. None reads every tip by agent name, and so all of a
+                conversation.
         """
         super().__init__()
         self.agent, self.steps, self.reads = agent, steps, reads

@@ -79,6 +79,21 @@ def test_reads_chooses_whose_memories_are_read(llm: ChatLatentMAS) -> None:
         team(llm, reads=["nobody"]).invoke(ASKED, thread("1"))
 
 
+def test_who_may_not_have_run_is_not_to_be_named_in_reads(llm: ChatLatentMAS) -> None:
+    def ask(reads: list[str] | None) -> Any:
+        builder = StateGraph(LatentState)
+        for name in ("math", "law"):
+            builder.add_node(name, create_agent(llm, middleware=[LatentMiddleware(name, steps=2)]))
+            builder.add_edge(name, "judger")
+        builder.add_node("judger", create_agent(llm, middleware=[LatentMiddleware("judger", reads=reads)]))
+        builder.add_conditional_edges(START, lambda state: "math", ["math", "law"])
+        return builder.compile().invoke(ASKED)
+
+    assert [ref["agent"] for ref in ask(None)["latents"]] == ["math", "judger"]
+    with pytest.raises(InvalidRequest, match=r"'judger' reads 'law', who left nothing .*leave reads out"):
+        ask(["math", "law"])
+
+
 def test_a_text_run_leaves_no_memories_and_equals_plain_agents(llm: ChatLatentMAS) -> None:
     out = team(llm).invoke(ASKED, thread("1", "text"))
     builder = StateGraph(LatentState)
