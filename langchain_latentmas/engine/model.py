@@ -486,10 +486,15 @@ class LanguageModel:
         A configuration cannot tell, since what it calls a scale divides in one model and multiplies in another.
 
         Raises:
-            ModelNotSupported: If it is something else.
+            ModelNotSupported: If it is something else, or overflows in this dtype.
         """
         ids, head = self._probe_ids()[None], self.model.get_output_embeddings()
         hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        if not hidden.isfinite().all():
+            raise ModelNotSupported(
+                f"{self.name}: {type(self.model).__name__} makes infinite numbers or NaN of a few tokens in "
+                f"{self.dtype}, so it is refused; take dtype='bfloat16' or 'float32'."
+            )
         given = head(hidden.to(head.weight.device))
         wanted = self.model(input_ids=ids, use_cache=False).logits.to(given.device)
         self._cap = getattr(self.config, "final_logit_softcapping", None)

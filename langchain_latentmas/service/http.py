@@ -349,7 +349,7 @@ class HTTPService(LatentService):
         """See `LatentService.marker`; of what was thought through this client it is known without asking the server."""
         wire = _wire_ref(ref)
         if (marker := self._markers.get(wire.mac)) is None or self._marked.get(marker) != wire.ref:
-            marker = self._post("/v1/markers", RefRequest(ref=wire), MarkerReply).marker
+            marker = self._in_turn("POST", "/v1/markers", MarkerReply, **_json(RefRequest(ref=wire))).marker
             self._remember(wire.ref, marker)
         return marker
 
@@ -363,7 +363,8 @@ class HTTPService(LatentService):
         elif not markers:
             return without, []
         # As one text: where a marker is refused, its error is that of the whole.
-        reply = self._post("/v1/markers/take", TextRequest(text=" ".join(map(str, markers))), MarkersReply)
+        asked = TextRequest(text=" ".join(map(str, markers)))
+        reply = self._in_turn("POST", "/v1/markers/take", MarkersReply, **_json(asked))
         found = [ref.ref for ref in reply.refs]
         if len(found) != len(markers):
             raise _foreign(f"{len(found)} references of {len(markers)} markers")
@@ -383,7 +384,7 @@ class HTTPService(LatentService):
 
     def pin(self, ref: LatentRef, pinned: bool = True) -> None:
         """See `LatentService.pin`."""
-        self._post("/v1/references/pin", PinRequest(ref=_wire_ref(ref), pinned=pinned), Done)
+        self._in_turn("POST", "/v1/references/pin", Done, **_json(PinRequest(ref=_wire_ref(ref), pinned=pinned)))
 
     def drop(self, ref: LatentRef) -> None:
         """See `LatentService.drop`."""
@@ -556,16 +557,8 @@ class HTTPService(LatentService):
             finally:
                 await reply.aclose()
 
-    def _post(self, path: str, body: BaseModel, kind: type[Reply]) -> Reply:
-        def send() -> Reply:
-            with _unreachable(self.url):
-                reply = self._checked_client().post(path, **_json(body))
-            return _read(reply, kind)
-
-        return self._retried(send)
-
     def _in_turn(self, method: str, path: str, kind: type[Reply], **sent: Any) -> Reply:
-        """The same for what takes its turn, and gives no sign of life until it is done."""
+        """What comes of a request that takes its turn, and gives no sign of life until it is done."""
 
         def send() -> Reply:
             with _unreachable(self.url), in_time(self._silent):
