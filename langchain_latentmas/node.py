@@ -403,7 +403,8 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         """Says that nothing of a node beside it is there; LangGraph tells nobody whether that node has run."""
         ids = {ref["id"] for ref in known}
         strangers = sorted(agent for agent in agents - {self.name} if not _is_node(agent, config))
-        lost = any(parent not in ids for ref in known for parent in ref["parents"])
+        # Many may lack a parent: memories taken over from elsewhere, or read through a marker.
+        lost = len(known) == 1 and any(parent not in ids for ref in known for parent in ref["parents"])
         if not strangers and not lost:
             logger.info("agent %r reads nothing of %r, who has not run", self.name, node)
             return
@@ -418,7 +419,8 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
 
     def _warn_of_thoughts(self, known: Sequence[LatentRef], messages: Sequence[BaseMessage]) -> None:
         """Says whose thoughts a run as text loses: those that nobody has read who spoke."""
-        spoken = {(message.response_metadata.get("latent_ref") or {}).get("id") for message in messages}
+        refs = [message.response_metadata.get("latent_ref") or {} for message in messages]
+        spoken = {key for ref in refs for key in (ref.get("id"), *ref.get("parents", ()))}
         read = ancestry([ref for ref in known if ref["id"] in spoken], known)
         left = {ref["agent"] for ref in known if ref["id"] not in read}
         if unread := sorted(left if self.reads is None else left & set(self.reads)):

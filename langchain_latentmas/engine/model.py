@@ -132,6 +132,7 @@ class LanguageModel:
             logger.warning("%s: keys cannot be moved by a rotation; merged memories are rebuilt instead", self.name)
         self._changing = threading.RLock()
         with memory_for(self.name, self.device):
+            self._stock: list[list[int]] = []
             self._take_stock()
 
     @classmethod
@@ -290,6 +291,7 @@ class LanguageModel:
             EngineFailed: If the device has too little memory; the next call of `refresh_if_changed` tries again.
         """
         with self._changing, memory_for(self.name, self.device):
+            self._stock = []  # until all is computed, whatever was changed
             self._choose_forward()
             self._take_stock()
 

@@ -14,7 +14,7 @@ import torch
 from ..engine.kv import KV, AnyKV, Placed
 from ..engine.scheduler import Scheduler
 from ..engine.tick import Result, Row
-from ..errors import EngineFailed, LatentMASError, ServiceClosed, StoreCorrupted, UnknownReference
+from ..errors import EngineFailed, LatentMASError, ServiceClosed, StoreCorrupted, UnknownReference, first_line
 from .alteration import alter, unaltered
 from .budget import Budget
 from .memory import Layout, Lineage, MergeMode, Piece, Recipe
@@ -23,6 +23,7 @@ from .spill import Spill
 
 logger = logging.getLogger(__name__)
 
+QUICK = 0.002  # seconds that a tick waits for the pool
 REUSED_FROM = 8  # tokens that two prompts begin with alike; fewer are sooner computed than copied
 
 A = TypeVar("A")
@@ -217,8 +218,8 @@ class KVPool:
             self.hits["device"] += 1
             return _done(kv)
         if (kv := self.spilled.get(key)) is not None:
-            self.hits["cpu"] += 1
             kv = kv.to(self._devices)
+            self.hits["cpu"] += 1
             self.keep(key, kv)
             return _done(kv)
         return None
@@ -348,14 +349,18 @@ class KVPool:
     def _bring(self, row: Row, layout: Layout, after: Sequence[str] | None, done: Callable[[], None]) -> None:
         """Places a row's memory and submits it: at once, or if that takes longer, in a thread. No tick waits for it."""
         moved = self.mode == "rebuild" and any(piece.moved or piece.on_moved for piece in layout)
-        if not moved and (here := self._all_here(layout)) is not None:
-            self._submit_on(row, here, after)
-            done()
-            return
+        if not moved and self._lock.acquire(timeout=QUICK):  # whoever has it may be copying a whole memory
+            try:
+                if (here := self._all_here(layout)) is not None:
+                    self._submit_on(row, here, after)
+                    done()
+                    return
+            finally:
+                self._lock.release()
 
         def aside() -> None:
             try:
-                self._submit_on(row, self.place(layout).result(), after)
+                self._submit_on(row, self._place_somehow(layout), after)
             except Exception as error:
                 row.on_error(error)
             finally:
@@ -366,6 +371,24 @@ class KVPool:
         except RuntimeError as error:
             row.on_error(EngineFailed(f"A memory could not be brought ({error}); the same call may succeed later."))
             done()
+
+    def _place_somehow(self, layout: Layout) -> list[Placed]:
+        """What comes of `place`; where the device is full, what is kept makes room for it.
+
+        Raises:
+            EngineFailed: If that is not enough.
+        """
+        try:
+            try:
+                return self.place(layout).result()
+            except torch.OutOfMemoryError:
+                self.give_up()
+                return self.place(layout).result()
+        except torch.OutOfMemoryError as error:
+            raise EngineFailed(
+                f"The device has no room for the memory that is read ({first_line(error)}); the same call may succeed "
+                "later, or read fewer memories, or lower live_budget."
+            ) from error
 
     def _submit_with(self, row: Row, past: "Future[list[Placed]]") -> None:
         """Queues a row that computes a memory, once what it reads is there: before all that wait for theirs."""

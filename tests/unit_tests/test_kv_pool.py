@@ -430,6 +430,31 @@ def test_where_memory_ran_out_half_of_what_is_kept_leaves_the_device(
     assert service.info()["rebuilds"] == (0 if cpu else 4)
 
 
+@pytest.mark.parametrize("short", [1, 99])
+def test_for_a_memory_on_its_way_back_to_a_full_device_room_is_made(
+    fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    service = fresh_service(kv_cpu_budget="1GiB")
+    refs = [service.think(messages(f"Number {i}."), steps=2) for i in range(4)]
+    service._pool.give_up()
+    to, left = KV.to, short
+
+    def full(kv: KV, devices: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise torch.OutOfMemoryError("no memory is left")
+        return to(kv, devices)
+
+    monkeypatch.setattr(KV, "to", full)
+    if short == 99:
+        with pytest.raises(EngineFailed, match=r"no room for the memory that is read \(no memory is left.?\)"):
+            say(service, QUESTION, refs[:1])
+        left = 0
+    assert say(service, QUESTION, refs[:1]).usage["positions_read"] == refs[0]["positions"]
+    assert (service.info()["kv_cpu_hits"], service.info()["rebuilds"]) == (1, 0)
+
+
 def test_who_waits_is_told_what_keeps_the_memory_from_being_placed(
     fresh_service: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:

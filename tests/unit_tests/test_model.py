@@ -291,6 +291,19 @@ def test_a_device_with_too_little_memory_is_named_with_what_helps(
     assert "(CUDA out of memory. Tried to allocate 2.00 GiB.). Free some there, or take" in str(failed.value)
 
 
+def test_weights_that_were_changed_unseen_are_not_taken_for_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, tokenizer = load_parts("qwen3-tied", "float32")
+    model = LanguageModel(deepcopy(loaded), tokenizer)
+    before = model.fingerprint
+    model.model.get_input_embeddings().weight.data.mul_(2)  # hides from `refresh_if_changed`
+    with monkeypatch.context() as patch:
+        patch.setattr(Alignment, "of", no_memory)
+        with pytest.raises(EngineFailed, match="does not fit"):
+            model.refresh()
+    model.refresh_if_changed()
+    assert model.fingerprint != before
+
+
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ModelNotSupported, match="'bfloat16'"):
         LatentService.load(str(QWEN), dtype="float99")

@@ -245,6 +245,23 @@ def test_thoughts_that_a_run_as_text_does_not_read_are_named(
     assert "by: planner." in said
 
 
+def test_thoughts_that_a_node_of_ones_own_spoke_from_are_not_said_to_be_lost(
+    service32: LatentService, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = ChatLatentMAS(service=service32, max_tokens=2)
+
+    def answer(state: LatentState) -> dict[str, Any]:  # leaves no reference
+        return {"messages": [llm.invoke(state["messages"], latents=state["latents"])]}
+
+    builder = StateGraph(LatentState)
+    builder.add_node("planner", LatentAgentNode("planner", "Plan.", service=service32, steps=1, max_tokens=2))
+    builder.add_node("answer", answer)
+    graph = builder.add_edge(START, "planner").add_edge("planner", "answer").compile(InMemorySaver())
+    for edges in ("latent", "text"):
+        graph.invoke(ASKED, {"configurable": {"thread_id": "1", "edges": edges}})
+    assert not caplog.messages
+
+
 def test_agents_on_two_services_hand_over_text(service32: LatentService, fresh_service: Fresh) -> None:
     other = fresh_service("llama-untied", dtype="float32")
 
