@@ -299,8 +299,9 @@ async def _cancelled(*tasks: "asyncio.Future[Any]") -> None:
     for task in tasks:
         if not task.done():
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait([task])  # and not the task: to be cancelled meanwhile is another thing
+            if not task.cancelled():
+                task.result()
 
 
 def _start(status: int, media_type: str, headers: list[tuple[bytes, bytes]]) -> Message:

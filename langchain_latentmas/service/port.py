@@ -93,7 +93,8 @@ class _Listener(socket.socket):
     """Hangs up on who is one too many, and at once: a connection has a file before its TLS handshake, or any head."""
 
     def __init__(self, family: int, most: int, let_in: WeakSet[socket.socket]) -> None:
-        super().__init__(family, socket.SOCK_STREAM)
+        # Named, since asyncio sends small replies without delay only on sockets that say they are TCP.
+        super().__init__(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self.most, self.let_in, self.told = most, let_in, False
 
     def accept(self) -> tuple[socket.socket, Any]:

@@ -1,3 +1,4 @@
+import asyncio
 import socket
 from contextlib import closing
 from typing import Any
@@ -54,3 +55,21 @@ def test_an_address_that_a_name_has_and_the_machine_has_not_is_left_out(monkeypa
     monkeypatch.setattr(socket, "getaddrinfo", found)
     with closing(on(host="localhost", port=0)) as port:
         assert [each.getsockname()[0] for each in port.open()] == ["127.0.0.1"]
+
+
+def test_small_replies_are_sent_without_delay() -> None:
+    async def accepted() -> int:
+        told = asyncio.get_running_loop().create_future()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            told.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with closing(on(port=0)) as port:
+            async with await asyncio.start_server(connected, sock=port.open()[0]):
+                _, writer = await asyncio.open_connection("127.0.0.1", number(port))
+                delay = await asyncio.wait_for(told, 5)
+                writer.close()
+                return int(delay)
+
+    assert asyncio.run(accepted()) == 1
