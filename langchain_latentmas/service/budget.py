@@ -50,12 +50,12 @@ class Budget(Generic[Value]):
                 return [(key, value)]
             self._values[key] = value
             self.used += self._size(value)
-            forgotten = []
-            while self.used > self.limit:
-                forgotten.append(self._values.popitem(last=False))
-                self.used -= self._size(forgotten[-1][1])
-            self.evictions += len(forgotten)
-            return forgotten
+            return self._shrink(self.limit)
+
+    def halve(self) -> list[tuple[str, Value]]:
+        """Forgets the half that was used least recently, and returns it."""
+        with self._lock:
+            return self._shrink(self.used // 2)
 
     def pop(self, key: str) -> Value | None:
         """Takes a value out, which is no eviction; None if it is not there."""
@@ -70,6 +70,15 @@ class Budget(Generic[Value]):
         with self._lock:
             self._values.clear()
             self.used = 0
+
+    def _shrink(self, size: int) -> list[tuple[str, Value]]:
+        """Forgets what was used least recently until no more than `size` is left. Whoever calls holds the lock."""
+        forgotten = []
+        while self.used > size:
+            forgotten.append(self._values.popitem(last=False))
+            self.used -= self._size(forgotten[-1][1])
+        self.evictions += len(forgotten)
+        return forgotten
 
     def __len__(self) -> int:
         return len(self._values)

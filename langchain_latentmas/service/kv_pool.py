@@ -31,20 +31,6 @@ B = TypeVar("B")
 _turns = threading.local()
 
 
-class _OnDevice(Budget[AnyKV]):
-    """KV on the device, which may have to make room for other things than KV."""
-
-    def halve(self) -> list[tuple[str, AnyKV]]:
-        """Forgets the half that was used least recently, and returns it."""
-        with self._lock:
-            forgotten, half = list[tuple[str, AnyKV]](), self.used // 2
-            while self.used > half:
-                forgotten.append(self._values.popitem(last=False))
-                self.used -= self._size(forgotten[-1][1])
-            self.evictions += len(forgotten)
-            return forgotten
-
-
 class KVPool:
     """Hands out the KV of whole memories, segment by segment, shared between all memories that contain them.
 
@@ -88,7 +74,7 @@ class KVPool:
             devices: Device of each layer.
             packed: Whether to keep KV in 8 bits. Then all readers get what the 8 bits say, wherever they were kept.
         """
-        self.kept = _OnDevice(limit, lambda kv: kv.nbytes)
+        self.kept: Budget[AnyKV] = Budget(limit, lambda kv: kv.nbytes)
         self.spilled: Budget[AnyKV] = Budget(cpu_limit, lambda kv: kv.nbytes)
         self.packed, self.mode, self.rebuilds = packed, mode, 0
         self.hits: Counter[str] = Counter()

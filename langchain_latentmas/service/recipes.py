@@ -244,7 +244,7 @@ class RecipeService(LatentService):
             return _as_if_new(known, on_step)
         for event in request.events(notify=on_step is not None):
             if isinstance(event, Result):
-                return request.thought(event).result()
+                return request.kept(event, lambda ref: ref).result()
             if on_step is not None and isinstance(event, int):
                 on_step(event)
         raise AssertionError("a request ends with a result or an error")
@@ -271,9 +271,7 @@ class RecipeService(LatentService):
         async with aclosing(request.aevents(notify=on_step is not None)) as events:
             async for event in events:
                 if isinstance(event, Result):
-                    quick = self._keeps_at_once(event)
-                    kept = request.thought(event) if quick else await asyncio.to_thread(request.thought, event)
-                    return await Mailbox.arrival(kept)
+                    return await self._arrived(event, partial(request.kept, event, lambda ref: ref))
                 if on_step is not None and isinstance(event, int):
                     on_step(event)
         raise AssertionError("a request ends with a result or an error")
@@ -322,9 +320,7 @@ class RecipeService(LatentService):
                 if isinstance(event, Spoken):
                     yield Chunk(event.text, (event.token,))
                 elif isinstance(event, Result):
-                    quick = self._keeps_at_once(event)
-                    last = request.last_chunk(event) if quick else await asyncio.to_thread(request.last_chunk, event)
-                    yield await Mailbox.arrival(last)
+                    yield await self._arrived(event, partial(request.last_chunk, event))
 
         return chunks()
 
@@ -343,9 +339,7 @@ class RecipeService(LatentService):
         async with aclosing(request.aevents(notify=False)) as events:
             async for event in events:
                 if isinstance(event, Result):
-                    quick, last = self._keeps_at_once(event), request.last_chunk
-                    kept = last(event, whole=True) if quick else await asyncio.to_thread(last, event, whole=True)
-                    return await Mailbox.arrival(kept)
+                    return await self._arrived(event, partial(request.last_chunk, event, whole=True))
         raise AssertionError("a request ends with a result or an error")
 
     def _speaking(
@@ -360,6 +354,10 @@ class RecipeService(LatentService):
     ) -> "_Request":
         how = Sampling.of(**sampling)
         return _Request(self, messages, latents, agent, sampling=how, tools=tools, prefix=prefix)
+
+    async def _arrived(self, result: Result, keep: Callable[[], "Future[T]"]) -> T:
+        """What comes of keeping a finished row: in a thread of its own, unless that is quick."""
+        return await Mailbox.arrival(keep() if self._keeps_at_once(result) else await asyncio.to_thread(keep))
 
     async def _aside(self, call: Callable[[], T], quick: bool) -> T:
         """Calls what needs the store: in a thread of its own, unless it is quick and there is nothing to wait for."""
@@ -647,10 +645,6 @@ class _Request:
             return then(self._ref(recipe.id))
 
         return self.service._store.put_soon(made, stored)
-
-    def thought(self, result: Result) -> "Future[LatentRef]":
-        """The reference of a thought, once its recipe is stored."""
-        return self.kept(result, lambda ref: ref)
 
     def room(self, counted: bool = False) -> AbstractContextManager[None]:
         """Holds room in the store for what comes of it; see `RecipeStore.room`.
