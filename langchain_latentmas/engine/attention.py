@@ -10,7 +10,6 @@ from transformers.masking_utils import eager_mask
 
 NAME = "latentmas"
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models ask for, and this attention would leave out
-SHORT = 512  # positions; of more, on a CPU, reading keys once for all heads of a group saves more than it costs
 
 
 def attend(
@@ -26,7 +25,7 @@ def attend(
     """Scaled dot-product attention as transformers calls it.
 
     Where torch would copy keys and values for each head of a group, these heads become positions of one head instead.
-    On a CPU it copies nothing, and is faster by itself: for many queries, and for one up to `SHORT` positions.
+    On a CPU it copies nothing, and with many queries of a row is faster by itself; with one it reads keys once a head.
 
     Args:
         module: The attention layer, not looked at.
@@ -48,9 +47,7 @@ def attend(
         raise NotImplementedError(f"attention with {', '.join(asked)}")
     rows, heads, new, dim = query.shape
     groups = heads // key.shape[1]
-    # What is compiled for one row does not ask how far it sees, or it would be compiled again and again.
-    short = key.shape[2] <= SHORT and not torch.compiler.is_compiling()
-    if not copies(query.device) and (new > 1 or short):
+    if not copies(query.device) and new > 1:
         out = F.scaled_dot_product_attention(
             query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=groups > 1
         )

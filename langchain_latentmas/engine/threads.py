@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-SHARED = 1 << 21  # multiplications of a product from which sharing it out saves more than it costs, some 10 µs a thread
+SHARED = 1 << 19  # multiplications of a product from which sharing it out saves more than it costs, some 10 µs a thread
 READ = 8  # rows that are multiplied with a weight in the time that it takes to read it
 
 
