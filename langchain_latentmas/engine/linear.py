@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 LARGE = 1 << 20  # multiplications; below, a call of oneDNN costs more than it saves
+FEW = 2  # rows for which MKL takes 0.6 to 0.9 of oneDNN's time on Intel's processors, and from twice as many on more
 
 
-def _mkl_lags() -> bool:
-    """Whether the processor has wider vectors than MKL uses on it: that uses the widest ones of Intel's alone."""
+def _is_intel() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
-    intel = "GenuineIntel" in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
-    return not intel and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "GenuineIntel" in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
 
 
-MKL_LAGS = _mkl_lags()
+INTEL = _is_intel()
+MKL_LAGS = not INTEL and torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether the processor has wider vectors than MKL uses on it: that uses the widest ones of Intel's alone."""
 
 
 class Linear:
@@ -38,7 +39,7 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., out] of [..., in]."""
-        if self._packed is None or torch.compiler.is_compiling():
+        if self._packed is None or torch.compiler.is_compiling() or _is_few(x, self.weight):
             return linear(x, self.weight, self.bias)
         return _onednn(x, self._packed, self.bias)
 
@@ -50,7 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     asks the processor what it has: on an AMD EPYC with AVX-512 it reads a matrix for one row 2.4 times as fast, and
     multiplies many rows in 0.45 of the time. On an Intel Xeon, and on an AMD EPYC without AVX-512, the two are alike
     for small matrices, but MKL takes less time to begin (on a first-generation EPYC 2 µs a call and not 50), so these
-    are left to it there; large ones oneDNN shares out better among threads. For bfloat16 torch calls oneDNN itself.
+    are left to it there; large ones oneDNN shares out better among threads, but for one or two rows on a Xeon. For
+    bfloat16 torch calls oneDNN itself.
 
     Args:
         x: [..., in].
@@ -60,7 +62,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., out].
     """
-    small = x.numel() * weight.shape[0] < LARGE or (weight.numel() < LARGE and not MKL_LAGS)
+    small = x.numel() * weight.shape[0] < LARGE or (weight.numel() < LARGE and not MKL_LAGS) or _is_few(x, weight)
     if small or weight.dtype is not torch.float32 or not packable(weight) or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     return _onednn(x, weight, bias)
@@ -73,6 +75,10 @@ def packable(weight: Tensor) -> bool:
     if weight.dtype is torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype is torch.float32
+
+
+def _is_few(x: Tensor, weight: Tensor) -> bool:
+    return INTEL and weight.dtype is torch.float32 and x.numel() <= FEW * weight.shape[1]
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -257,15 +257,23 @@ def test_a_matrix_product_is_the_same_wherever_it_is_computed(shape: tuple[int, 
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
 
 
-@pytest.mark.parametrize("lags", [True, False])
-def test_large_products_of_single_precision_go_to_onednn(monkeypatch: pytest.MonkeyPatch, lags: bool) -> None:
+@pytest.mark.parametrize(("intel", "lags"), [(False, True), (False, False), (True, False)])
+def test_large_products_of_single_precision_go_to_onednn(
+    monkeypatch: pytest.MonkeyPatch, intel: bool, lags: bool
+) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     called = []
     monkeypatch.setattr(linear_module.F, "linear", lambda *_: called.append(1))
     monkeypatch.setattr(linear_module, "MKL_LAGS", lags)
-    linear(torch.randn(2, 1024), torch.randn(LARGE // 1024, 1024))
-    assert not called
+    monkeypatch.setattr(linear_module, "INTEL", intel)
+    module = nn.Linear(1024, LARGE // 1024, bias=False)
+    for product in (Linear(module), Linear(module, packed=True)):
+        product(torch.randn(3, 1024))
+        assert not called
+        product(torch.randn(2, 1024))
+        assert len(called) == intel
+        called.clear()
     many, few, weight = torch.randn(LARGE // 64 // 32, 64), torch.randn(1, 64), torch.randn(32, 64)
     linear(many, weight)
     assert len(called) == (not lags)  # a small matrix
