@@ -1,6 +1,5 @@
 """The layers of Llama and its kin, in a third of the calls that transformers makes of them."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -175,7 +174,8 @@ class Norm:
         source: Any = module
         self.module, self.weight, self.eps = module, cast(Tensor, source.weight), cast(float, source.variance_epsilon)
         n = len(self.weight)
-        self._least, self._root = self.weight.new_tensor(n * self.eps).sqrt(), math.sqrt(n)
+        # As tensors: for a number of Python's, torch makes one at each call, and two more calls of a division.
+        self._least, self._root = self.weight.new_tensor(n * self.eps).sqrt(), self.weight.new_tensor(n).sqrt()
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., n] of the same shape."""
