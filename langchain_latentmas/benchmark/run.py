@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args
 
 from .. import bundled
 from ..engine.model import LanguageModel
-from ..evaluation.machine import machine
+from ..evaluation.machine import Steal, machine
 from .graphs import concurrency, text_against_latent
 from .memory import Copy
 from .spread import Spread
@@ -70,7 +70,7 @@ class Bench:
         Returns:
             Plain JSON; `rows` has one entry per kind of work, number of rows and length.
         """
-        about = machine(self.model.device)
+        about, steal = machine(self.model.device), Steal()
         copy = Copy(self.model.device)
         copied = [copy.run() for _ in range(self.repeats)]
         measured, skipped = [], []
@@ -86,6 +86,7 @@ class Bench:
         graphs = self._graphs(self.graphs, progress) if self.graphs else {}
         result = {
             "machine": about,
+            "steal": steal.share,
             "model": self._about(),  # last: what a hook makes of the decoder is to be seen here
             "repeats": self.repeats,
             "bandwidth_gb_s": bandwidth.median / 1e9,

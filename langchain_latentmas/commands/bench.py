@@ -20,6 +20,7 @@ from .terminal import headline, open_console
 if TYPE_CHECKING:
     from ..engine.model import LanguageModel
 
+NOTICED = 0.02  # of the processors' time; less is the noise of any virtual machine
 WHAT = {"think": ("Thinking", "thoughts / s"), "speak": ("Speaking", "tokens / s")}
 
 
@@ -258,6 +259,12 @@ def _table(what: str, cells: Sequence[dict[str, Any]]) -> Table:
 
 
 def _notes(result: dict[str, Any]) -> Iterator[RenderableType]:
+    if (steal := result["steal"] or 0) >= NOTICED:
+        yield Text(
+            f"The host gave {steal:.0%} of the processors' time to others meanwhile: what takes all cores is slower "
+            "than it can be, and ratios to what takes one come out low.",
+            "yellow",
+        )
     for why, group in groupby(result["skipped"], key=lambda one: (one["what"], one["positions"], one["why"])):
         counts = ", ".join(str(one["rows"]) for one in group)
         yield Text(f"Left out: {why[0]}, {why[1]:,} positions, {counts} rows: {why[2]}.", "yellow")

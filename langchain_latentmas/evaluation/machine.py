@@ -6,6 +6,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PACKAGES = ("langchain-latentmas", "torch", "transformers", "langgraph", "langchain-core")
 
 
@@ -30,6 +32,23 @@ def machine(device: object = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := version_of(name))},
     }
+
+
+class Steal:
+    """What the host of a virtual machine takes from it, from when this is made."""
+
+    def __init__(self) -> None:
+        """Begins to count."""
+        self._begun = psutil.cpu_times()
+
+    @property
+    def share(self) -> float | None:
+        """Of all processors' time, what went to others while something here was ready to run; None if nobody tells."""
+        now = psutil.cpu_times()
+        if not hasattr(now, "steal"):
+            return None
+        passed = sum(now) - sum(self._begun)
+        return (now.steal - self._begun.steal) / passed if passed else 0.0
 
 
 def _processor() -> str:

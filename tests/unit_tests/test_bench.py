@@ -4,8 +4,9 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig
@@ -40,7 +41,7 @@ from langchain_latentmas.engine.llama import LlamaDecoder
 from langchain_latentmas.engine.model import LanguageModel
 from langchain_latentmas.engine.tick import Ticker
 from langchain_latentmas.errors import EngineFailed, InvalidRequest
-from langchain_latentmas.evaluation.machine import machine
+from langchain_latentmas.evaluation.machine import Steal, machine
 from langchain_latentmas.service.local import LocalService, LocalSettings
 
 from ..conftest import load_parts
@@ -230,8 +231,32 @@ def test_cuda_graphs_that_were_given_up_are_told(model: LanguageModel, monkeypat
     measured = measure(model, Work("think", 1, 48), 1, Copy(model.device, size=1 << 16), [])
     row = measured.row(1.0)
     assert row["cuda_graphs"] == "operation not permitted"
-    told = [str(part) for part in _notes({"rows": [row], "skipped": []})]
+    told = [str(part) for part in _notes({"rows": [row], "skipped": [], "steal": None})]
     assert any("operation not permitted" in part for part in told)
+
+
+class Times(NamedTuple):
+    """What psutil says on Linux, in seconds."""
+
+    user: float
+    idle: float
+    steal: float
+
+
+@pytest.mark.parametrize(("taken", "told"), [(1.9, False), (2.5, True)])
+def test_what_the_host_takes_from_the_machine_is_told(
+    monkeypatch: pytest.MonkeyPatch, taken: float, told: bool
+) -> None:
+    times = iter([Times(10.0, 50.0, 3.0), Times(60.0, 100.0 - taken, 3.0 + taken)])
+    monkeypatch.setattr(psutil, "cpu_times", lambda: next(times))
+    share = Steal().share
+    assert share == pytest.approx(taken / 100)
+    assert told == any("The host gave 2% " in str(part) for part in _notes({"rows": [], "skipped": [], "steal": share}))
+
+
+def test_a_system_that_tells_of_no_host_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "cpu_times", lambda: (1.0, 2.0))
+    assert Steal().share is None
 
 
 def test_a_text_that_ends_by_itself_is_not_measured(model: LanguageModel) -> None:
@@ -358,7 +383,7 @@ def test_the_command_prints_json() -> None:
     ran = run(*TINY_RUN, "--rows", "1,2", "--positions", "48 100000", "--json")
     assert ran.exit_code == 0, ran.output
     document = json.loads(ran.stdout)
-    assert {"machine", "bandwidth_gb_s", "rows"} <= document.keys()
+    assert {"machine", "steal", "bandwidth_gb_s", "rows"} <= document.keys()
     assert [(row["what"], row["rows"], row["positions"]) for row in document["rows"]] == [
         ("think", 1, 48),
         ("think", 2, 48),
