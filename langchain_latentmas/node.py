@@ -5,7 +5,8 @@ import dataclasses
 import hashlib
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from langchain_core.messages import (
@@ -172,7 +173,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                     f"The prompt of agent {self.name!r} is async; run the graph with ainvoke or astream."
                 )
             plan = self._plan(input, config, self._messages(made))
-            try:
+            with self._way_out(plan):
                 if plan.thinks:
                     on_step = reporter(str(self.name), self.steps)
                     ref = plan.service.think(
@@ -182,9 +183,6 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 llm = self._chat_model(plan)
                 # A node that calls this one may think; this one was made to speak.
                 said = llm.invoke(plan.messages, config, latents=plan.latents, agent=self.name, speak=True)
-            except WrongModel as error:
-                self._add_way_out(error, plan)
-                raise
             return _said(said, plan)
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -199,7 +197,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 plan = await asyncio.to_thread(self._plan, input, config, shown)  # may load a model, or ask a server
             else:
                 plan = self._plan(input, config, shown)
-            try:
+            with self._way_out(plan):
                 if plan.thinks:
                     on_step = reporter(str(self.name), self.steps)
                     ref = await plan.service.athink(
@@ -208,9 +206,6 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                     return {"latents": [ref]}
                 llm = self._chat_model(plan)
                 said = await llm.ainvoke(plan.messages, config, latents=plan.latents, agent=self.name, speak=True)
-            except WrongModel as error:
-                self._add_way_out(error, plan)
-                raise
             return _said(said, plan)
 
     def _take_no(self, kwargs: Mapping[str, Any]) -> None:
@@ -220,15 +215,20 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
                 "LatentAgentNode(..., steps=..., max_tokens=...)."
             )
 
-    def _add_way_out(self, error: WrongModel, plan: _Plan) -> None:
-        """Says how an agent hands over its text, where the error is about the memory of one."""
-        for sender in {ref["agent"] for ref in plan.latents}:
-            if repr(sender) in str(error):
-                error.args = (
-                    f"{error} For its text, run the graph with "
-                    f'{{"configurable": {{"edges": {{"{sender}->{self.name}": "text"}}}}}}; or give {self.name!r} '
-                    f"reads=[...] without {sender!r}.",
-                )
+    @contextmanager
+    def _way_out(self, plan: _Plan) -> Iterator[None]:
+        """Adds to an error about the memory of an agent how that one hands over its text instead."""
+        try:
+            yield
+        except WrongModel as error:
+            for sender in {ref["agent"] for ref in plan.latents}:
+                if repr(sender) in str(error):
+                    error.args = (
+                        f"{error} For its text, run the graph with "
+                        f'{{"configurable": {{"edges": {{"{sender}->{self.name}": "text"}}}}}}; or give {self.name!r} '
+                        f"reads=[...] without {sender!r}.",
+                    )
+            raise
 
     def _leaves_text(self, config: RunnableConfig) -> bool:
         """Whether an edge that leaves it, or a node that it lies in, is text."""
