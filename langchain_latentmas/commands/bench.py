@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..errors import InvalidRequest
 from .options import AsJson
-from .session import loading, print_json, reported, settled
+from .session import hush, loading, print_json, reported, settled
 from .terminal import headline, open_console
 
 if TYPE_CHECKING:
@@ -104,17 +104,16 @@ def _load(
     **how: Any,
 ) -> "LanguageModel":
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from .. import bundled
     from ..benchmark.shapes import build
+    from ..engine.device import device_at_hand
     from ..engine.model import LanguageModel
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    hush()
     if "://" in model:
         raise InvalidRequest(f"{model}: a server cannot be measured from here; name the model that it runs.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or device_at_hand()
     if threads:
         torch.set_num_threads(threads)
     if shape is not None:

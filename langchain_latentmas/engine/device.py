@@ -1,5 +1,6 @@
 """The device: its memory, how torch is set up for it, what is sent there, and how far the host may run ahead of it."""
 
+import logging
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,17 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineFailed, first_line
+
+logger = logging.getLogger(__name__)
+
+
+def device_at_hand() -> str:
+    """CUDA if there, else the CPU; aloud where torch was built for CUDA, since a large model would merely be slow."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.version.cuda:
+        logger.warning("no CUDA device can be used; running on the CPU. device='cuda' says why")
+    return "cpu"
 
 
 def free_bytes(device: torch.device) -> int:

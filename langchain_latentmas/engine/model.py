@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..errors import ModelNotFound, ModelNotSupported, first_line
 from . import attention
 from .alignment import Alignment
-from .device import memory_for, prepare
+from .device import device_at_hand, memory_for, prepare
 from .kv import KV, of_each
 from .linear import Linear, packable
 from .llama import LlamaDecoder, hooks_of, is_altered
@@ -172,7 +172,7 @@ class LanguageModel:
             EngineFailed: Likewise.
             MissingExtra: If `quantization` is asked for and torchao is not installed.
         """
-        device = device or _device_at_hand()
+        device = device or device_at_hand()
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ModelNotSupported(f"{dtype!r} is no dtype of torch; take 'auto', 'bfloat16', 'float16' or 'float32'.")
@@ -545,15 +545,6 @@ def _factor_between(given: Tensor, wanted: Tensor, cap: float | None) -> float:
         little = wanted.abs() < cap / 2  # what is bent further has lost its digits
         given, wanted = given[little], torch.atanh(wanted[little] / cap) * cap
     return float((given * wanted).sum() / (given * given).sum())
-
-
-def _device_at_hand() -> str:
-    """CUDA if there, else the CPU; aloud where torch was built for CUDA, since a large model would merely be slow."""
-    if torch.cuda.is_available():
-        return "cuda"
-    if torch.version.cuda:
-        logger.warning("no CUDA device can be used; running on the CPU. device='cuda' says why")
-    return "cpu"
 
 
 def _checked_positions(config: Any, name: str, wanted: int | None) -> int:

@@ -399,6 +399,14 @@ def test_the_command_prints_json() -> None:
     assert "graphs" not in document
 
 
+def test_a_cpu_that_nobody_asked_for_is_no_silent_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    ran = run(*TINY_RUN[:2], "--repeats", "1", "--rows", "1", "--positions", "48", "--json")
+    assert ran.exit_code == 0, ran.output
+    assert "no CUDA device can be used; running on the CPU" in ran.stderr
+
+
 def test_the_command_prints_tables_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     picture = tmp_path / "bench.svg"
