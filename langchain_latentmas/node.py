@@ -29,7 +29,7 @@ from .service import LatentService
 from .service.identity import checked_ref
 from .service.shared import shared_service
 from .state import LatentRef, ancestry, tips
-from .unread import held, key_of, last_human, mark, memory_of, not_yet_read, thoughts
+from .unread import held, key_of, last_human, mark, memory_of, not_yet_read, thoughts, warn_of_thoughts
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         conversation = messages[1:] if whole else self._converted(said, "The `messages` in the state")
         try:
             if reads_text and known:
-                self._warn_of_thoughts(known, conversation)
+                warn_of_thoughts(str(self.name), self.reads, known, conversation)
                 known = []
             latents, notes = self._read(known, conversation, messages, handed is None, config)
             read = ancestry(latents, known) if any(map(memory_of, messages)) else set()
@@ -416,19 +416,6 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
             if strangers
             else "its reference was overwritten, as others were that were read: `latents` needs merge_latents",
         )
-
-    def _warn_of_thoughts(self, known: Sequence[LatentRef], messages: Sequence[BaseMessage]) -> None:
-        """Says whose thoughts a run as text loses: those that nobody has read who spoke."""
-        refs = [message.response_metadata.get("latent_ref") or {} for message in messages]
-        spoken = {key for ref in refs for key in (ref.get("id"), *ref.get("parents", ()))}
-        read = ancestry([ref for ref in known if ref["id"] in spoken], known)
-        left = {ref["agent"] for ref in known if ref["id"] not in read}
-        if unread := sorted(left if self.reads is None else left & set(self.reads)):
-            logger.warning(
-                "Agent %r runs as text and reads nothing of what was thought before in this thread, by: %s. Go on as "
-                "latent, or run these again as text.",
-                *(self.name, ", ".join(unread)),
-            )
 
     def _chat_model(self, plan: _Plan) -> ChatLatentMAS:
         # Kept, since LangChain describes every new model to its callbacks anew, which takes as long as a small tick.

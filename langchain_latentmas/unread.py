@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMe
 
 from .service.marker import OPENING
 from .state import LatentRef, ancestry
+
+logger = logging.getLogger(__name__)
 
 READ = "latent_read"
 """In `response_metadata` of what an agent said: a digest of all messages before it, where its memory holds them."""
@@ -113,6 +116,29 @@ def thoughts(messages: Sequence[BaseMessage], known: Sequence[LatentRef]) -> set
     marked = [m for m in messages if m.response_metadata.get("thought") and m.text.startswith(OPENING)]
     ids = {ref["id"] for ref in known} if marked else set()  # there may be thousands, and none is a message
     return {key_of(message) for message in marked if memory_of(message) in ids}
+
+
+def warn_of_thoughts(
+    agent: str, reads: Collection[str] | None, known: Sequence[LatentRef], messages: Sequence[BaseMessage]
+) -> None:
+    """Says whose thoughts a run as text loses: those that nobody has read who spoke.
+
+    Args:
+        agent: Who runs so.
+        reads: Whose memories it would read otherwise; None for all.
+        known: All of the state.
+        messages: The conversation.
+    """
+    refs = [message.response_metadata.get("latent_ref") or {} for message in messages]
+    spoken = {key for ref in refs for key in (ref.get("id"), *ref.get("parents", ()))}
+    read = ancestry([ref for ref in known if ref["id"] in spoken], known)
+    left = {ref["agent"] for ref in known if ref["id"] not in read}
+    if unread := sorted(left if reads is None else left & set(reads)):
+        logger.warning(
+            "Agent %r runs as text and reads nothing of what was thought before in this thread, by: %s. Go on as "
+            "latent, or run these again as text.",
+            *(agent, ", ".join(unread)),
+        )
 
 
 def last_human(messages: Sequence[BaseMessage]) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, NotRequired
 
 from langchain.agents.middleware import AgentMiddleware, AgentState, ExtendedModelResponse, ModelRequest, ModelResponse
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
 from langgraph.types import Command
@@ -12,8 +12,9 @@ from langgraph.types import Command
 from langchain_latentmas import ChatLatentMAS, LatentRef, merge_latents
 from langchain_latentmas.errors import InvalidRequest
 from langchain_latentmas.modes import agent_leaves_text, runs_as_text
+from langchain_latentmas.service.identity import checked_ref
 from langchain_latentmas.state import ancestry, tips
-from langchain_latentmas.unread import held, key_of, mark, not_yet_read, thoughts
+from langchain_latentmas.unread import held, key_of, mark, not_yet_read, thoughts, warn_of_thoughts
 
 
 class LatentAgentState(AgentState[Any]):
@@ -30,7 +31,8 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
     not read a second time from the messages. It comes last in `middleware`: what others behind it change in the
     messages (trim, edit, summarize) it does not see, and would take for read as it was.
 
-    Run with `{"configurable": {"edges": "text"}}`, the agent reads messages alone, speaks, and leaves nothing; with
+    Run with `{"configurable": {"edges": "text"}}`, the agent reads messages alone, speaks, and leaves nothing (thoughts
+    of earlier that stand in no message are lost to it, which is logged as a warning). With
     `{"planner->judger": "text"}` there, the agent or node called planner speaks and leaves nothing.
 
     Example:
@@ -64,6 +66,7 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
 
         Raises:
             InvalidRequest: If the agent's model is no `ChatLatentMAS`, or `reads` names somebody who left nothing.
+            TamperedReference: If a reference in the state is malformed.
         """
         return self._recorded(handler(self._reading(request)), request)
 
@@ -82,12 +85,19 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
         config = ensure_config()
         steps = None if agent_leaves_text(config, self.agent) else self.steps
         settings = {**request.model_settings, "agent": self.agent, "steps": steps}
-        if runs_as_text(config):
-            return request.override(model_settings=settings)
         known: list[LatentRef] = list(request.state.get("latents") or [])  # type: ignore[call-overload]
-        said = {message.response_metadata.get("agent") for message in request.messages}
-        latents = self._chosen(known, said)
-        there = held(request.messages, ancestry(latents, known)) | thoughts(request.messages, known)
+        try:
+            if runs_as_text(config):
+                if not any(isinstance(last, ToolMessage) for last in request.messages[-1:]):  # not after each call
+                    warn_of_thoughts(self.agent, self.reads, known, request.messages)
+                return request.override(model_settings=settings)
+            said = {message.response_metadata.get("agent") for message in request.messages}
+            latents = self._chosen(known, said)
+            there = held(request.messages, ancestry(latents, known)) | thoughts(request.messages, known)
+        except (TypeError, KeyError):  # a checkpoint may be written by others; looking through a long one takes time
+            for ref in known:
+                checked_ref(ref)
+            raise
         messages = [message for message in request.messages if key_of(message) not in there]
         return request.override(messages=messages, model_settings={**settings, "latents": latents})
 

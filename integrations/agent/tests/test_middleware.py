@@ -17,7 +17,7 @@ from langgraph.types import Overwrite
 from pydantic import BaseModel
 
 from langchain_latentmas import ChatLatentMAS, LatentAgentNode, LatentService, LatentState
-from langchain_latentmas.errors import InvalidRequest
+from langchain_latentmas.errors import InvalidRequest, TamperedReference
 
 ASKED: Any = {"messages": [HumanMessage("2+3?", id="q")]}
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>'
@@ -210,6 +210,35 @@ def test_an_agent_that_ends_on_a_call_leaves_a_memory(
     judger = create_agent(llm, middleware=[LatentMiddleware("judger", reads=["solver"])])
     read = prompt_of(judger.invoke(out)["messages"][-1], service)
     assert read.count("<|im_start|>") == 4  # the question, the last call with its answer, and where the answer begins
+
+
+def test_an_agent_that_runs_as_text_says_once_whose_thoughts_it_loses(
+    service: LatentService, scripted: Callable[..., ChatLatentMAS], caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = saying(scripted, CALL, "It is 5.", CALL, "It is 5.")
+
+    def turns(planner: Any, thread_id: str) -> None:
+        builder = StateGraph(LatentState)
+        builder.add_node("planner", planner)
+        builder.add_node("solver", create_agent(llm, tools=[add], middleware=[LatentMiddleware("solver")]))
+        builder.add_edge(START, "planner").add_edge("planner", "solver")
+        graph = builder.compile(InMemorySaver(), interrupt_before=["solver"])
+        graph.invoke(ASKED, thread(thread_id))
+        assert graph.invoke(None, thread(thread_id, "text"))["messages"][-1].text == "It is 5."
+
+    turns(create_agent(llm, middleware=[LatentMiddleware("planner", steps=2)]), "marked")
+    assert not caplog.messages  # its thoughts stand in the conversation, as a marker that is read
+    turns(LatentAgentNode("planner", "Plan.", service=service, steps=2), "lost")
+    [said] = caplog.messages
+    assert said.startswith("Agent 'solver' runs as text and reads nothing")
+    assert "by: planner." in said
+
+
+@pytest.mark.parametrize("edges", ["latent", "text"])
+def test_a_malformed_reference_in_the_state_is_said_to_be_one(llm: ChatLatentMAS, edges: str) -> None:
+    judger = create_agent(llm, middleware=[LatentMiddleware("judger")])
+    with pytest.raises(TamperedReference):
+        judger.invoke({**ASKED, "latents": [{"id": "lat_0"}]}, {"configurable": {"edges": edges}})
 
 
 def test_nodes_may_be_named_for_their_edges(llm: ChatLatentMAS) -> None:
