@@ -413,7 +413,8 @@ class RecipeService(LatentService):
         except UnknownReference:
             return
         key = _stored(ref["id"])
-        self._forget([key, *self._retention.drop(key)])
+        self._retention.drop(key, self._forget)
+        self._forget([key])  # though it stays while others descend from it
 
     def collect(self) -> int:
         """Removes references that have not been used for `keep_for`; runs by itself, at the start and every hour.
@@ -421,9 +422,7 @@ class RecipeService(LatentService):
         Returns:
             How many were removed.
         """
-        removed = self._retention.collect()
-        self._forget(removed)
-        return len(removed)
+        return len(self._retention.collect(self._forget))
 
     def close(self) -> None:
         """See `LatentService.close`."""

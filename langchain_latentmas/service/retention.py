@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Container, Set
+from collections.abc import Callable, Container, Sequence, Set
 from datetime import timedelta
 from graphlib import TopologicalSorter
 
@@ -15,6 +15,13 @@ logger = logging.getLogger(__name__)
 
 PORTION = 1 << 10  # recipes that are removed while others wait for the store
 PAUSE = 0.05  # seconds between two portions: a lock that is free for no time goes back to who had it
+
+Gone = Callable[[Sequence[str]], object]
+"""Called with the ids of what was removed, a portion at a time and not under a lock; also where the rest fails."""
+
+
+def _nobody(removed: Sequence[str]) -> None:
+    """Nobody keeps anything of it."""
 
 
 class Retention:
@@ -76,8 +83,12 @@ class Retention:
             else:
                 self.store.store.mdelete([key + PINNED])
 
-    def drop(self, key: str) -> list[str]:
+    def drop(self, key: str, gone: Gone = _nobody) -> list[str]:
         """Drops a recipe.
+
+        Args:
+            key: Its id.
+            gone: Who keeps something of what is removed.
 
         Returns:
             Ids of all recipes that were removed because of it.
@@ -93,17 +104,20 @@ class Retention:
             if key not in self._headers:
                 return []
             self.store.store.mset([(key + DROPPED, b"")])
-        return self._remove(None)
+        return self._remove(None, gone)
 
-    def collect(self) -> list[str]:
+    def collect(self, gone: Gone = _nobody) -> list[str]:
         """Removes what grew too old.
+
+        Args:
+            gone: See `drop`.
 
         Returns:
             The ids of what was removed.
         """
         if self.keep_for is None:
             return []
-        return self._remove(time.time() - self.keep_for.total_seconds())
+        return self._remove(time.time() - self.keep_for.total_seconds(), gone)
 
     def _may_go(self, key: str, names: Container[str], since: float | None) -> bool:
         """Whether a recipe was dropped or, unless it is pinned, not used since."""
@@ -114,7 +128,7 @@ class Retention:
         except UnknownReference:  # another process has just removed it
             return True
 
-    def _remove(self, since: float | None) -> list[str]:
+    def _remove(self, since: float | None, gone: Gone) -> list[str]:
         """Removes what was dropped or not used since, if there is such a time; others write between two portions of it.
 
         Returns:
@@ -128,16 +142,21 @@ class Retention:
         for start in range(0, len(order), PORTION):
             if start:
                 time.sleep(PAUSE)
-            with self._reading, self.store.locked():
-                names = self._read_new()
-                there = self._headers.keys() & order[start : start + PORTION]
-                # Others may have used one, or thought on it.
-                for keys in self._unneeded({key for key in there if self._may_go(key, names, since)}):
-                    # A generation at a time: each call waits for the disk.
-                    self.store.store.mdelete([key + kind for key in keys for kind in (RECIPE, DROPPED, PINNED)])
-                    for key in keys:
-                        del self._headers[key]
-                    removed += keys
+            portion: list[str] = []
+            try:
+                with self._reading, self.store.locked():
+                    names = self._read_new()
+                    there = self._headers.keys() & order[start : start + PORTION]
+                    # Others may have used one, or thought on it.
+                    for keys in self._unneeded({key for key in there if self._may_go(key, names, since)}):
+                        # A generation at a time: each call waits for the disk.
+                        self.store.store.mdelete([key + kind for key in keys for kind in (RECIPE, DROPPED, PINNED)])
+                        for key in keys:
+                            del self._headers[key]
+                        portion += keys
+            finally:
+                gone(portion)
+            removed += portion
         return removed[::-1]
 
     def _unneeded(self, going: Set[str]) -> list[list[str]]:

@@ -110,13 +110,39 @@ def test_a_drop_that_was_stopped_is_finished_when_it_is_repeated(
     service = fresh_service(store=tmp_path)
     plan, critique = two(service)
     with monkeypatch.context() as stopped:
-        stopped.setattr(service._retention, "_remove", lambda _: 1 / 0)
+        stopped.setattr(service._retention, "_remove", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             service.drop(critique)
     again = fresh_service(store=tmp_path)
     again.drop(critique)
     assert not list((tmp_path / "recipes").glob(f"{critique['id']}*"))
     assert again.memory(plan).positions == plan["positions"]
+
+
+def test_of_a_drop_that_fails_halfway_no_kv_of_what_was_removed_stays(
+    fresh_service: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = fresh_service(store=tmp_path)
+    plan, critique = two(service)
+    service.drop(plan)
+    before, store = service.info()["kv_segments"], service._store.store
+    remove = store.mdelete
+
+    def remove_once(names: list[str]) -> None:
+        monkeypatch.setattr(store, "mdelete", refuse)
+        remove(names)
+
+    def refuse(names: list[str]) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(store, "mdelete", remove_once)
+    with pytest.raises(OSError, match="the disk is gone"):
+        service.drop(critique)
+    assert service.info()["kv_segments"] == before - 1
+    monkeypatch.setattr(store, "mdelete", remove)
+    with pytest.raises(UnknownReference):
+        service.memory(critique)
+    assert list((tmp_path / "recipes").glob(f"{plan['id']}*"))  # it was not its turn yet
 
 
 @pytest.mark.parametrize("descendant", [True, False])
