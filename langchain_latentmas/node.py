@@ -26,7 +26,7 @@ from .errors import InvalidRequest, WrongModel, check_whole
 from .modes import inside, node_path, runs_as_text
 from .progress import reporter
 from .service import LatentService
-from .service.identity import checked_ref
+from .service.identity import checked_on_failure
 from .service.shared import shared_service
 from .state import LatentRef, ancestry, tips
 from .unread import held, key_of, last_human, mark, memory_of, not_yet_read, thoughts, warn_of_thoughts
@@ -281,16 +281,12 @@ class LatentAgentNode(Runnable[Any, dict[str, Any]]):
         whole = isinstance(self.prompt, (str, SystemMessage))
         said = [] if whole else field_of(state, "messages") or []
         conversation = messages[1:] if whole else self._converted(said, "The `messages` in the state")
-        try:
+        with checked_on_failure(known):
             if reads_text and known:
                 warn_of_thoughts(str(self.name), self.reads, known, conversation)
                 known = []
             latents, notes = self._read(known, conversation, messages, handed is None, config)
             read = ancestry(latents, known) if any(map(memory_of, messages)) else set()
-        except (TypeError, KeyError):  # a checkpoint may be written by others; looking through a long one takes time
-            for ref in known:
-                checked_ref(ref)
-            raise
         if whole:
             known_already = held(conversation, read) | thoughts(conversation, known)
             messages = [message for message in messages if key_of(message) not in known_already]

@@ -9,8 +9,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -183,6 +183,21 @@ def checked_ref(ref: object) -> LatentRef:
         raise TamperedReference(
             f"This is no reference of a memory ({first_fault(error)}). Pass on what think, speak or a node returned."
         ) from error
+
+
+@contextmanager
+def checked_on_failure(refs: Iterable[object]) -> Iterator[None]:
+    """Calls a fault of references from outside that, where it shows; to look through many of them at once takes long.
+
+    Raises:
+        TamperedReference: If something inside fails on a reference that `checked_ref` refuses.
+    """
+    try:
+        yield
+    except (TypeError, KeyError):
+        for ref in refs:
+            checked_ref(ref)
+        raise
 
 
 def check_agent(agent: object) -> None:

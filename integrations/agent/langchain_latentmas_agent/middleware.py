@@ -12,7 +12,7 @@ from langgraph.types import Command
 from langchain_latentmas import ChatLatentMAS, LatentRef, merge_latents
 from langchain_latentmas.errors import InvalidRequest
 from langchain_latentmas.modes import agent_leaves_text, runs_as_text
-from langchain_latentmas.service.identity import checked_ref
+from langchain_latentmas.service.identity import checked_on_failure
 from langchain_latentmas.state import ancestry, tips
 from langchain_latentmas.unread import held, key_of, mark, not_yet_read, thoughts, warn_of_thoughts
 
@@ -86,7 +86,7 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
         steps = None if agent_leaves_text(config, self.agent) else self.steps
         settings = {**request.model_settings, "agent": self.agent, "steps": steps}
         known: list[LatentRef] = list(request.state.get("latents") or [])  # type: ignore[call-overload]
-        try:
+        with checked_on_failure(known):
             if runs_as_text(config):
                 if not any(isinstance(last, ToolMessage) for last in request.messages[-1:]):  # not after each call
                     warn_of_thoughts(self.agent, self.reads, known, request.messages)
@@ -94,10 +94,6 @@ class LatentMiddleware(AgentMiddleware[LatentAgentState, Any, Any]):
             said = {message.response_metadata.get("agent") for message in request.messages}
             latents = self._chosen(known, said)
             there = held(request.messages, ancestry(latents, known)) | thoughts(request.messages, known)
-        except (TypeError, KeyError):  # a checkpoint may be written by others; looking through a long one takes time
-            for ref in known:
-                checked_ref(ref)
-            raise
         messages = [message for message in request.messages if key_of(message) not in there]
         return request.override(messages=messages, model_settings={**settings, "latents": latents})
 
